@@ -1,0 +1,93 @@
+# Everything starts here: `make` lists the targets. Each target that needs the environment makes it first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RESULTS := benchmarks/results
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgeear
+PACS := $(CACHE)/PACS
+# The data set of the bench targets: a folder DOMAIN/CLASS/files.
+DATA ?= $(PACS)
+
+# Optional data for tests and benchmarks, where it lies beside the repository.
+ifeq ($(origin EDGEEAR_DATA),undefined)
+ifneq ($(wildcard ../shared/data/.),)
+export EDGEEAR_DATA := $(abspath ../shared/data)
+endif
+endif
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	  printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP) ## watch a classifier meet new domains, adapt and keep what it knew
+	$(BIN)/edgeear demo
+
+test: $(STAMP) ## run the tests and doctests; ARGS=tests/test_store.py picks
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## style, types and architecture, without running anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## lint, then test: what has to pass before a change lands
+
+format: $(STAMP) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench-pacs: $(STAMP) | $(RESULTS) $(DATA) ## the continual protocol on PACS: 3 seeds, all images and 20 shots
+	@for seed in 0 1 2; do for shots in all 20; do \
+	  option=; if [ $$shots != all ]; then option="--shots $$shots"; fi; \
+	  (set -x; $(BIN)/edgeear eval --data "$(DATA)" --order photo,art_painting,cartoon,sketch \
+	    --seed $$seed $$option --json $(RESULTS)/pacs-$$shots-seed$$seed.json); done; done
+
+bench-runtime: $(STAMP) | $(RESULTS) ## the whole path against the bare encoder, for 1, 8 and 64 domains
+	$(BIN)/edgeear bench runtime --domains 1,8,64 --json $(RESULTS)/runtime.json
+
+bench-nas: $(STAMP) | $(RESULTS) $(DATA) ## the proxies against trained accuracies, on sketch
+	$(BIN)/edgeear bench nas --data "$(DATA)" --domain sketch --json $(RESULTS)/nas.json
+
+bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published ones, every pair of domains
+	$(BIN)/edgeear bench ood --data "$(DATA)" --json $(RESULTS)/ood.json
+
+clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# Written last, so that an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in $(or $(PYTHON),python3.11 python3); do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then break; else python=; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo 'edgeear needs Python 3.11 or newer with its venv module, and found none among:' \
+	    '$(or $(PYTHON),python3.11 python3).' >&2; \
+	  echo 'Install it (Debian: apt install python3 python3-venv), or name one: make PYTHON=/path/to/python3' >&2; \
+	  exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	@echo 'Installing into $(VENV): about 1.7 GB, some minutes.'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[demo,bench,dev]'
+	@touch $@
+
+$(RESULTS):
+	mkdir -p $@
+
+$(PACS):
+	@archive="$${EDGEEAR_DATA:-}/PACS.tar.gz"; \
+	if [ ! -f "$$archive" ]; then \
+	  echo "$$archive: not found. Set EDGEEAR_DATA to the folder that holds PACS.tar.gz," \
+	    'or DATA to a folder DOMAIN/CLASS/files.' >&2; exit 1; \
+	fi; \
+	mkdir -p "$(CACHE)"; fresh=$$(mktemp -d "$(CACHE)/unpack-XXXXXX"); \
+	tar -xzf "$$archive" -C "$$fresh"; mv "$$fresh/PACS" "$@"; rmdir "$$fresh"

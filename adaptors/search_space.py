@@ -1,0 +1,137 @@
+"""The set of head specifications over an encoder's taps, and the budget that bounds it.
+
+The space is a product of small choices, indexed by one integer, so that it is counted, sampled and enumerated without
+being held in memory. Quick specs (pooled taps, linear) are part of it: search can never do worse by being there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from adaptors.spec import Cost, HeadSpec, TapShapes, cost
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits of one head; all of them are checked before any proxy is computed."""
+
+    parameters: int = 100_000
+    bytes: int = 512 * 1024
+    macs: int = 20_000_000
+    latency_ms: float = 10.0
+
+    def admits(self, c: Cost) -> bool:
+        return (
+            c.parameters <= self.parameters
+            and c.bytes <= self.bytes
+            and c.macs <= self.macs
+            and c.latency_ms <= self.latency_ms
+        )
+
+
+BUDGETS = {
+    "small": Budget(parameters=20_000, bytes=96 * 1024, macs=2_000_000, latency_ms=2.0),
+    "medium": Budget(),
+    "large": Budget(parameters=1_000_000, bytes=4 * 1024 * 1024, macs=100_000_000, latency_ms=50.0),
+}
+
+
+class EmptyBudget(ValueError):
+    """No specification fits the budget; the message names the smallest head there is."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All specifications over the given taps, for a number of classes."""
+
+    shapes: TapShapes
+    classes: int
+
+    def tap_sets(self) -> list[tuple[str, ...]]:
+        """The last k pooled taps for every k, and the same for each kind (`.mean`, `.std`) alone."""
+        pooled = [t for t, s in self.shapes.items() if len(s) == 1]
+        kinds = {t.rpartition(".")[2] for t in pooled if "." in t}
+        groups = [pooled, *([t for t in pooled if t.endswith("." + k)] for k in sorted(kinds) if len(kinds) > 1)]
+        sets = {tuple(g[-k:]) for g in groups for k in range(1, len(g) + 1)}
+        return sorted(sets, key=lambda s: (len(s), s))
+
+    def _families(self) -> list[list[tuple[str, list[object]]]]:
+        """Each family: field name -> choices; the space is the union of their products."""
+        spatial: list[object] = [t for t, s in self.shapes.items() if len(s) == 3]
+        vectors = list(self.tap_sets())
+        short: list[object] = [(), *(s for s in vectors if len(s) <= 3)]
+        common: list[tuple[str, list[object]]] = [("normalisation", ["standard", "unit"]), ("bits", [32, 8])]
+        extra: tuple[str, list[object]] = ("spatial", [None, *spatial])
+        taps: tuple[str, list[object]] = ("taps", list(vectors))
+        closed: tuple[str, list[object]] = ("reconfigurator", ["ridge", "prototypes"])
+        pool: tuple[str, list[object]] = ("pool", ["average", "max", "gem", "pyramid"])
+        flags: list[tuple[str, list[object]]] = [("residual", [False, True]), ("activation", ["relu", "hardswish"])]
+        depth: tuple[str, list[object]] = ("depth", [1, 2])
+        return [
+            [("operator", ["linear"]), taps, extra, pool, closed, *common],
+            [("operator", ["fourier"]), taps, ("width", [1024, 2048, 4096, 8192]), ("bandwidth", [0.1, 0.3, 1.0]), closed, *common],
+            [("operator", ["mlp"]), taps, ("width", [8, 16, 32, 64]), depth, *flags, ("reconfigurator", ["linear", "prototypes"]), *common],
+            [("operator", ["conv", "depthwise"]), ("spatial", spatial), ("taps", short), ("width", [16, 32, 64, 96, 128]), depth, pool, *flags, ("reconfigurator", ["linear", "prototypes"]), *common],
+        ]  # fmt: skip
+
+    def __iter__(self) -> Iterator[HeadSpec]:
+        for family in self._families():
+            names = [n for n, _ in family]
+            for values in product(*(choices for _, choices in family)):
+                yield self._spec(names, values)
+
+    def __len__(self) -> int:
+        return sum(_size(f) for f in self._families())
+
+    def sample(self, n: int, budget: Budget, seed: int) -> list[tuple[HeadSpec, Cost]]:
+        """Up to `n` different specs within the budget, in a seeded order, families in equal shares.
+
+        Raises EmptyBudget when nothing in the whole space fits."""
+        rng = np.random.default_rng(seed)
+        queues = [self._draw(f, rng, budget) for f in self._families() if _size(f)]
+        found: dict[HeadSpec, Cost] = {}
+        while queues and len(found) < n:
+            for queue in list(queues):
+                item = next(queue, None)
+                if item is None:
+                    queues.remove(queue)
+                elif len(found) < n:
+                    found.setdefault(*item)
+        if not found:
+            raise EmptyBudget(self._advice(budget))
+        return list(found.items())
+
+    def _draw(
+        self, family: list[tuple[str, list[object]]], rng: np.random.Generator, budget: Budget
+    ) -> Iterator[tuple[HeadSpec, Cost]]:
+        names, sizes = [n for n, _ in family], [len(c) for _, c in family]
+        for index in rng.permutation(_size(family)):
+            places = np.unravel_index(int(index), sizes)
+            spec = self._spec(names, tuple(c[int(i)] for (_, c), i in zip(family, places, strict=True)))
+            price = cost(spec, self.shapes, self.classes)
+            if budget.admits(price):
+                yield spec, price
+
+    def _spec(self, names: list[str], values: tuple[object, ...]) -> HeadSpec:
+        fields = dict(zip(names, values, strict=True))
+        if fields.get("spatial") is None:
+            fields.pop("pool", None)
+        return HeadSpec(**fields)  # type: ignore[arg-type]
+
+    def _advice(self, budget: Budget) -> str:
+        least = min((cost(s, self.shapes, self.classes) for s in self), key=lambda c: (c.parameters, c.macs))
+        return (
+            f"no head fits {budget}; the smallest has {least.parameters} parameters, {least.bytes} bytes, "
+            f"{least.macs} MACs and {least.latency_ms:.2f} ms: raise the limits to at least these"
+        )
+
+
+def _size(family: list[tuple[str, list[object]]]) -> int:
+    size = 1
+    for _, choices in family:
+        size *= len(choices)
+    return size

@@ -1,0 +1,211 @@
+"""Fitting the winner of the search: closed form where the specification allows it, gradient descent otherwise.
+
+Rules: a stratified validation split chooses (ridge strength, or the epoch to stop at); closed-form heads are then refitted
+on everything; the same seed and data give the same weights. With the `prototypes` reconfigurator gradient training is
+joint, as in section 3.2 of the EAR paper: the same cosine similarities are fitted to classify and, on virtual outliers
+(averages of inputs of two classes), to stay low for every class.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptors.modules import PROTOTYPE_SCALE, Head, Weights
+from adaptors.quantise import dequantised
+from adaptors.spec import HeadSpec, TapShapes
+
+Views = Sequence[Mapping[str, NDArray[np.float32]]]
+"""The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainPolicy:
+    """How a head is fitted. `strengths` are ridge strengths relative to the mean squared norm of the codes."""
+
+    seed: int = 0
+    validation_fraction: float = 0.2
+    strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    epochs: int = 30
+    patience: int = 8
+    batch: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    outlier_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fitted head: arrays, accuracy on the validation split (fraction of one), what the split chose."""
+
+    weights: Weights
+    validation_accuracy: float
+    chosen: str
+
+
+def train(
+    spec: HeadSpec,
+    shapes: TapShapes,
+    views: Views,
+    labels: NDArray[np.int64],
+    classes: int,
+    policy: TrainPolicy,
+    on_progress: Progress | None = None,
+) -> Trained:
+    """Fit `spec` to labelled samples; `labels (samples,)` in [0, classes). The first view is the one seen when serving."""
+    tensors = [{t: torch.from_numpy(np.ascontiguousarray(v[t])) for t in spec.inputs} for v in views]
+    y = torch.from_numpy(labels.astype(np.int64))
+    fit, held = split(labels, policy.validation_fraction, policy.seed)
+    head = Head(spec, shapes, classes, policy.seed)
+    with torch.no_grad():
+        head.fit_normalisation(_gather(tensors[:1], fit))
+    if spec.closed_form:
+        chosen = _closed_form(head, tensors, y, fit, held, policy)
+    else:
+        chosen = _descend(head, tensors, y, fit, held, policy, on_progress)
+    head.load(dequantised(head.weights(), spec.bits))
+    score = chosen[0]
+    return Trained(head.weights(), score, chosen[1])
+
+
+def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Stratified (fit, held-out) index tensors; a class with one sample stays in fit, and held may be empty."""
+    rng = np.random.default_rng(seed)
+    held: list[int] = []
+    for c in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        held.extend(members[: int(len(members) * fraction)].tolist())
+    mask = np.zeros(len(labels), bool)
+    mask[held] = True
+    return torch.from_numpy(np.flatnonzero(~mask)), torch.from_numpy(np.flatnonzero(mask))
+
+
+def _gather(views: list[dict[str, Tensor]], index: Tensor) -> dict[str, Tensor]:
+    return {t: torch.cat([v[t][index] for v in views]) for t in views[0]}
+
+
+def _accuracy(head: Head, codes: Tensor, y: Tensor) -> float:
+    if len(y) == 0:
+        return float("nan")
+    with torch.no_grad():
+        return float((head.read(codes).argmax(1) == y).float().mean())
+
+
+@torch.no_grad()
+def _codes(head: Head, views: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Codes of every view `(samples, width)`, in chunks so that memory stays bounded."""
+    n = len(next(iter(views[0].values())))
+    pieces = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
+    return [torch.cat([head.code(head.adapted({t: x[list(p)] for t, x in v.items()})) for p in pieces]) for v in views]
+
+
+@torch.no_grad()
+def _closed_form(
+    head: Head, views: list[dict[str, Tensor]], y: Tensor, fit: Tensor, held: Tensor, policy: TrainPolicy
+) -> tuple[float, str]:
+    codes = _codes(head, views)
+    if head.spec.reconfigurator == "prototypes":
+        _set_prototypes(head, torch.cat([c[fit] for c in codes]), y[fit].repeat(len(codes)))
+        score = _accuracy(head, codes[0][held], y[held])
+        _set_prototypes(head, torch.cat(codes), y.repeat(len(codes)))
+        return score, "class means"
+    scores: list[float] = []
+    solve = _ridge(torch.cat([c[fit] for c in codes]), y[fit].repeat(len(codes)), head.classes)
+    for strength in policy.strengths if len(held) else ():
+        _set_readout(head, *solve(strength))
+        scores.append(_accuracy(head, codes[0][held], y[held]))
+    best = int(np.argmax(scores)) if scores else len(policy.strengths) // 2
+    del solve
+    _set_readout(head, *_ridge(torch.cat(codes), y.repeat(len(codes)), head.classes)(policy.strengths[best]))
+    return (scores[best] if scores else float("nan")), f"ridge strength {policy.strengths[best]:g}"
+
+
+def _ridge(codes: Tensor, y: Tensor, classes: int) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """Solver of centred ridge regression onto one-hot targets: strength -> (weight `(classes, width)`, bias).
+
+    Primal or dual, whichever system is smaller; the Gram matrix is computed once for all strengths."""
+    mean = codes.mean(0)
+    z = codes - mean
+    targets = F.one_hot(y, classes).to(z)
+    offset = targets.mean(0)
+    dual = z.shape[0] < z.shape[1]
+    gram = z @ z.T if dual else z.T @ z
+    unit = float(z.pow(2).sum() / len(z)) + 1e-12
+    right = targets - offset if dual else z.T @ (targets - offset)
+
+    def solve(strength: float) -> tuple[Tensor, Tensor]:
+        system = gram.clone()
+        system.diagonal().add_(strength * unit)
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        weight = (z.T @ solution if dual else solution).T
+        return weight, offset - weight @ mean
+
+    return solve
+
+
+def _set_readout(head: Head, weight: Tensor, bias: Tensor) -> None:
+    head.matrices["readout"].data.copy_(weight)
+    head.biases["readout"].data.copy_(bias)
+
+
+def _set_prototypes(head: Head, codes: Tensor, y: Tensor) -> None:
+    sums = torch.zeros(head.classes, codes.shape[1]).index_add_(0, y, codes)
+    _set_readout(head, F.normalize(sums, dim=1, eps=1e-6), torch.zeros(head.classes))
+
+
+def _descend(
+    head: Head,
+    views: list[dict[str, Tensor]],
+    y: Tensor,
+    fit: Tensor,
+    held: Tensor,
+    policy: TrainPolicy,
+    on_progress: Progress | None,
+) -> tuple[float, str]:
+    """AdamW with a one-cycle schedule and early stopping on the validation accuracy; keeps the best epoch."""
+    generator = torch.Generator().manual_seed(policy.seed)
+    optimiser = torch.optim.AdamW(head.parameters(), policy.learning_rate, weight_decay=policy.weight_decay)
+    batches = max(1, len(fit) // policy.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, policy.learning_rate, total_steps=policy.epochs * batches, pct_start=0.2
+    )
+    best, best_epoch, state = -1.0, 0, copy.deepcopy(head.state_dict())
+    for epoch in range(policy.epochs):
+        order = fit[torch.randperm(len(fit), generator=generator)]
+        for index in order.tensor_split(batches):
+            view = views[int(torch.randint(len(views), (1,), generator=generator))]
+            loss = _loss(head, {t: x[index] for t, x in view.items()}, y[index], policy, generator)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+        watched = held if len(held) else fit
+        score = _accuracy(head, _codes(head, [{t: x[watched] for t, x in views[0].items()}])[0], y[watched])
+        if score >= best:
+            best, best_epoch, state = score, epoch, copy.deepcopy(head.state_dict())
+        if on_progress:
+            on_progress(epoch + 1, policy.epochs)
+        if epoch - best_epoch >= policy.patience:
+            break
+    head.load_state_dict(state)
+    return best, f"stopped after epoch {best_epoch + 1}"
+
+
+def _loss(head: Head, taps: dict[str, Tensor], y: Tensor, policy: TrainPolicy, generator: torch.Generator) -> Tensor:
+    loss = F.cross_entropy(head(taps), y, label_smoothing=0.1)
+    if head.spec.reconfigurator == "prototypes":
+        partner = torch.randperm(len(y), generator=generator)
+        other = y != y[partner]
+        if bool(other.any()):
+            mixed = {t: (x[other] + x[partner[other]]) / 2 for t, x in taps.items()}
+            cosine = head(mixed) / PROTOTYPE_SCALE
+            loss = loss + policy.outlier_weight * F.relu(cosine.amax(1) - 0.2).mean()
+    return loss

@@ -1,0 +1,195 @@
+"""How far an input is from one domain, and how improbable that is. Larger novelty = more out of distribution.
+
+Rules of this file:
+
+1. Novelty is the sum of two standardised statistics: the angle to the nearest class prototype (all D coordinates) and
+   the log Mahalanobis distance from the domain's mean (first m coordinates, shrunk covariance).
+2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
+   full memory, which costs no second pass over the data.
+3. `p_value` is conformal (Vovk, Gammerman, Shafer, 2005) and valid on average over calibration sets.
+   `conditional_p_value` is valid for *this* calibration set with probability 1 - delta; only it may be multiplied over
+   time, so the shift test takes only it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptors.hadamard import permutation
+from edgeear.errors import DataError, UsageError
+from edgeear.memory import I64, DomainMemory, learn, subtract
+from edgeear.types import F32
+
+MINIMUM = 5
+"""Fewest samples that can be calibrated."""
+LIMIT = 4096
+"""Most calibration values kept of a domain (16 KiB); more are thinned at random, which keeps p-values valid."""
+TINY = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """The two statistics of one domain, ready for single inputs; built by `detector`.
+
+    `prototypes (D, present classes)` unit columns, `mean (m,)`, `whitener (m, m)` W with W W' = inverse covariance.
+    """
+
+    prototypes: F32
+    mean: F32
+    whitener: F32
+
+    def angle(self, h: F32) -> F32:
+        """`1 - max cos(h, prototype)` of `h (samples, D)`, in [0, 2]; a zero hypervector has angle 1."""
+        norms = np.maximum(np.sqrt(np.einsum("nd,nd->n", h, h)), TINY)
+        out: F32 = 1 - (h @ self.prototypes).max(axis=1) / norms
+        return out
+
+    def leverage(self, h: F32) -> F32:
+        """Log of the squared Mahalanobis distance of `h (samples, D)` from the domain's mean."""
+        white = (h[:, : len(self.mean)] - self.mean) @ self.whitener
+        out: F32 = np.log(np.maximum(np.einsum("nm,nm->n", white, white), np.float32(TINY)))
+        return out
+
+
+def detector(memory: DomainMemory) -> Detector:
+    """The detector of a memory. Covariance is shrunk to (1 - r) C + r tr(C)/m I, r = 0.02 + 0.3 m / (m + n).
+
+    Raises `DataError` when the memory holds no sample.
+    """
+    if memory.n == 0:
+        raise DataError("the memory holds 0 samples: learn at least 1 before detecting")
+    m, covariance = memory.m, memory.covariance
+    ratio = 0.02 + 0.3 * m / (m + memory.n)
+    level = max(float(np.trace(covariance)) / m, TINY**2)
+    lower = np.linalg.cholesky((1 - ratio) * covariance + ratio * level * np.eye(m))
+    whitener = np.linalg.inv(lower).T.astype(np.float32)
+    prototypes = memory.prototypes[memory.counts > 0].T
+    return Detector(np.ascontiguousarray(prototypes), memory.mean.astype(np.float32), whitener)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The decision on a batch: `novelty (samples,)`, conformal `p (samples,)`, `ood (samples,)` where p <= alpha."""
+
+    novelty: F32
+    p: F32
+    ood: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Means and deviations of the two statistics, and the sorted out-of-fold novelty `values (n,)` of a domain."""
+
+    angle_mean: float
+    angle_deviation: float
+    leverage_mean: float
+    leverage_deviation: float
+    values: F32
+    delta: float = 0.01
+    """Chance that a calibration set is too lucky for `conditional_p_value` to hold."""
+
+    def __post_init__(self) -> None:
+        values = np.sort(np.asarray(self.values, np.float32))
+        if values.ndim != 1 or len(values) < MINIMUM or not np.isfinite(values).all():
+            raise DataError(f"{values.shape} calibration values: at least {MINIMUM} finite ones are needed")
+        if not 0 < self.delta < 1 or min(self.angle_deviation, self.leverage_deviation) <= 0:
+            raise UsageError(f"delta {self.delta} must lie in (0, 1) and both deviations above 0")
+        values.setflags(write=False)
+        object.__setattr__(self, "values", values)
+
+    def combine(self, angle: F32, leverage: F32) -> F32:
+        """Novelty `(samples,)` of the two statistics."""
+        a = (angle - np.float32(self.angle_mean)) / np.float32(self.angle_deviation)
+        out: F32 = a + (leverage - np.float32(self.leverage_mean)) / np.float32(self.leverage_deviation)
+        return out
+
+    def novelty(self, detector: Detector, h: F32) -> F32:
+        """Novelty `(samples,)` of hypervectors `(samples, D)` under the domain's detector."""
+        return self.combine(detector.angle(h), detector.leverage(h))
+
+    def p_value(self, novelty: F32) -> F32:
+        """Conformal p-values in [1 / (n + 1), 1]; the rate of p <= a over inputs of the domain is at most a."""
+        n = len(self.values)
+        return ((1 + self._exceeded(novelty)) / (n + 1)).astype(np.float32)
+
+    def conditional_p_value(self, novelty: F32) -> F32:
+        """p-values valid given this calibration set, with probability 1 - `delta`: see `conditional_bounds`."""
+        return conditional_bounds(len(self.values), self.delta)[self._exceeded(novelty)]
+
+    def verdict(self, novelty: F32, alpha: float = 0.05) -> Verdict:
+        """The decision at false-OOD rate `alpha`; with n < 1 / alpha - 1 calibration values nothing can be OOD."""
+        p = self.p_value(novelty)
+        return Verdict(novelty, p, p <= np.float32(alpha))
+
+    def _exceeded(self, novelty: F32) -> I64:
+        """How many calibration values reach each novelty; NaN counts as more novel than all."""
+        return len(self.values) - np.searchsorted(self.values, novelty, side="left")
+
+
+def calibrate(h: F32, labels: I64, classes: Sequence[str], m: int, folds: int = 10, *, seed: int) -> Calibration:
+    """Calibration of a domain from hypervectors `h (samples, D)`, by `folds`-fold subtraction, stratified by class.
+
+    Raises `DataError` below `MINIMUM` samples, `UsageError` below 2 folds.
+    """
+    if len(h) < MINIMUM:
+        raise DataError(f"{len(h)} samples cannot be calibrated: at least {MINIMUM} are needed, collect more")
+    if folds < 2:
+        raise UsageError(f"folds is {folds}: at least 2 are needed")
+    full = learn(h, labels, classes, m)
+    fold = _folds(np.asarray(labels), min(folds, len(h)), seed)
+    angle, leverage = np.empty(len(h), np.float32), np.empty(len(h), np.float32)
+    for k in range(min(folds, len(h))):
+        held = fold == k
+        rest = detector(subtract(full, learn(h[held], labels[held], classes, m)))
+        angle[held], leverage[held] = rest.angle(h[held]), rest.leverage(h[held])
+    spread = (max(float(angle.std()), TINY), max(float(leverage.std()), TINY))
+    scale = (float(angle.mean()), spread[0], float(leverage.mean()), spread[1])
+    values = Calibration(*scale, np.zeros(MINIMUM, np.float32)).combine(angle, leverage)
+    return Calibration(*scale, values[permutation(seed, "calibration", len(h))[:LIMIT]])
+
+
+def _folds(labels: I64, folds: int, seed: int) -> I64:
+    """Fold of each sample `(samples,)`: shuffled by the seed, dealt out class by class, sizes differ by at most 1."""
+    shuffled = permutation(seed, "folds", len(labels))
+    dealt = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    fold = np.empty(len(labels), np.int64)
+    fold[dealt] = np.arange(len(labels)) % folds
+    return fold
+
+
+@lru_cache(maxsize=256)
+def conditional_bounds(n: int, delta: float) -> F32:
+    """Bounds `(n + 1,)` on P(S >= s), indexed by j = #{calibration >= s}; all hold at once w.p. 1 - delta.
+
+    With j scores at or above s, s exceeds the (j + 1)-th largest of the n i.i.d. scores, so P(S >= s) is at most the
+    true tail beyond that score, which is stochastically at most Beta(j + 1, n - j), with or without ties. Hence it
+    exceeds u with probability at most P(Binomial(n, u) <= j), and u solves that = delta_k (Clopper-Pearson, exact).
+    The bound is computed on a geometric grid of ranks j_0 = 0 < j_1 < ..., and j between two of them takes the larger
+    one's, which is valid because P(S >= s) falls as s rises. The union over the grid spends
+    delta_k = delta / ((k + 1)(k + 2)), which sums to delta and gives half of it to j = 0, where shifts show.
+    """
+    grid = [0]
+    while grid[-1] < n - 1:
+        grid.append(min(n - 1, grid[-1] + 1 + grid[-1] // 3))
+    limits = [_binomial_limit(n, j, delta / ((k + 1) * (k + 2))) for k, j in enumerate(grid)]
+    rising = np.maximum.accumulate(np.array([*limits, 1.0], np.float32))
+    bounds: F32 = rising[np.searchsorted([*grid, n], np.arange(n + 1))]
+    bounds.setflags(write=False)
+    return bounds
+
+
+def _binomial_limit(n: int, j: int, delta: float) -> float:
+    """The largest u with P(Binomial(n, u) <= j) >= delta, by bisection on the exact sum, rounded up."""
+    i = np.arange(j + 1)
+    log_choose = np.concatenate([[0.0], np.cumsum(np.log((n - i[:-1]) / (i[:-1] + 1)))])
+    low, high = j / n, 1.0
+    for _ in range(50):
+        u = (low + high) / 2
+        tail = np.exp(log_choose + i * np.log(u) + (n - i) * np.log1p(-u)).sum()
+        low, high = (u, high) if tail >= delta else (low, u)
+    return high

@@ -1,0 +1,188 @@
+"""From features to hypervectors: every tap projected, bound to its role vector, and bundled.
+
+Rules of this file:
+
+1. The projection is fixed and orthonormal (HDFF: Wilson et al., WACV 2023): a tap's code is scattered to seeded random
+   positions with seeded random signs and transformed by the orthonormal Walsh-Hadamard matrix, so norms are preserved.
+2. A tap's code keeps its direction and its magnitude: `[x / |x|, c * (log|x| - log(d) / 2)]`. Angles alone make shallow
+   taps rank foreign images as familiar.
+3. Binding is elementwise multiplication with +1/-1 role vectors and bundling is the sum (the MAP model).
+4. Everything follows from the policy and the taps: two systems may exchange memories if and only if `digest` is equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptors.hadamard import fwht, permutation, signs
+from edgeear.errors import DataError, UsageError
+from edgeear.types import F32, Features, Tap
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+CHUNK = 64
+"""Samples encoded at once: bounds the scratch memory at CHUNK * slots * dimensions floats."""
+QUIET = 1e-6
+"""Root mean square below which a tap counts as silent: its direction fades to zero, its magnitude stays finite."""
+
+
+@dataclass(frozen=True)
+class SpacePolicy:
+    """What fixes a hypervector space, beside the taps.
+
+    `dimensions` D is a power of two from 2 to 2**20; `shallow_weight` (> 0) multiplies the first half of the taps,
+    whose novelty is mostly sensor noise; `magnitude_scale` c (>= 0) weighs log-magnitude against direction.
+    """
+
+    dimensions: int = 2048
+    seed: int = 0
+    shallow_weight: float = 0.3
+    magnitude_scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        d = self.dimensions
+        if not 2 <= d <= 1 << 20 or d & (d - 1):
+            raise UsageError(f"dimensions is {d}: it must be a power of two from 2 to {1 << 20}")
+        if not (math.isfinite(self.shallow_weight) and self.shallow_weight > 0):
+            raise UsageError(f"shallow_weight is {self.shallow_weight}: it must be finite and above 0")
+        if not (math.isfinite(self.magnitude_scale) and self.magnitude_scale >= 0):
+            raise UsageError(f"magnitude_scale is {self.magnitude_scale}: it must be finite and not below 0")
+
+
+class HypervectorSpace:
+    """The map from the features of pooled `taps` to hypervectors; immutable after construction.
+
+    A slot is one D-vector of the bundle: a tap of up to D - 1 channels has one, a wider tap several.
+    Public tables, all read-only: `index (codes,)` flat position of each code coordinate in `(slots, D)`,
+    `sign (codes,)`, `roles (slots, D)` in {-1, +1}, `weights (slots,)`.
+    Code coordinates are all taps' directions in order, then one magnitude per tap.
+    """
+
+    def __init__(self, taps: Sequence[Tap], policy: SpacePolicy | None = None) -> None:
+        self.taps = tuple(taps)
+        self.policy = policy or SpacePolicy()
+        _check_taps(self.taps)
+        self._widths = np.array([tap.channels for tap in self.taps])
+        self._starts = np.concatenate([[0], np.cumsum(self._widths)[:-1]])
+        self._half_log = 0.5 * np.log(self._widths)
+        self._floor = QUIET * np.sqrt(self._widths)
+        self.slots = tuple(-(-(int(d) + 1) // self.policy.dimensions) for d in self._widths)
+        self.index, self.sign, self.roles, self.weights = _tables(self.taps, self.slots, self.policy)
+        self._bound = _frozen(self.roles * self.weights[:, None])
+
+    @property
+    def dimensions(self) -> int:
+        """D, the length of a hypervector."""
+        return self.policy.dimensions
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (lower-case hex) of the policy and the taps."""
+        text = json.dumps([1, asdict(self.policy), [[t.name, t.shape] for t in self.taps]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode(self, features: Features) -> F32:
+        """Hypervectors `(samples, D)` of the features; taps of other spaces in the mapping are ignored.
+
+        Raises `UsageError` for a missing tap or a wrong shape, `DataError` for NaN or infinity; both name the tap.
+        """
+        code = self.code(features)
+        out = np.empty((len(code), self.dimensions), np.float32)
+        for first in range(0, len(code), CHUNK):
+            out[first : first + CHUNK] = self._bundle(code[first : first + CHUNK])
+        return out
+
+    def code(self, features: Features) -> F32:
+        """Directions and magnitudes before the projection, `(samples, codes)`."""
+        x = np.concatenate(self._read(features), axis=1)
+        norm = np.sqrt(np.add.reduceat(np.square(x, dtype=np.float64), self._starts, axis=1))
+        if not np.isfinite(norm).all():
+            tap = self.taps[int(np.argmin(np.isfinite(norm).all(axis=0)))]
+            raise DataError(f"tap {tap.name} has NaN or infinite features: check the encoder and its input")
+        norm = np.maximum(norm, self._floor)
+        magnitude = self.policy.magnitude_scale * (np.log(norm) - self._half_log)
+        x *= np.repeat((1 / norm).astype(np.float32), self._widths, axis=1)
+        return np.concatenate([x, magnitude.astype(np.float32)], axis=1)
+
+    def unbind(self, h: F32, tap_name: str) -> F32:
+        """Estimate of the tap's directions `(samples, channels)` from hypervectors `(samples, D)`.
+
+        Exact for a space of one slot; otherwise the other slots add cross-talk. Raises `UsageError` for an unknown tap.
+        """
+        at = next((i for i, tap in enumerate(self.taps) if tap.name == tap_name), None)
+        if at is None:
+            raise UsageError(f"tap {tap_name} is not in this space: choose from {[t.name for t in self.taps]}")
+        first, count = sum(self.slots[:at]), self.slots[at]
+        codes = slice(int(self._starts[at]), int(self._starts[at] + self._widths[at]))
+        bound = h[:, None, :] * (self.roles / self.weights[:, None])[first : first + count]
+        flat = fwht(bound).reshape(len(h), count * self.dimensions)
+        out: F32 = flat[:, self.index[codes] - first * self.dimensions] * self.sign[codes]
+        return out
+
+    def _bundle(self, code: F32) -> F32:
+        slots = np.zeros((len(code), *self.roles.shape), np.float32)
+        slots.reshape(len(code), -1)[:, self.index] = code * self.sign
+        bundled: F32 = np.einsum("ntd,td->nd", fwht(slots), self._bound)
+        return bundled
+
+    def _read(self, features: Features) -> list[F32]:
+        """The taps in order, each `(samples, channels)`, or a `UsageError`."""
+        arrays: list[F32] = []
+        for tap in self.taps:
+            if tap.name not in features:
+                raise UsageError(f"tap {tap.name} is missing: the space needs all of {[t.name for t in self.taps]}")
+            x = np.asarray(features[tap.name], np.float32)
+            if x.ndim != 2 or x.shape[1] != tap.channels or (arrays and len(x) != len(arrays[0])):
+                rows = len(arrays[0]) if arrays else "samples"
+                raise UsageError(f"tap {tap.name} has shape {x.shape}: expected ({rows}, {tap.channels})")
+            arrays.append(x)
+        return arrays
+
+
+def _check_taps(taps: tuple[Tap, ...]) -> None:
+    if not taps:
+        raise UsageError("a hypervector space needs at least one tap, got none")
+    for tap in taps:
+        if len(tap.shape) != 1 or tap.channels < 1:
+            raise UsageError(f"tap {tap.name} has shape {tap.shape}: only pooled taps (channels,) can be bundled")
+    if len({tap.name for tap in taps}) < len(taps):
+        raise UsageError(f"tap names repeat: {[tap.name for tap in taps]}")
+
+
+def _tables(
+    taps: tuple[Tap, ...], slots: tuple[int, ...], policy: SpacePolicy
+) -> tuple[NDArray[np.int64], F32, F32, F32]:
+    """`index (codes,)`, `sign (codes,)`, `roles (slots, D)`, `weights (slots,)`: see `HypervectorSpace`."""
+    d, seed, shallow = policy.dimensions, policy.seed, -(-len(taps) // 2) if len(taps) > 1 else 0
+    index: list[NDArray[np.int64]] = []
+    sign: list[F32] = []
+    roles: list[F32] = []
+    weights: list[float] = []
+    for number, (tap, count) in enumerate(zip(taps, slots, strict=True)):
+        places = []
+        for part in range(count):
+            places.append(permutation(seed, f"place/{tap.name}/{part}", d) + len(roles) * d)
+            roles.append(signs(seed, f"role/{tap.name}/{part}", d))
+            weights.append(policy.shallow_weight if number < shallow else 1.0)
+        index.append(np.concatenate(places)[: tap.channels + 1])
+        sign.append(signs(seed, f"sign/{tap.name}", tap.channels + 1))
+    order = [pair[:-1] for pair in index] + [np.array([pair[-1] for pair in index])]
+    flips = [pair[:-1] for pair in sign] + [np.array([pair[-1] for pair in sign])]
+    return (
+        _frozen(np.concatenate(order)),
+        _frozen(np.concatenate(flips)),
+        _frozen(np.stack(roles)),
+        _frozen(np.array(weights, np.float32)),
+    )
+
+
+def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    array.setflags(write=False)
+    return array

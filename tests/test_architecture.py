@@ -1,0 +1,88 @@
+"""What import-linter cannot see: which packages are really loaded when the inference side is imported.
+
+The rules themselves (rooms, purity, who may name torch) are import-linter's contracts in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("adaptors", "edgeear", "firmware_bridge", "device")
+# Not among the base dependencies, and each costs a board tens to hundreds of megabytes.
+HEAVY = ("torch", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
+LEARNING = {"edgeear.torch_space"}
+# The shell's part of it: what serves predictions, and what a board without extras starts.
+INFERENCE_SHELL = {"device.cli", "device.daemon", "device.encoder", "device.folder", "device.store"}
+
+PROBE = """
+import importlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+    loaded = [heavy for heavy in sys.argv[1].split(",") if heavy in sys.modules]
+    if loaded:
+        sys.exit(f"importing {name} loads {', '.join(loaded)}")
+"""
+
+
+def modules(room: str) -> set[str]:
+    """Dotted names of all modules of a room."""
+    files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / room).rglob("*.py"))
+    return {".".join(part for part in path.parts if part != "__init__") for path in files}
+
+
+def probe(*names: str) -> str:
+    """Import `names` in turn in a fresh interpreter; what it complained about, or nothing."""
+    command = [sys.executable, "-c", PROBE, ",".join(HEAVY), *names]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stderr
+
+
+def test_inference_side_loads_no_heavy_package() -> None:
+    core = (modules("edgeear") | modules("firmware_bridge")) - LEARNING
+    shell = INFERENCE_SHELL & modules("device")
+    assert {"edgeear", "device.store"} <= core | shell
+    assert probe(*sorted(core), *sorted(shell)) == ""
+
+
+def test_probe_sees_a_heavy_package_behind_another_import() -> None:
+    assert probe("edgeear", "sklearn.metrics").startswith("importing sklearn.metrics loads ")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_states_its_rules_and_ships_its_types(room: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring is not None and "Rules of this room:" in docstring
+    assert (ROOT / room / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(modules("edgeear") | modules("adaptors")))
+def test_randomness_is_passed_in(name: str) -> None:
+    path = ROOT.joinpath(*name.split("."))
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assert unseeded(source.read_text(encoding="utf-8")) == []
+
+
+def test_unseeded_randomness_is_found() -> None:
+    bad = "np.random.rand(3)\nnp.random.default_rng()\nx.default_rng(None)"
+    assert unseeded(bad) == ["1: np.random.rand", "2: np.random.default_rng", "3: x.default_rng"]
+    assert unseeded("np.random.default_rng(seed).normal()\nnp.random.Generator(bits)") == []
+
+
+def unseeded(source: str) -> list[str]:
+    """Calls that draw from numpy's global state or from the operating system: `line: call`."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    found = [(call.lineno, ast.unparse(call.func)) for call in calls if draws_globally(call)]
+    return [f"{line}: {name}" for line, name in sorted(found)]
+
+
+def draws_globally(call: ast.Call) -> bool:
+    owner, _, name = ast.unparse(call.func).rpartition(".")
+    if name == "default_rng":
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        return not given or ast.unparse(given[0]) == "None"
+    return owner in {"np.random", "numpy.random"} and name[0].islower()

@@ -1,0 +1,155 @@
+"""Novelty: the two statistics against their definitions, out-of-fold calibration, and p-values that keep their word."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeear.errors import DataError, UsageError
+from edgeear.memory import I64, learn
+from edgeear.novelty import LIMIT, Calibration, calibrate, conditional_bounds, detector
+from edgeear.types import F32
+
+CLASSES = ("a", "b")
+M = 8
+
+
+def domain(n: int, seed: int, shift: float = 0.0) -> tuple[F32, I64]:
+    """Two classes on the first two axes of 32 dimensions, with noise."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n)
+    h = rng.normal(shift, 0.3, (n, 32))
+    h[np.arange(n), y] += 2
+    return h.astype(np.float32), y
+
+
+def calibration(values: F32, delta: float = 0.01) -> Calibration:
+    return Calibration(0.0, 1.0, 0.0, 1.0, values, delta)
+
+
+def test_angle_is_one_minus_the_best_cosine() -> None:
+    h, y = domain(50, 0)
+    memory = learn(h, y, CLASSES, M)
+    cosines = h @ memory.prototypes.T / np.linalg.norm(h, axis=1, keepdims=True)
+    np.testing.assert_allclose(detector(memory).angle(h), 1 - cosines.max(axis=1), atol=1e-5)
+
+
+def test_an_absent_class_is_no_prototype() -> None:
+    h, y = domain(50, 0)
+    one = detector(learn(h, y * 0, CLASSES, M))
+    against = -one.prototypes.T
+    np.testing.assert_allclose(one.angle(against), [2], atol=1e-5)
+    np.testing.assert_array_equal(one.angle(np.zeros((1, 32), np.float32)), [1])
+
+
+def test_leverage_is_the_log_mahalanobis_distance_under_shrunk_covariance() -> None:
+    h, y = domain(60, 1)
+    memory = learn(h, y, CLASSES, M)
+    r = 0.02 + 0.3 * M / (M + 60)
+    c = (1 - r) * memory.covariance + r * np.trace(memory.covariance) / M * np.eye(M)
+    z = h[:, :M] - memory.mean
+    expected = np.log(np.einsum("ni,ij,nj->n", z, np.linalg.inv(c), z))
+    np.testing.assert_allclose(detector(memory).leverage(h), expected, atol=1e-4)
+
+
+def test_degenerate_memories_still_score() -> None:
+    h = np.ones((6, 32), np.float32)
+    flat = detector(learn(h, np.zeros(6, np.int64), CLASSES, M))
+    for score in (flat.angle(h), flat.leverage(h), flat.leverage(h * 3)):
+        assert np.isfinite(score).all()
+    held = calibrate(h, np.zeros(6, np.int64), CLASSES, M, seed=0)
+    assert np.isfinite(held.values).all()
+    with pytest.raises(DataError, match="0 samples"):
+        detector(learn(h[:0], np.zeros(0, np.int64), CLASSES, M))
+
+
+def test_calibration_is_out_of_fold() -> None:
+    h, y = domain(40, 2)
+    held = calibrate(h, y, CLASSES, M, folds=40, seed=0)
+    expected = []
+    for i in range(40):
+        rest = np.arange(40) != i
+        one = detector(learn(h[rest], y[rest], CLASSES, M))
+        expected.append((one.angle(h[i : i + 1])[0], one.leverage(h[i : i + 1])[0]))
+    a, b = np.array(expected).T
+    assert held.angle_mean == pytest.approx(a.mean(), abs=1e-5)
+    assert held.leverage_deviation == pytest.approx(b.std(), abs=1e-4)
+    novelty = (a - a.mean()) / a.std() + (b - b.mean()) / b.std()
+    np.testing.assert_allclose(held.values, np.sort(novelty), atol=1e-3)
+
+
+def test_calibration_is_a_function_of_its_seed() -> None:
+    h, y = domain(40, 2)
+    first, again, other = (calibrate(h, y, CLASSES, M, seed=s).values for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_false_ood_rate_on_fresh_inputs_is_near_its_level_and_a_shift_is_ood() -> None:
+    h, y = domain(400, 3)
+    held, known = calibrate(h, y, CLASSES, M, seed=0), detector(learn(h, y, CLASSES, M))
+    fresh = held.verdict(held.novelty(known, domain(4000, 4)[0]), alpha=0.05)
+    assert 0.01 < fresh.ood.mean() < 0.08
+    np.testing.assert_array_equal(fresh.ood, fresh.p <= np.float32(0.05))
+    foreign = held.verdict(held.novelty(known, domain(400, 5, shift=1.0)[0]))
+    assert foreign.ood.mean() > 0.95
+    assert foreign.novelty.mean() > fresh.novelty.mean()
+
+
+def test_p_values_count_the_calibration_values_at_or_above() -> None:
+    held = calibration(np.array([3, 1, 2, 2, 5], np.float32))
+    novelty = np.array([0, 2, 2.5, 5, 6, np.nan], np.float32)
+    np.testing.assert_allclose(held.p_value(novelty), np.array([6, 5, 3, 2, 1, 1]) / 6, rtol=1e-6)
+    bounds = conditional_bounds(5, 0.01)
+    np.testing.assert_array_equal(held.conditional_p_value(novelty), bounds[[5, 4, 2, 1, 0, 0]])
+
+
+@given(st.integers(5, 300), st.floats(0.001, 0.5))
+def test_conditional_bounds_are_monotone_and_above_the_conformal_ones(n: int, delta: float) -> None:
+    bounds = conditional_bounds(n, delta)
+    assert bounds.shape == (n + 1,) and bounds[-1] == 1 and bounds[0] > 0
+    assert (np.diff(bounds) >= 0).all()
+    assert (bounds >= np.arange(n + 1) / n - 1e-6).all()
+    assert bounds[0] == pytest.approx(1 - (delta / 2) ** (1 / n), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_conditional_bounds_hold_for_all_thresholds_at_once(n: int) -> None:
+    """True tails are known for uniform scores: the bound fails for some threshold in at most delta of the sets."""
+    rng, delta, trials = np.random.default_rng(0), 0.1, 4000
+    scores = np.sort(rng.random((trials, n)), axis=1)[:, ::-1]
+    # The worst threshold with j scores at or above it lies just above the (j + 1)-th largest score.
+    failed = (1 - scores > conditional_bounds(n, delta)[:n]).any(axis=1).mean()
+    assert 0.01 < failed <= delta + 3 * np.sqrt(delta * (1 - delta) / trials)
+
+
+def test_too_few_samples_or_folds_are_refused() -> None:
+    h, y = domain(4, 0)
+    with pytest.raises(DataError, match=r"4 samples .* at least 5"):
+        calibrate(h, y, CLASSES, M, seed=0)
+    with pytest.raises(UsageError, match="folds is 1"):
+        calibrate(*domain(10, 0), CLASSES, M, folds=1, seed=0)
+    assert len(calibrate(*domain(5, 0), CLASSES, M, folds=9, seed=0).values) == 5
+
+
+def test_unusable_calibrations_are_refused() -> None:
+    good = np.zeros(5, np.float32)
+    for values in (good[:4], good * np.nan):
+        with pytest.raises(DataError, match="calibration values"):
+            calibration(values)
+    for delta in (0.0, 1.0):
+        with pytest.raises(UsageError, match="delta"):
+            calibration(good, delta)
+
+
+def test_calibration_is_bounded_and_unaliased() -> None:
+    h, y = domain(LIMIT + 50, 6)
+    before = h.copy()
+    assert len(calibrate(h, y, CLASSES, 2, seed=0).values) == LIMIT
+    np.testing.assert_array_equal(h, before)
+    values = np.arange(5, dtype=np.float32)
+    held = calibration(values)
+    values[:] = 9
+    np.testing.assert_array_equal(held.values, np.arange(5))
