@@ -168,7 +168,8 @@ class Head(nn.Module):
         gain = (2.0 * self.spec.bandwidth * n) ** 0.5
         phase = self.phase
         assert isinstance(phase, Tensor)
-        return torch.cos(y * gain + phase) * (2.0 / self.spec.width) ** 0.5
+        code: Tensor = torch.cos(y * gain + phase) * (2.0 / self.spec.width) ** 0.5
+        return code
 
     def _mlp(self, x: Tensor) -> Tensor:
         for i in range(self.spec.depth):
@@ -201,7 +202,8 @@ class Head(nn.Module):
         """Class scores of codes: linear, or scaled cosine similarity to the class prototypes."""
         weight, bias = self.matrices["readout"], self.biases["readout"]
         if self.spec.reconfigurator == "prototypes":
-            return F.linear(code, F.normalize(weight, dim=1, eps=1e-6)) * PROTOTYPE_SCALE + bias
+            cosine: Tensor = F.linear(code, F.normalize(weight, dim=1, eps=1e-6))
+            return cosine * PROTOTYPE_SCALE + bias
         return F.linear(code, weight, bias)
 
     def forward(self, taps: TapTensors) -> Tensor:

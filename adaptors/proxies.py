@@ -69,10 +69,10 @@ class Proxy(Protocol):
 
 
 def kernel_loo(gram: Tensor, targets: Tensor, strengths: NDArray[np.float64]) -> float:
-    """Least leave-one-out mean squared error of kernel ridge over a grid of ridge strengths, `gram (n, n)`.
+    """Least leave-one-out mean squared error of kernel ridge over a grid of ridge strengths; centred `gram (n, n)`.
 
     With K = U S U' the hat matrix is U diag(s / (s + l)) U', and leave-one-out residuals follow without refitting
-    (Allen's PRESS): r_i / (1 - H_ii). Directions of large eigenvalue that align with the labels lower the error;
+    (Allen's PRESS): r_i / (1 - H_ii), where centring adds 1/n to H_ii. Directions of large eigenvalue that align with the labels lower the error;
     directions that only spread spectrum raise H_ii and with it the price of noise."""
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
@@ -80,7 +80,7 @@ def kernel_loo(gram: Tensor, targets: Tensor, strengths: NDArray[np.float64]) ->
     best = np.inf
     for strength in strengths * max(float(values.sum()) / 10, 1e-12):
         keep = values / (values + strength)
-        leverage = (vectors.square() @ keep).clamp(0, 1 - 1e-6)
+        leverage = (vectors.square() @ keep + 1 / len(gram)).clamp(0, 1 - 1e-6)
         residual = (targets - vectors @ (keep[:, None] * aligned)) / (1 - leverage)[:, None]
         best = min(best, float(residual.square().mean()))
     return float(best)

@@ -95,7 +95,8 @@ th,td{padding:6px 20px 6px 0;border-bottom:1px solid var(--line);vertical-align:
 tbody tr:last-child>*{border-bottom:0}td.n,th.n{text-align:right}.wide .n,.wide .k{width:1%;white-space:nowrap}
 .wide tr>:last-child{padding-right:0}
 .heat{border-collapse:separate;border-spacing:3px}
-.heat th,.heat td{border:0;padding:7px 8px}.heat th{max-width:220px}.heat tr>:first-child{padding-left:0;text-align:left}
+.heat th,.heat td{border:0;padding:7px 8px}.heat th{max-width:220px}
+.heat tr>:first-child{padding-left:0;text-align:left}
 .heat td{min-width:66px;white-space:nowrap;text-align:center;border-radius:6px;
 background:rgb(var(--heat)/calc(var(--v)*.5))}
 .heat td.off{background:rgb(var(--bad)/calc(var(--v)*.75))}

@@ -288,6 +288,12 @@ def test_shots_depend_on_seed_and_own_class_only_and_nest() -> None:
     assert set(alone) == {item for item in five if item.label == 1}
 
 
+def test_classes_do_not_share_their_shots_places() -> None:
+    picked = shots(items_of({0: 30, 1: 30}), 10, seed=1)
+    names = [{item.path.name for item in picked if item.label == label} for label in (0, 1)]
+    assert names[0] != names[1]
+
+
 @pytest.mark.parametrize(("k", "seed"), [(0, 0), (-1, 0), (1, -1)])
 def test_impossible_shots_are_refused(k: int, seed: int) -> None:
     with pytest.raises(UsageError, match="shots"):
@@ -499,6 +505,12 @@ def test_every_number_type_gives_the_same_picture(convert: Callable[[U8], NDArra
     assert np.array_equal(frame_of(npy(convert(pixels)), ".npy"), pixels)
     grey = pixels[..., 0]
     assert np.array_equal(frame_of(npy(convert(grey)), ".npy"), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_are_rounded() -> None:
+    steps = np.array([[128, 129, 65535 - 129, 65535 - 128]] * 4, np.uint16)
+    frame = decode_bytes(npy(steps), Path("a.npy"), (4, 4))
+    assert frame[0, :, 0].tolist() == [0, 1, 254, 255]
 
 
 def test_a_mask_is_black_and_white() -> None:

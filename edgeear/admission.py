@@ -1,0 +1,69 @@
+"""The one door: what a new or changed domain must prove before it may serve.
+
+With a frozen encoder and frozen old heads the only way left to forget is a new domain winning an old domain's inputs
+at the router. So every old domain's stored codes are replayed through the new route, and the share that changes hands
+is bounded by `SystemPolicy.steal`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeear.router import router
+from edgeear.system import Candidate, Domain, Rejected, System
+
+
+def admit(system: System, domain: Domain) -> Candidate | Rejected:
+    """A system with `domain` grown, or every reason against it."""
+    reasons = [*_misfits(system, domain)]
+    if reasons:
+        return Rejected(domain.name, tuple(reasons))
+    grown = system.grown(domain)
+    lost = replay(system, grown)
+    policy = system.policy
+    for name, share in lost.items():
+        if share > policy.steal:
+            reasons.append(
+                f"takes {share:.1%} of the inputs of {name!r}, at most {policy.steal:.1%} allowed: "
+                "collect more samples, or merge the two domains if they are one"
+            )
+    own = float((router([d.memory for d in grown.domains]).route(_codes(domain)) == _index(grown, domain.name)).mean())
+    if own < policy.own:
+        reasons.append(
+            f"wins only {own:.1%} of its own inputs, at least {policy.own:.1%} needed: it is not a new domain"
+        )
+    return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(grown, lost)
+
+
+def replay(old: System, new: System) -> dict[str, float]:
+    """Per old domain: the share of its codes that the old route gave to it and the new route gives to another."""
+    lost = {}
+    for domain in old.domains:
+        codes = _codes(domain)
+        before = old.router.route(codes) == _index(old, domain.name)
+        after = new.router.route(codes) == _index(new, domain.name)
+        lost[domain.name] = float((before & ~after).mean())
+    return lost
+
+
+def _codes(domain: Domain) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return domain.codes.astype(np.float32)
+
+
+def _index(system: System, name: str) -> int:
+    return system.names.index(name)
+
+
+def _misfits(system: System, domain: Domain) -> list[str]:
+    reasons = []
+    if domain.memory.dimensions != system.space.dimensions or domain.memory.m != system.policy.memory_dimensions:
+        reasons.append(
+            f"memory of (D, m) {(domain.memory.dimensions, domain.memory.m)} does not fit this system's "
+            f"{(system.space.dimensions, system.policy.memory_dimensions)}"
+        )
+    for array, what in ((domain.memory.class_sums, "memory"), (domain.codes, "codes")):
+        if not np.isfinite(array).all():
+            reasons.append(f"{what} of {domain.name!r} holds NaN or infinity")
+    if len(domain.codes) == 0:
+        reasons.append("no calibration codes: nothing could be replayed later")
+    return reasons

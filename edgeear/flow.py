@@ -1,0 +1,147 @@
+"""The whole flow of edgeear; read this file first.
+
+    infer(system, frame)     encode -> hypervector -> route -> verdict -> predict -> observe -> maybe a Shift
+    adapt(system, samples)   budget -> rank search space -> train the winner -> learn memory -> admit
+    install(system, domain)  compatible? -> admit
+
+A candidate becomes live through `commit`, permanent through `confirm`, undone through `rollback` (system.py). All of it
+is pure: no clock, no disk, no network; the seed is an argument and progress is a callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeear.admission import admit
+from edgeear.errors import DataError, UsageError
+from edgeear.memory import learn
+from edgeear.novelty import calibrate
+from edgeear.shift import Shift, ShiftState, observe
+from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
+from edgeear.types import F32, U8, Features
+
+if TYPE_CHECKING:
+    from adaptors.search import SearchPolicy
+    from adaptors.search_space import Budget
+    from adaptors.train import TrainPolicy
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """Route and verdict of a batch; arrays `(samples,)`. `conditional_p` is what the shift test takes."""
+
+    route: NDArray[np.int64]
+    novelty: F32
+    p: F32
+    conditional_p: F32
+    ood: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Answer for one frame. `label` and `route` are None when no head serves (no domain yet, or abstained)."""
+
+    label: str | None
+    scores: F32
+    route: str | None
+    novelty: float
+    p: float
+    ood: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Labelled samples of a new domain: `views` are the same samples as served and, if any, augmented;
+    `labels (samples,)` index `classes`."""
+
+    name: str
+    views: Sequence[Features]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdaptPolicy:
+    """What an adaptation may cost: None stands for the defaults of the search room."""
+
+    budget: Budget | None = None
+    search: SearchPolicy | None = None
+    train: TrainPolicy | None = None
+    spatial: bool = field(default=True)
+
+
+def judge(system: System, h: F32) -> Judgement:
+    """Route hypervectors `(samples, D)` and say how well the best contenders explain them."""
+    n, scores = len(h), system.router.scores(h)
+    contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
+    best_p, best_c, novelty = np.zeros(n, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
+    for k, domain in enumerate(system.domains):
+        rows = np.flatnonzero((contenders == k).any(axis=1))
+        if len(rows) == 0:
+            continue
+        own = domain.calibration.novelty(domain.detector, h[rows])
+        best_p[rows] = np.maximum(best_p[rows], domain.calibration.p_value(own))
+        best_c[rows] = np.maximum(best_c[rows], domain.calibration.conditional_p_value(own))
+        novelty[rows] = np.minimum(novelty[rows], own)
+    return Judgement(contenders[:, 0], novelty, best_p, best_c, best_p <= system.policy.alpha)
+
+
+def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple[Prediction, ShiftState, Shift | None]:
+    """One step of the stream. Before the first domain is learned everything is out of distribution."""
+    if not system.domains:
+        return Prediction(None, np.zeros(0, np.float32), None, float("inf"), 0.0, True), state, None
+    wanted = {t for d in system.domains for t in system.taps_for(d)}
+    pooled = tuple(t.name for t in system.space.taps)
+    features = engine.encode(frame, (*pooled, *sorted(wanted.difference(pooled))))
+    h = system.space.encode(features)
+    verdict = judge(system, h)
+    state, shift = observe(state, float(verdict.conditional_p[0]), system.policy.shift)
+    facts = (float(verdict.novelty[0]), float(verdict.p[0]), bool(verdict.ood[0]))
+    if verdict.p[0] < system.policy.abstain_below:
+        return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift
+    domain = system.domains[int(verdict.route[0])]
+    features[HYPERVECTOR] = h[:, : system.policy.memory_dimensions]
+    scores = engine.scores(domain.head, features)[0]
+    return Prediction(domain.head.classes[int(scores.argmax())], scores, domain.name, *facts), state, shift
+
+
+def adapt(
+    system: System, samples: Samples, policy: AdaptPolicy, seed: int, on_progress: Progress = lambda *_: None
+) -> Candidate | Rejected:
+    """Grow a head for a new domain. Needs torch (`pip install edgeear[learn]`); raises EmptyBudget when nothing fits."""
+    from edgeear.growth import grow_head
+
+    if len(samples.labels) == 0:
+        raise DataError(f"domain {samples.name!r} has no labelled samples: label at least five")
+    head, growth = grow_head(samples, policy, seed, on_progress)
+    on_progress("memory", 0, 1)
+    plain = samples.views[0]
+    h = system.space.encode(plain)
+    m = system.policy.memory_dimensions
+    memory = learn(h, samples.labels, samples.classes, m)
+    calibration = calibrate(h, samples.labels, samples.classes, m, seed=seed)
+    kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
+    domain = Domain(samples.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)
+    on_progress("memory", 1, 1)
+    return admit(system, domain)
+
+
+def install(system: System, domain: Domain, encoder_digest: str, space_digest: str) -> Candidate | Rejected:
+    """Admit a domain learned elsewhere, if it was learned on the same encoder and in the same hypervector space."""
+    for what, theirs, ours in (
+        ("encoder", encoder_digest, system.encoder_digest),
+        ("hypervector space", space_digest, system.space.digest),
+    ):
+        if theirs != ours:
+            return Rejected(domain.name, (f"made for {what} {theirs[:12]}, this board has {ours[:12]}",))
+    if domain.head.spec.inputs and not domain.head.classes:
+        raise UsageError(f"domain {domain.name!r} has a head without classes")
+    return admit(system, domain)

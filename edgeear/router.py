@@ -1,0 +1,52 @@
+"""Which domain an input belongs to, among those that were learned.
+
+Linear discriminant analysis between domains on the first m coordinates of the hypervector, solved from the domains'
+memories alone: means and the average within-domain covariance are all it needs. One matrix product routes an input,
+so time grows by m multiply-accumulates a domain, and learning a domain never needs another domain's samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeear.memory import DomainMemory
+from edgeear.types import F32
+
+SHRINKAGE = 0.2
+"""Weight of the diagonal in the within-domain covariance."""
+FLOOR = 1e-3
+"""Ridge on the diagonal relative to the mean variance, against dead coordinates."""
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """`weights (m, domains)` and `bias (domains,)`: discriminant scores of hypervectors."""
+
+    weights: F32
+    bias: F32
+
+    def scores(self, h: F32) -> F32:
+        """Discriminant scores `(samples, domains)` of hypervectors `(samples, D)` (or their first m coordinates)."""
+        out: F32 = h[:, : len(self.weights)] @ self.weights + self.bias
+        return out
+
+    def route(self, h: F32) -> NDArray[np.int64]:
+        """Index of the most likely domain `(samples,)`."""
+        return self.scores(h).argmax(axis=1).astype(np.int64)
+
+
+def router(memories: Sequence[DomainMemory]) -> Router:
+    """The router between one or more domains; domains count equally, however many samples each has."""
+    m = memories[0].m
+    within = np.mean([d.covariance for d in memories], axis=0)
+    variance = np.diag(within)
+    level = max(float(variance.mean()), 1e-12)
+    shrunk = (1 - SHRINKAGE) * within + np.diag(SHRINKAGE * variance + FLOOR * level)
+    means = np.stack([d.mean for d in memories], axis=1)
+    weights = np.linalg.solve(shrunk, means).reshape(m, len(memories))
+    bias = -0.5 * (weights * means).sum(axis=0)
+    return Router(weights.astype(np.float32), bias.astype(np.float32))

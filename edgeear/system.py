@@ -1,0 +1,170 @@
+"""Everything learned, as one immutable value, and the only ways to get from one generation to the next.
+
+1. A `System` never changes; growing makes a new one that shares the old domains object for object, so old heads are
+   bit-identical by construction.
+2. Only `admit` (admission.py) makes a `Candidate`; only `commit` makes it live, on probation; `confirm` makes it
+   permanent; `rollback` undoes it. Nothing else changes what serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from adaptors.archive import HeadArchive
+from numpy.typing import NDArray
+
+from edgeear.errors import UsageError
+from edgeear.memory import DomainMemory
+from edgeear.novelty import Calibration, Detector, detector
+from edgeear.router import Router, router
+from edgeear.shift import ShiftPolicy
+from edgeear.space import HypervectorSpace
+from edgeear.types import F32, Features
+
+HYPERVECTOR = "hypervector"
+"""Pseudo-tap: the first m coordinates of the hypervector, which heads may read like any pooled tap."""
+
+
+@dataclass(frozen=True)
+class SystemPolicy:
+    """Rates and bounds that hold for a whole system.
+
+    `alpha`: false-OOD rate of a verdict. `memory_dimensions`: m of the second-order memory. `contenders`: how many of
+    the router's best domains are asked for a verdict. `codes`: calibration codes kept of a domain for replay.
+    `steal`: largest share of an old domain's codes that a new domain may take. `own`: least share of its own codes that
+    a new domain must win. `abstain_below`: conformal p under which no head serves (0: always serve)."""
+
+    alpha: float = 0.05
+    memory_dimensions: int = 512
+    contenders: int = 2
+    codes: int = 128
+    steal: float = 0.10
+    own: float = 0.5
+    abstain_below: float = 0.0
+    shift: ShiftPolicy = field(default_factory=ShiftPolicy)
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """One learned domain: its head, its memory, its calibration and the codes `(codes, m)` float16 kept for replay.
+
+    `growth` is the JSON-able record of how it was grown: figures for reports, never read by the flow."""
+
+    name: str
+    head: HeadArchive
+    memory: DomainMemory
+    calibration: Calibration
+    codes: NDArray[np.float16]
+    growth: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def detector(self) -> Detector:
+        return detector(self.memory)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes kept of this domain, head included."""
+        memory = self.memory.class_sums.nbytes // 2 + self.memory.gram.nbytes // 4
+        return memory + self.codes.nbytes + self.calibration.values.nbytes + len(self.head.onnx)
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """One generation: the encoder it belongs to, the hypervector space, and the domains in the order learned."""
+
+    encoder_digest: str
+    space: HypervectorSpace
+    policy: SystemPolicy = field(default_factory=SystemPolicy)
+    domains: tuple[Domain, ...] = ()
+    generation: int = 0
+
+    @cached_property
+    def router(self) -> Router:
+        return router([d.memory for d in self.domains])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(d.name for d in self.domains)
+
+    def domain(self, name: str) -> Domain:
+        """The domain called `name`; raises UsageError naming those there are."""
+        for d in self.domains:
+            if d.name == name:
+                return d
+        raise UsageError(f"no domain {name!r}; learned so far: {', '.join(self.names) or 'none'}")
+
+    def grown(self, domain: Domain) -> System:
+        """The next generation, with `domain` added, or put in the place of the one with its name."""
+        if domain.name in self.names:
+            kept = tuple(domain if d.name == domain.name else d for d in self.domains)
+        else:
+            kept = (*self.domains, domain)
+        return replace(self, domains=kept, generation=self.generation + 1)
+
+    def taps_for(self, domain: Domain) -> tuple[str, ...]:
+        """Encoder taps that the head of `domain` reads."""
+        return tuple(t for t in domain.head.spec.inputs if t != HYPERVECTOR)
+
+
+class Engine(Protocol):
+    """What the flow needs of the machine: the frozen encoder and the heads, as pure functions."""
+
+    def encode(self, frame: NDArray[np.uint8], taps: tuple[str, ...]) -> dict[str, F32]:
+        """Features of one frame `(height, width, 3)`, batch of one."""
+
+    def scores(self, head: HeadArchive, features: Features) -> F32:
+        """Class scores `(samples, classes)` of a head."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A system that passed admission; `replay` maps each old domain to the share of its codes that changed route."""
+
+    system: System
+    replay: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why a domain was not admitted; the live system is untouched."""
+
+    domain: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """The serving generation and the confirmed one to fall back to; they differ exactly during probation."""
+
+    serving: System
+    confirmed: System
+
+    @property
+    def probation(self) -> bool:
+        return self.serving is not self.confirmed
+
+
+def commit(live: Live, candidate: Candidate) -> Live:
+    """Make an admitted candidate serve, on probation. Refused while another one is on probation, or if it was admitted
+    against a generation that no longer serves."""
+    if live.probation:
+        raise UsageError(f"generation {live.serving.generation} is on probation: confirm it or roll back first")
+    if candidate.system.generation != live.serving.generation + 1:
+        raise UsageError(
+            f"candidate is generation {candidate.system.generation}, but {live.serving.generation} serves: admit again"
+        )
+    return Live(candidate.system, live.confirmed)
+
+
+def confirm(live: Live) -> Live:
+    """End probation: the serving generation becomes the one to fall back to."""
+    return Live(live.serving, live.serving)
+
+
+def rollback(live: Live) -> Live:
+    """Serve the confirmed generation again."""
+    return Live(live.confirmed, live.confirmed)
