@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 
+TURN = 2 * np.pi / 65536
+"""Radians of one step of a phase word."""
+
 
 def fwht(x: F32) -> F32:
     """Orthonormal Walsh-Hadamard transform of the last axis: `(..., n) -> (..., n)`, n a power of two.
@@ -45,6 +48,19 @@ def permutation(seed: int, label: str, n: int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
+def phase_words(seed: int, width: int) -> NDArray[np.uint16]:
+    """`(width,)` seeded words; word / 65536 of a turn is a phase of the Fourier hypervector.
+
+    Each takes 16 signs, most significant bit first; a set bit is +1."""
+    bits = signs(seed, "fourier/phase", 16 * width).reshape(width, 16) > 0
+    return (bits @ (1 << np.arange(15, -1, -1))).astype(np.uint16)
+
+
+def signs_to_phase(seed: int, width: int) -> F32:
+    """The phases of `phase_words` in [0, 2 pi)."""
+    return (phase_words(seed, width) * TURN).astype(np.float32)
+
+
 def _stream(seed: int, label: str, count: int) -> bytes:
     return hashlib.shake_256(f"{seed}/{label}".encode()).digest(count)
 
@@ -55,14 +71,14 @@ def factors(n: int) -> tuple[F32, F32]:
     if n < 1 or n & (n - 1):
         raise ValueError(f"length {n} is not a power of two: pad to {1 << max(n, 1).bit_length()}")
     a = 1 << (n.bit_length() - 1) // 2
-    left, right = _hadamard(a), _hadamard(n // a) / np.float32(np.sqrt(n))
+    left, right = sylvester(a), sylvester(n // a) / np.float32(np.sqrt(n))
     left.setflags(write=False)
     right.setflags(write=False)
     return left, right
 
 
-def _hadamard(n: int) -> F32:
-    """The `(n, n)` Sylvester matrix of +1 and -1."""
+def sylvester(n: int) -> F32:
+    """The `(n, n)` Hadamard matrix of +1 and -1 in Sylvester's order, n a power of two."""
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

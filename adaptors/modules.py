@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptors.hadamard import factors, signs
+from adaptors.hadamard import factors, signs, signs_to_phase
 from adaptors.spec import (
     PROTOTYPE_DIMENSIONS,
+    PROTOTYPE_SCALE,
     HeadSpec,
     TapShapes,
     adapted_width,
@@ -28,9 +29,6 @@ from adaptors.spec import (
 
 Weights = dict[str, NDArray[np.float32]]
 TapTensors = Mapping[str, Tensor]
-
-PROTOTYPE_SCALE = 16.0
-"""Inverse temperature of the cosine similarities, fixed."""
 
 
 def fwht(x: Tensor) -> Tensor:
@@ -202,29 +200,24 @@ class Head(nn.Module):
         """Class scores of codes: linear, or scaled cosine similarity to the class prototypes."""
         weight, bias = self.matrices["readout"], self.biases["readout"]
         if self.spec.reconfigurator == "prototypes":
-            cosine: Tensor = F.linear(code, F.normalize(weight, dim=1, eps=1e-6))
-            return cosine * PROTOTYPE_SCALE + bias
+            cosine = F.linear(code, F.normalize(weight, dim=1, eps=1e-6))
+            return torch.add(bias, cosine, alpha=PROTOTYPE_SCALE)
         return F.linear(code, weight, bias)
 
     def forward(self, taps: TapTensors) -> Tensor:
         scores: Tensor = self.read(self.code(self.adapted(taps)))
         return scores
 
+    def _arrays(self) -> dict[str, Tensor]:
+        arrays: dict[str, Tensor] = {f"matrix.{k}": v for k, v in self.matrices.items()}
+        return arrays | {f"bias.{k}": v for k, v in self.biases.items()} | {"shift": self.shift, "scale": self.scale}
+
     def weights(self) -> Weights:
         """All learned and fitted arrays by name; what the archive stores."""
-        arrays = {f"matrix.{k}": v for k, v in self.matrices.items()} | {f"bias.{k}": v for k, v in self.biases.items()}
-        arrays |= {"shift": self.shift, "scale": self.scale}
-        return {k: v.detach().numpy().astype(np.float32).copy() for k, v in arrays.items()}
+        return {k: v.detach().numpy().astype(np.float32).copy() for k, v in self._arrays().items()}
 
     def load(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        """Inverse of `weights`; raises KeyError on a missing array."""
+        """Set the named arrays, all or some of `weights()`; raises KeyError on a name that the head does not have."""
+        arrays = self._arrays()
         for name, value in weights.items():
-            kind, _, key = name.partition(".")
-            target = {"matrix": self.matrices, "bias": self.biases}[kind][key] if key else getattr(self, kind)
-            target.data.copy_(torch.from_numpy(np.ascontiguousarray(value)))
-
-
-def signs_to_phase(seed: int, width: int) -> NDArray[np.float32]:
-    """Seeded phases in [0, 2 pi): 16 sign bits a phase, so that they too depend on the seed alone."""
-    bits = signs(seed, "fourier/phase", 16 * width).reshape(width, 16) > 0
-    return (bits @ (0.5 ** np.arange(1, 17)) * 2 * np.pi).astype(np.float32)
+            arrays[name].data.copy_(torch.from_numpy(np.ascontiguousarray(value)))

@@ -72,8 +72,8 @@ def kernel_loo(gram: Tensor, targets: Tensor, strengths: NDArray[np.float64]) ->
     """Least leave-one-out mean squared error of kernel ridge over a grid of ridge strengths; centred `gram (n, n)`.
 
     With K = U S U' the hat matrix is U diag(s / (s + l)) U', and leave-one-out residuals follow without refitting
-    (Allen's PRESS): r_i / (1 - H_ii), where centring adds 1/n to H_ii. Directions of large eigenvalue that align with the labels lower the error;
-    directions that only spread spectrum raise H_ii and with it the price of noise."""
+    (Allen's PRESS): r_i / (1 - H_ii), where centring adds 1/n to H_ii. Directions of large eigenvalue that align with
+    the labels lower the error; directions that only spread spectrum raise H_ii and with it the price of noise."""
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
     aligned = vectors.T @ targets
@@ -121,13 +121,13 @@ def synflow(probe: Probe) -> float | None:
     output = head.forward({t: torch.ones_like(probe.taps[t][:1]) for t in probe.spec.inputs}).sum()
     weights = list(head.matrices.values())
     grads = torch.autograd.grad(output, weights)
-    return float(torch.log1p(sum((w * g).abs().sum() for w, g in zip(weights, grads, strict=True))))
+    return float(torch.log1p(sum((w.detach() * g).abs().sum() for w, g in zip(weights, grads, strict=True))))
 
 
 def snip(probe: Probe) -> float | None:
     """Sum of |weight * gradient| of the loss: the connection sensitivity."""
     grads = probe.gradients()
-    return float(sum((probe.head.matrices[n] * g).abs().sum() for n, g in grads.items()))
+    return float(sum((probe.head.matrices[n].detach() * g).abs().sum() for n, g in grads.items()))
 
 
 def grad_norm(probe: Probe) -> float | None:

@@ -76,7 +76,7 @@ def search(
             scored.append(Scored(spec, price, score if score is not None and np.isfinite(score) else None))
             if on_progress:
                 on_progress(len(scored), len(candidates))
-    ranking = tuple(sorted(scored, key=_order))
+    ranking = _cheap_first(sorted(scored, key=_order), policy.tie)
     return SearchResult(ranking, _explain(ranking, policy))
 
 
@@ -93,6 +93,16 @@ def single_thread() -> Iterator[None]:
 
 def _order(s: Scored) -> tuple[float, int, str]:
     return (np.inf if s.score is None else -s.score, s.cost.parameters, str(s.spec))
+
+
+def _cheap_first(ranking: list[Scored], tie: float) -> tuple[Scored, ...]:
+    """The best-first `ranking`, with the cheapest of those that tie with its head moved to the front."""
+    top = ranking[0].score
+    if top is None:
+        return tuple(ranking)
+    tied = [s for s in ranking if s.score is not None and s.score >= top - tie * abs(top)]
+    pick = min(tied, key=lambda s: s.cost.parameters)
+    return (pick, *(s for s in ranking if s is not pick))
 
 
 def balanced(labels: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.int64]:
@@ -112,7 +122,7 @@ def _explain(ranking: tuple[Scored, ...], policy: SearchPolicy) -> str:
     if not scores:
         return f"proxy {policy.proxy!r} is undefined for all {len(ranking)} heads; the smallest was taken"
     return (
-        f"{best.spec.operator} head over {len(best.spec.inputs)} tap(s) with a {best.spec.reconfigurator} reconfigurator: "
+        f"{best.spec.operator} head over {len(best.spec.inputs)} tap(s), {best.spec.reconfigurator} reconfigurator: "
         f"best {policy.proxy} score {best.score:.4g} of {len(ranking)} heads (median {np.median(scores):.4g}), "
         f"{best.cost.parameters} parameters, {best.cost.latency_ms:.2f} ms predicted"
     )

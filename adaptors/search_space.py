@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import numpy as np
 
 from adaptors.spec import Cost, HeadSpec, TapShapes, cost
+
+Axis = tuple[tuple[str, ...], list[tuple[object, ...]]]
+"""Fields set together, and the values they may take together."""
+Family = list[Axis]
 
 
 @dataclass(frozen=True)
@@ -59,30 +64,36 @@ class SearchSpace:
         sets = {tuple(g[-k:]) for g in groups for k in range(1, len(g) + 1)}
         return sorted(sets, key=lambda s: (len(s), s))
 
-    def _families(self) -> list[list[tuple[str, list[object]]]]:
-        """Each family: field name -> choices; the space is the union of their products."""
-        spatial: list[object] = [t for t, s in self.shapes.items() if len(s) == 3]
-        vectors = list(self.tap_sets())
-        short: list[object] = [(), *(s for s in vectors if len(s) <= 3)]
-        common: list[tuple[str, list[object]]] = [("normalisation", ["standard", "unit"]), ("bits", [32, 8])]
-        extra: tuple[str, list[object]] = ("spatial", [None, *spatial])
-        taps: tuple[str, list[object]] = ("taps", list(vectors))
-        closed: tuple[str, list[object]] = ("reconfigurator", ["ridge", "prototypes"])
-        pool: tuple[str, list[object]] = ("pool", ["average", "max", "gem", "pyramid"])
-        flags: list[tuple[str, list[object]]] = [("residual", [False, True]), ("activation", ["relu", "hardswish"])]
-        depth: tuple[str, list[object]] = ("depth", [1, 2])
+    def _families(self) -> list[Family]:
+        """The space is the union of the families' products. An axis may set several fields at once, where a field
+        means something only for some values of another; so no two specs are the same head."""
+        spatial = [t for t, s in self.shapes.items() if len(s) == 3]
+        vectors = self.tap_sets()
+        short: list[tuple[str, ...]] = [(), *(s for s in vectors if len(s) <= 3)]
+        pools = ("average", "max", "gem", "pyramid")
+        pooled = [(None, "average"), *product(spatial, pools)]
+        closed, trained = (
+            _axis("reconfigurator", "ridge", "prototypes"),
+            _axis("reconfigurator", "linear", "prototypes"),
+        )
+        activation, residual = _axis("activation", "relu", "hardswish"), _axis("residual", False, True)
+        common = [_axis("normalisation", "standard", "unit"), _axis("bits", 32, 8)]
+        taps = _axis("taps", *vectors)
+        fourier = [_axis("width", 1024, 2048, 4096, 8192), _axis("bandwidth", 0.1, 0.3, 1.0)]
+        layers: Axis = (("depth", "residual"), [(1, False), (2, False), (2, True)])
+        convolution = [_axis("width", 16, 32, 64, 96, 128), _axis("depth", 1, 2), _axis("pool", *pools), residual]
+        inputs = [_axis("spatial", *spatial), _axis("taps", *short)]
         return [
-            [("operator", ["linear"]), taps, extra, pool, closed, *common],
-            [("operator", ["fourier"]), taps, ("width", [1024, 2048, 4096, 8192]), ("bandwidth", [0.1, 0.3, 1.0]), closed, *common],
-            [("operator", ["mlp"]), taps, ("width", [8, 16, 32, 64]), depth, *flags, ("reconfigurator", ["linear", "prototypes"]), *common],
-            [("operator", ["conv", "depthwise"]), ("spatial", spatial), ("taps", short), ("width", [16, 32, 64, 96, 128]), depth, pool, *flags, ("reconfigurator", ["linear", "prototypes"]), *common],
-        ]  # fmt: skip
+            [_axis("operator", "linear"), taps, (("spatial", "pool"), [*pooled]), closed, *common],
+            [_axis("operator", "fourier"), taps, *fourier, closed, *common],
+            [_axis("operator", "mlp"), taps, _axis("width", 8, 16, 32, 64), layers, activation, trained, *common],
+            [_axis("operator", "conv", "depthwise"), *inputs, *convolution, activation, trained, *common],
+        ]
 
     def __iter__(self) -> Iterator[HeadSpec]:
         for family in self._families():
-            names = [n for n, _ in family]
             for values in product(*(choices for _, choices in family)):
-                yield self._spec(names, values)
+                yield _spec(family, values)
 
     def __len__(self) -> int:
         return sum(_size(f) for f in self._families())
@@ -105,22 +116,14 @@ class SearchSpace:
             raise EmptyBudget(self._advice(budget))
         return list(found.items())
 
-    def _draw(
-        self, family: list[tuple[str, list[object]]], rng: np.random.Generator, budget: Budget
-    ) -> Iterator[tuple[HeadSpec, Cost]]:
-        names, sizes = [n for n, _ in family], [len(c) for _, c in family]
+    def _draw(self, family: Family, rng: np.random.Generator, budget: Budget) -> Iterator[tuple[HeadSpec, Cost]]:
+        sizes = [len(c) for _, c in family]
         for index in rng.permutation(_size(family)):
             places = np.unravel_index(int(index), sizes)
-            spec = self._spec(names, tuple(c[int(i)] for (_, c), i in zip(family, places, strict=True)))
+            spec = _spec(family, tuple(c[int(i)] for (_, c), i in zip(family, places, strict=True)))
             price = cost(spec, self.shapes, self.classes)
             if budget.admits(price):
                 yield spec, price
-
-    def _spec(self, names: list[str], values: tuple[object, ...]) -> HeadSpec:
-        fields = dict(zip(names, values, strict=True))
-        if fields.get("spatial") is None:
-            fields.pop("pool", None)
-        return HeadSpec(**fields)  # type: ignore[arg-type]
 
     def _advice(self, budget: Budget) -> str:
         least = min((cost(s, self.shapes, self.classes) for s in self), key=lambda c: (c.parameters, c.macs))
@@ -130,8 +133,16 @@ class SearchSpace:
         )
 
 
-def _size(family: list[tuple[str, list[object]]]) -> int:
-    size = 1
-    for _, choices in family:
-        size *= len(choices)
-    return size
+def _axis(field: str, *choices: object) -> Axis:
+    return (field,), [(choice,) for choice in choices]
+
+
+def _spec(family: Family, values: tuple[tuple[object, ...], ...]) -> HeadSpec:
+    fields: dict[str, object] = {}
+    for (names, _), chosen in zip(family, values, strict=True):
+        fields.update(zip(names, chosen, strict=True))
+    return HeadSpec(**fields)  # type: ignore[arg-type]
+
+
+def _size(family: Family) -> int:
+    return prod(len(choices) for _, choices in family)

@@ -1,4 +1,4 @@
-"""What a head is: its specification and its exact cost.
+"""What a head is: its specification and its cost.
 
 A head maps the taps of one input to class scores: an *operator* (the adaptor) turns taps into adapted features, a
 *reconfigurator* maps those to the classes. This file owns the words of a specification, its validity rules and the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Literal, get_args
 
 Operator = Literal["linear", "fourier", "mlp", "conv", "depthwise"]
@@ -18,6 +19,8 @@ Activation = Literal["relu", "hardswish"]
 Reconfigurator = Literal["ridge", "linear", "prototypes"]
 
 PROTOTYPE_DIMENSIONS = 1024
+PROTOTYPE_SCALE = 16.0
+"""Inverse temperature of the cosine similarities to the class prototypes, fixed."""
 MACS_PER_MS = 1.5e6
 """Multiply-accumulates one modest core does in a millisecond on such small operators (conservative)."""
 CALL_MS = 0.05
@@ -39,7 +42,8 @@ class HeadSpec:
     projection of Yu et al. 2016), `mlp` (bottleneck of `width` units, `depth` layers), `conv` (1x1 convolutions) and
     `depthwise` (depthwise-separable 3x3 convolutions) on the spatial tap, whose pooled result is joined with `taps`.
     For the vector operators a spatial tap is pooled first. `bandwidth` is the Fourier kernel's
-    gamma in exp(-gamma |x - y|^2) for inputs of mean squared norm one. `bits` 8 stores matrices as int8 with one scale a row.
+    gamma in exp(-gamma |x - y|^2) for inputs of mean squared norm one. `bits` 8 stores matrices as int8
+    with one scale a row.
     """
 
     taps: tuple[str, ...]
@@ -61,6 +65,8 @@ class HeadSpec:
                 raise InvalidSpec(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
         if not self.taps and self.spatial is None:
             raise InvalidSpec("a head needs at least one tap: name pooled taps or a spatial tap")
+        if len(set(self.inputs)) < len(self.inputs):
+            raise InvalidSpec(f"a tap is named twice among {', '.join(self.inputs)}: name each once")
         if self.operator in ("conv", "depthwise") and self.spatial is None:
             raise InvalidSpec(f"operator {self.operator!r} works on a spatial tap, and none is named")
         if self.operator == "linear" and self.width:
@@ -114,7 +120,7 @@ _WORDS: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Exact size and work of one head: learned parameters, stored bytes, multiply-accumulates, predicted milliseconds."""
+    """Size and work of one head: parameters (learned and fitted), stored bytes, multiply-accumulates, predicted ms."""
 
     parameters: int
     bytes: int
@@ -148,19 +154,51 @@ def adapted_width(spec: HeadSpec, shapes: TapShapes) -> int:
     return spec.width
 
 
+def weight_shapes(spec: HeadSpec, shapes: TapShapes, classes: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array that a head stores; `shift` and `scale` are fitted, the others are learned."""
+    vector, w = vector_width(spec, shapes), spec.width
+    layers: dict[str, tuple[int, ...]] = {}
+    if spec.operator == "mlp":
+        layers = {f"layer{i}": (w, w if i else vector) for i in range(spec.depth)}
+    elif spec.convolutional:
+        assert spec.spatial is not None
+        layers = {"stem": (w, shapes[spec.spatial][0], 1, 1)}
+        layers |= {f"block{i}": (w, w, 1, 1) for i in range(spec.depth)}
+    prototypes = spec.reconfigurator == "prototypes"
+    layers["readout"] = (classes, PROTOTYPE_DIMENSIONS if prototypes else adapted_width(spec, shapes))
+    stored = {f"matrix.{n}": shape for n, shape in layers.items()}
+    if spec.operator == "depthwise":  # these alone have no bias
+        stored |= {f"matrix.spread{i}": (w, 1, 3, 3) for i in range(spec.depth)}
+    stored |= {f"bias.{n}": shape[:1] for n, shape in layers.items()}
+    return stored | {"shift": (vector,), "scale": (vector,)}
+
+
 def cost(spec: HeadSpec, shapes: TapShapes, classes: int) -> Cost:
-    """Exact cost of `spec` over taps of the given shapes for a number of classes; raises InvalidSpec on unknown taps."""
+    """Cost of `spec` over taps of the given shapes for a number of classes; raises InvalidSpec on unknown taps.
+
+    Parameters are exact; bytes leave out the description of the graph, a few KiB; MACs leave out elementwise work."""
     check_taps(spec, shapes)
-    vector, adapted = vector_width(spec, shapes), adapted_width(spec, shapes)
-    matrix, other, macs, fixed = _operator_cost(spec, shapes, vector)
-    readout = PROTOTYPE_DIMENSIONS if spec.reconfigurator == "prototypes" else adapted
+    stored = weight_shapes(spec, shapes, classes)
+    matrices = [shape for name, shape in stored.items() if name.startswith("matrix.")]
+    learned, total = sum(map(prod, matrices)), sum(map(prod, stored.values()))
+    size = 4 * total if spec.bits == 32 else 4 * total - 3 * learned + 4 * sum(shape[0] for shape in matrices)
+    macs, seeded = _operator_work(spec, shapes)
+    readout, adapted = prod(stored["matrix.readout"]), adapted_width(spec, shapes)
     if spec.reconfigurator == "prototypes":
-        padded = next_power_of_two(max(adapted, PROTOTYPE_DIMENSIONS))
-        macs, fixed = macs + _hadamard_macs(padded), fixed + padded
-    matrix, other, macs = matrix + readout * classes, other + classes + 2 * vector, macs + readout * classes
-    rows = classes + (spec.width * (1 + spec.depth) if spec.operator in ("mlp", "conv", "depthwise") else 0)
-    stored = 4 * other + (4 * matrix if spec.bits == 32 else matrix + 4 * rows) + fixed
-    return Cost(matrix + other, stored, macs, CALL_MS + macs / MACS_PER_MS)
+        n = next_power_of_two(max(adapted, PROTOTYPE_DIMENSIONS))
+        macs, seeded = macs + transform_macs(n, adapted, PROTOTYPE_DIMENSIONS), seeded + adapted
+    macs += readout
+    return Cost(total, size + seeded, macs, CALL_MS + macs / MACS_PER_MS)
+
+
+def transform_macs(n: int, inputs: int, outputs: int) -> int:
+    """Work of a Walsh-Hadamard transform whose inputs beyond `inputs` are zero, as two products of matrices.
+
+    The `(a, b)` matrix of the inputs is cut to the rows that matter before, and of the outputs after."""
+    a = 1 << (n.bit_length() - 1) // 2
+    b = n // a
+    before, after = -(-inputs // b), -(-outputs // b)
+    return before * after * b + min(before, after) * b * b
 
 
 def check_taps(spec: HeadSpec, shapes: TapShapes) -> None:
@@ -172,24 +210,18 @@ def check_taps(spec: HeadSpec, shapes: TapShapes) -> None:
             raise InvalidSpec(f"tap {name!r} has shape {shapes[name]}, expected {rank} dimension(s)")
 
 
-def _hadamard_macs(n: int) -> int:
-    a = 1 << (n.bit_length() // 2)
-    return n * (a + n // a)
-
-
-def _operator_cost(spec: HeadSpec, shapes: TapShapes, vector: int) -> tuple[int, int, int, int]:
-    """(matrix parameters, other parameters, MACs, bytes of seeded constants) of the operator alone."""
-    w = spec.width
+def _operator_work(spec: HeadSpec, shapes: TapShapes) -> tuple[int, int]:
+    """(MACs, bytes of seeded constants) of the operator alone."""
+    vector, w = vector_width(spec, shapes), spec.width
     if spec.operator == "linear":
-        return 0, 0, vector, 0
+        return vector, 0
     if spec.operator == "fourier":
-        padded = next_power_of_two(max(vector, w))
-        return 0, 0, 3 * _hadamard_macs(padded) + w, 3 * padded + 4 * w
+        n = next_power_of_two(max(vector, w))
+        work = transform_macs(n, vector, n) + transform_macs(n, n, n) + transform_macs(n, n, w)
+        return work + w, 2 * n + 2 * w
     if spec.operator == "mlp":
-        matrix = vector * w + (spec.depth - 1) * w * w
-        return matrix, spec.depth * w, matrix, 0
+        return vector * w + (spec.depth - 1) * w * w, 0
     assert spec.spatial is not None
     channels, height, width = shapes[spec.spatial]
     block = w * w + (9 * w if spec.operator == "depthwise" else 0)
-    matrix = channels * w + spec.depth * block
-    return matrix, w * (1 + spec.depth), matrix * height * width, 0
+    return (channels * w + spec.depth * block) * height * width, 0

@@ -1,9 +1,9 @@
 """Fitting the winner of the search: closed form where the specification allows it, gradient descent otherwise.
 
-Rules: a stratified validation split chooses (ridge strength, or the epoch to stop at); closed-form heads are then refitted
-on everything; the same seed and data give the same weights. With the `prototypes` reconfigurator gradient training is
-joint, as in section 3.2 of the EAR paper: the same cosine similarities are fitted to classify and, on virtual outliers
-(averages of inputs of two classes), to stay low for every class.
+Rules: a stratified validation split chooses (ridge strength, or the epoch to stop at); closed-form heads are then
+refitted on everything; the same seed and data give the same weights. With the `prototypes` reconfigurator gradient
+training is joint, as in section 3.2 of the EAR paper: the same cosine similarities are fitted to classify and, on
+virtual outliers (averages of inputs of two classes), to stay low for every class.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptors.modules import PROTOTYPE_SCALE, Head, Weights
+from adaptors.modules import Head, Weights
 from adaptors.quantise import dequantised
-from adaptors.spec import HeadSpec, TapShapes
+from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
 
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
 """The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
@@ -60,7 +60,7 @@ def train(
     policy: TrainPolicy,
     on_progress: Progress | None = None,
 ) -> Trained:
-    """Fit `spec` to labelled samples; `labels (samples,)` in [0, classes). The first view is the one seen when serving."""
+    """Fit `spec` to labelled samples; `labels (samples,)` in [0, classes). The first view is what serving sees."""
     tensors = [{t: torch.from_numpy(np.ascontiguousarray(v[t])) for t in spec.inputs} for v in views]
     y = torch.from_numpy(labels.astype(np.int64))
     fit, held = split(labels, policy.validation_fraction, policy.seed)
@@ -170,7 +170,9 @@ def _descend(
     policy: TrainPolicy,
     on_progress: Progress | None,
 ) -> tuple[float, str]:
-    """AdamW with a one-cycle schedule and early stopping on the validation accuracy; keeps the best epoch."""
+    """AdamW with a one-cycle schedule and early stopping on the validation accuracy; keeps the best epoch.
+
+    With nothing held out the epoch is chosen on the fitted samples, and no accuracy is reported."""
     generator = torch.Generator().manual_seed(policy.seed)
     optimiser = torch.optim.AdamW(head.parameters(), policy.learning_rate, weight_decay=policy.weight_decay)
     batches = max(1, len(fit) // policy.batch)
@@ -196,7 +198,7 @@ def _descend(
         if epoch - best_epoch >= policy.patience:
             break
     head.load_state_dict(state)
-    return best, f"stopped after epoch {best_epoch + 1}"
+    return best if len(held) else float("nan"), f"stopped after epoch {best_epoch + 1}"
 
 
 def _loss(head: Head, taps: dict[str, Tensor], y: Tensor, policy: TrainPolicy, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,7 @@ def admit(system: System, domain: Domain) -> Candidate | Rejected:
         reasons.append(
             f"wins only {own:.1%} of its own inputs, at least {policy.own:.1%} needed: it is not a new domain"
         )
-    return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(grown, lost)
+    return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(system, grown, lost)
 
 
 def replay(old: System, new: System) -> dict[str, float]:
@@ -61,9 +61,14 @@ def _misfits(system: System, domain: Domain) -> list[str]:
             f"memory of (D, m) {(domain.memory.dimensions, domain.memory.m)} does not fit this system's "
             f"{(system.space.dimensions, system.policy.memory_dimensions)}"
         )
-    for array, what in ((domain.memory.class_sums, "memory"), (domain.codes, "codes")):
+    if domain.memory.n == 0:
+        reasons.append(f"memory of {domain.name!r} holds no sample: nothing could be detected with it")
+    arrays = (("class sums", domain.memory.class_sums), ("gram", domain.memory.gram), ("codes", domain.codes))
+    for what, array in arrays:
         if not np.isfinite(array).all():
-            reasons.append(f"{what} of {domain.name!r} holds NaN or infinity")
+            reasons.append(f"{what} of {domain.name!r} hold NaN or infinity")
+    if domain.codes.shape[1:] != (domain.memory.m,):
+        reasons.append(f"calibration codes of shape {domain.codes.shape}: expected (codes, {domain.memory.m})")
     if len(domain.codes) == 0:
         reasons.append("no calibration codes: nothing could be replayed later")
     return reasons

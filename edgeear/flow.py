@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeear.admission import admit
-from edgeear.errors import DataError, UsageError
-from edgeear.memory import learn
+from edgeear.errors import UsageError
+from edgeear.memory import learn, rounded
 from edgeear.novelty import calibrate
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
@@ -116,17 +116,16 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
 def adapt(
     system: System, samples: Samples, policy: AdaptPolicy, seed: int, on_progress: Progress = lambda *_: None
 ) -> Candidate | Rejected:
-    """Grow a head for a new domain. Needs torch (`pip install edgeear[learn]`); raises EmptyBudget when nothing fits."""
-    from edgeear.growth import grow_head
+    """Grow a head for a new domain. Needs torch (the `learn` extra). Raises EmptyBudget when no head fits, DataError or
+    UsageError for unusable samples, all before anything is trained."""
+    from edgeear.growth import check, grow_head
 
-    if len(samples.labels) == 0:
-        raise DataError(f"domain {samples.name!r} has no labelled samples: label at least five")
+    check(samples)
+    h = system.space.encode(samples.views[0])
     head, growth = grow_head(samples, policy, seed, on_progress)
     on_progress("memory", 0, 1)
-    plain = samples.views[0]
-    h = system.space.encode(plain)
     m = system.policy.memory_dimensions
-    memory = learn(h, samples.labels, samples.classes, m)
+    memory = rounded(learn(h, samples.labels, samples.classes, m))
     calibration = calibrate(h, samples.labels, samples.classes, m, seed=seed)
     kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
     domain = Domain(samples.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)

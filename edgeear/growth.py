@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from adaptors.archive import HeadArchive, pack
 
+from adaptors.archive import HeadArchive, pack
 from adaptors.search import Scored, SearchPolicy, search
 from adaptors.search_space import BUDGETS, SearchSpace
 from adaptors.train import TrainPolicy, train
+from edgeear.errors import DataError, UsageError
+from edgeear.novelty import MINIMUM
 
 if TYPE_CHECKING:
     from edgeear.flow import AdaptPolicy, Progress, Samples
 
 PICTURE_POINTS = 400
 """Specifications kept of a search for the report's picture."""
+
+
+def check(samples: Samples) -> None:
+    """What must hold before minutes go into a search. Raises `DataError` for fewer samples than can be calibrated and
+    for NaN or infinite features, `UsageError` for labels, classes and views that do not fit each other."""
+    n, labels, classes = len(samples.labels), samples.labels, samples.classes
+    if n < MINIMUM:
+        raise DataError(f"domain {samples.name!r} has {n} labelled samples, at least {MINIMUM} are needed: label more")
+    if not np.issubdtype(labels.dtype, np.integer) or not 0 <= labels.min() <= labels.max() < len(classes):
+        span = f"{labels.dtype} labels from {labels.min()} to {labels.max()}"
+        raise UsageError(f"{span}: they must be integers that index the {len(classes)} classes")
+    if len(set(classes)) < len(classes):
+        raise UsageError(f"classes must be distinct: got {list(classes)}")
+    shapes = [{t: x.shape for t, x in view.items()} for view in samples.views]
+    if not shapes or any(s != shapes[0] for s in shapes) or any(s[0] != n for s in shapes[0].values()):
+        raise UsageError(f"views of shapes {shapes}: give at least one, all alike, with {n} samples like the labels")
+    for view in samples.views:
+        for tap, x in view.items():
+            bad = n - int(np.isfinite(x.reshape(n, -1)).all(axis=1).sum())
+            if bad:
+                raise DataError(f"tap {tap} has NaN or infinite features in {bad} of {n} samples: check the encoder")
 
 
 def grow_head(
@@ -31,7 +55,7 @@ def grow_head(
         budget,
         plain,
         samples.labels,
-        policy.search or SearchPolicy(seed=seed),
+        replace(policy.search or SearchPolicy(), seed=seed),
         lambda i, n: on_progress("search", i, n),
     )
     spec = found.best.spec
@@ -42,7 +66,7 @@ def grow_head(
         samples.views,
         samples.labels,
         len(samples.classes),
-        policy.train or TrainPolicy(seed=seed),
+        replace(policy.train or TrainPolicy(), seed=seed),
         lambda i, n: on_progress("train", i, n),
     )
     on_progress("train", 1, 1)

@@ -143,3 +143,9 @@ def _aligned(memory: DomainMemory, classes: tuple[str, ...]) -> tuple[I64, F64]:
             counts[classes.index(name)] = memory.counts[i]
             sums[classes.index(name)] = memory.class_sums[i]
     return counts, sums
+
+
+def rounded(memory: DomainMemory) -> DomainMemory:
+    """The memory as float32 stores it: what serves after learning equals what serves after a restart."""
+    sums, gram = memory.class_sums.astype(np.float32), memory.gram.astype(np.float32)
+    return DomainMemory(memory.classes, memory.counts, sums.astype(np.float64), gram.astype(np.float64))

@@ -41,5 +41,5 @@ def auroc(known: NDArray[np.float32], unknown: NDArray[np.float32]) -> float:
 
 
 def fpr95(known: NDArray[np.float32], unknown: NDArray[np.float32]) -> float:
-    """Share of known inputs called unknown at the threshold that finds 95 % of the unknown ones."""
-    return float((known >= np.quantile(unknown, 0.05)).mean())
+    """Share of known inputs called unknown at the largest threshold that finds at least 95 % of the unknown ones."""
+    return float((known >= np.sort(unknown)[len(unknown) // 20]).mean())

@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-1. Novelty is the sum of two standardised statistics: the angle to the nearest class prototype (all D coordinates) and
-   the log Mahalanobis distance from the domain's mean (first m coordinates, shrunk covariance).
+1. Novelty is the larger of two standardised statistics: the angle to the nearest class prototype (all D coordinates)
+   and the log Mahalanobis distance from the domain's mean (first m coordinates, shrunk covariance). The larger, not the
+   sum: what is strange to one of them need not be strange to the other.
 2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
    full memory, which costs no second pass over the data.
 3. `p_value` is conformal (Vovk, Gammerman, Shafer, 2005) and valid on average over calibration sets.
@@ -105,7 +106,7 @@ class Calibration:
     def combine(self, angle: F32, leverage: F32) -> F32:
         """Novelty `(samples,)` of the two statistics."""
         a = (angle - np.float32(self.angle_mean)) / np.float32(self.angle_deviation)
-        out: F32 = a + (leverage - np.float32(self.leverage_mean)) / np.float32(self.leverage_deviation)
+        out: F32 = np.maximum(a, (leverage - np.float32(self.leverage_mean)) / np.float32(self.leverage_deviation))
         return out
 
     def novelty(self, detector: Detector, h: F32) -> F32:

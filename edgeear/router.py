@@ -36,7 +36,8 @@ class Router:
 
     def route(self, h: F32) -> NDArray[np.int64]:
         """Index of the most likely domain `(samples,)`."""
-        return self.scores(h).argmax(axis=1).astype(np.int64)
+        best: NDArray[np.int64] = self.scores(h).argmax(axis=1).astype(np.int64)
+        return best
 
 
 def router(memories: Sequence[DomainMemory]) -> Router:

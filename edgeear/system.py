@@ -47,6 +47,14 @@ class SystemPolicy:
     abstain_below: float = 0.0
     shift: ShiftPolicy = field(default_factory=ShiftPolicy)
 
+    def __post_init__(self) -> None:
+        for name in ("alpha", "steal", "own", "abstain_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
+        for name in ("memory_dimensions", "contenders", "codes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
 
 @dataclass(frozen=True, eq=False)
 class Domain:
@@ -122,8 +130,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A system that passed admission; `replay` maps each old domain to the share of its codes that changed route."""
+    """A system that passed admission over `base`; `replay` maps each old domain to the share of its codes that changed
+    route."""
 
+    base: System
     system: System
     replay: Mapping[str, float]
 
@@ -153,11 +163,15 @@ def commit(live: Live, candidate: Candidate) -> Live:
     against a generation that no longer serves."""
     if live.probation:
         raise UsageError(f"generation {live.serving.generation} is on probation: confirm it or roll back first")
-    if candidate.system.generation != live.serving.generation + 1:
+    if candidate.base is not live.serving:  # numbers repeat after a rollback, so they prove nothing
         raise UsageError(
-            f"candidate is generation {candidate.system.generation}, but {live.serving.generation} serves: admit again"
+            f"candidate was admitted over {_named(candidate.base)}, but {_named(live.serving)} serves: admit again"
         )
     return Live(candidate.system, live.confirmed)
+
+
+def _named(system: System) -> str:
+    return f"generation {system.generation} ({', '.join(system.names) or 'no domain'})"
 
 
 def confirm(live: Live) -> Live:

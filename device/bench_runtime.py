@@ -1,0 +1,195 @@
+"""`edgeear bench runtime`: the whole path of one frame against the bare encoder, in one run, alternating.
+
+The parent makes generations of 1, 8, 64 ... domains (real encoder, real head operator, random weights: time does not
+depend on values) and a copy of the encoder whose only output is its last pooled tap; the child is a fresh inference
+process that measures itself. Times are compared as ratios within a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from device.encoder import OnnxEncoder
+    from edgeear.system import System
+
+WARMUP, ROUNDS = 10, 150
+USUAL_DOMAINS = 8
+"""Memory and time to readiness are reported for the largest system up to this many domains."""
+CHILD = "device.bench_runtime"
+
+
+def bench_runtime(
+    encoder: Path, domains: Sequence[int] = (1, 8, 64), batch: int = 1, threads: int = 1, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """The JSON of DESIGN section 7. `batch` frames are answered one after another by both sides."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        for count in domains:
+            _write_generation(encoder, root / str(count), count)
+        _write_bare(encoder, root / "bare.onnx")
+        plan: dict[str, Any] = {"root": scratch, "encoder": str(encoder), "domains": list(domains)}
+        plan |= {"batch": batch, "threads": threads, "rounds": rounds}
+        command = [sys.executable, "-m", CHILD, json.dumps(plan)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the measuring process failed ({done.returncode}): {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _write_generation(encoder: Path, folder: Path, count: int) -> None:
+    """A system of `count` domains learned from random hypervectors, each with its own head."""
+    from device.codec import to_files
+    from device.encoder import OnnxEncoder
+    from edgeear.memory import learn, rounded
+    from edgeear.novelty import calibrate
+    from edgeear.space import HypervectorSpace
+    from edgeear.system import Domain, System
+
+    frozen = OnnxEncoder(encoder)
+    space = HypervectorSpace([t for t in frozen.taps if not t.spatial and t.name != "logits"])
+    system = System(frozen.digest, space)
+    m, classes = system.policy.memory_dimensions, tuple("abcdefg")
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        h = rng.standard_normal((140, space.dimensions)).astype(np.float32) + k
+        labels = np.arange(140) % 7
+        memory = rounded(learn(h, labels, classes, m))
+        calibration = calibrate(h, labels, classes, m, folds=2, seed=0)
+        domain = Domain(f"domain-{k}", _head(space, classes, k), memory, calibration, h[:128, :m].astype(np.float16))
+        system = system.grown(domain)
+    folder.mkdir()
+    for name, data in to_files(system).items():
+        (folder / name).write_bytes(data)
+
+
+def _head(space: Any, classes: tuple[str, ...], seed: int) -> Any:
+    """The head that search usually picks: 8192 Fourier dimensions over the deeper half of the taps."""
+    from adaptors.archive import pack
+    from adaptors.spec import HeadSpec
+
+    taps = space.taps[len(space.taps) // 2 :]
+    spec = HeadSpec(tuple(t.name for t in taps), "fourier", 8192, bandwidth=0.3, normalisation="unit")
+    rng = np.random.default_rng(seed)
+    width = sum(t.channels for t in taps)
+    weights = {
+        "matrix.readout": rng.standard_normal((len(classes), 8192)).astype(np.float32),
+        "bias.readout": np.zeros(len(classes), np.float32),
+        "shift": np.zeros(width, np.float32),
+        "scale": np.ones(width, np.float32) / np.sqrt(width, dtype=np.float32),
+    }
+    return pack(spec, {t.name: t.shape for t in taps}, classes, weights, seed)
+
+
+def _write_bare(encoder: Path, target: Path) -> None:
+    """The encoder with nothing but its last pooled tap (not the classifier) as output: the fairest 'bare' there is."""
+    import onnx
+    from onnx.utils import Extractor
+
+    from device.encoder import OnnxEncoder
+
+    last = [t.name for t in OnnxEncoder(encoder).taps if not t.spatial and t.name.endswith(".mean")]
+    model = onnx.load(encoder)
+    names = last[-1:] or [model.graph.output[0].name]
+    onnx.save(Extractor(model).extract_model([model.graph.input[0].name], names), target)
+
+
+def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
+    """Runs in the child: everything that a board's inference process would do, and nothing else."""
+    import onnxruntime
+
+    from device.codec import from_files
+    from device.encoder import OnnxEncoder
+    from device.engine import OrtEngine
+    from edgeear.flow import infer
+    from edgeear.shift import ShiftState
+
+    imported = time.perf_counter()
+    root = Path(plan["root"])
+    rng = np.random.default_rng(1)
+
+    def opened(count: int) -> tuple[System, OnnxEncoder, Callable[[], object]]:
+        system = from_files({p.name: p.read_bytes() for p in (root / str(count)).iterdir()})
+        encoder = OnnxEncoder(plan["encoder"], threads=plan["threads"])
+        frame = rng.integers(0, 256, (*encoder.input_size, 3), dtype=np.uint8)
+        path = partial(infer, system, OrtEngine(encoder), ShiftState(), frame)
+        path()
+        return system, encoder, path
+
+    # Memory and readiness first, before anything that a board would not load.
+    usual = max([c for c in plan["domains"] if c <= USUAL_DOMAINS], default=plan["domains"][0])
+    system, encoder, _ = opened(usual)
+    ready = time.perf_counter() - started
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    bare = _bare(root, encoder.input_size)
+    rows = [_row(plan, count, bare, opened(count)[2]) for count in plan["domains"]]
+    return {
+        "machine": f"{platform.machine()} {_cpu()} x{os.cpu_count()}",
+        "versions": {
+            "python": platform.python_version(),
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+        },
+        "rows": rows,
+        "rss_mb": round(rss, 1),
+        "import_s": round(imported - started, 3),
+        "ready_s": round(ready, 3),
+        "torch_imported": "torch" in sys.modules,
+        "bytes_per_domain": system.domains[0].bytes,
+    }
+
+
+def _bare(root: Path, size: tuple[int, int]) -> Callable[[], object]:
+    from device.engine import open_session
+
+    session = open_session((root / "bare.onnx").read_bytes())
+    image = np.zeros((1, 3, *size), np.float32)
+    return partial(session.run, None, {session.get_inputs()[0].name: image})
+
+
+def _row(plan: dict[str, Any], count: int, bare: Callable[[], object], path: Callable[[], object]) -> dict[str, Any]:
+    encoder_ms: list[float] = []
+    path_ms: list[float] = []
+    for i in range(WARMUP + plan["rounds"]):
+        for call, times in ((bare, encoder_ms), (path, path_ms)):
+            begun = time.perf_counter()
+            for _ in range(plan["batch"]):
+                call()
+            if i >= WARMUP:
+                times.append(1e3 * (time.perf_counter() - begun))
+    encoder_p50, path_p50 = float(np.median(encoder_ms)), float(np.median(path_ms))
+    return {
+        "domains": count,
+        "batch": plan["batch"],
+        "threads": plan["threads"],
+        "encoder_ms_p50": round(encoder_p50, 3),
+        "path_ms_p50": round(path_p50, 3),
+        "path_ms_p99": round(float(np.quantile(path_ms, 0.99)), 3),
+        "overhead_ratio": round(path_p50 / encoder_p50, 4),
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]), time.perf_counter())))

