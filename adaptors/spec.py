@@ -21,7 +21,7 @@ Reconfigurator = Literal["ridge", "linear", "prototypes"]
 PROTOTYPE_DIMENSIONS = 1024
 PROTOTYPE_SCALE = 16.0
 """Inverse temperature of the cosine similarities to the class prototypes, fixed."""
-MACS_PER_MS = 1.5e6
+MACS_PER_MS = 1.5e7
 """Multiply-accumulates one modest core does in a millisecond on such small operators (conservative)."""
 CALL_MS = 0.05
 """Fixed price of one ONNX Runtime call."""

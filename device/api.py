@@ -10,6 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from edgeear.types import U8, Encoder
 
 VIEWS = ("plain", "flip")
 """How each image is shown to training."""
+SPECS = 300
+"""Heads that a search scores, unless a policy says otherwise."""
 EncoderChoice = Literal["default"] | str | Path | Encoder
 
 
@@ -62,7 +65,7 @@ class Ear:
     def __init__(self, encoder: EncoderChoice = "default", *, seed: int = 0, policy: AdaptPolicy | None = None) -> None:
         self.encoder = _opened(encoder)
         self.engine = OrtEngine(self.encoder)
-        self.seed, self.policy = seed, policy or AdaptPolicy(spatial=False)
+        self.seed, self.policy = seed, policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
 
@@ -83,10 +86,11 @@ class Ear:
 
         Needs the `learn` extra. Raises `UndecodableInput` for broken images, `DataError` for too few.
         """
+        _need_torch("learning")
         data = _domain_of(Path(folder))
         domain = data.domains[0]
         samples = self._samples(data, name or domain, on_progress)
-        outcome = adapt(self.system, samples, self.policy, self.seed, on_progress)
+        outcome = adapt(self.system, samples, self.policy or _policy(self.seed), self.seed, on_progress)
         if isinstance(outcome, Rejected):
             return outcome
         self._live = commit(confirm(self._live), outcome)
@@ -162,10 +166,22 @@ def _opened(encoder: EncoderChoice) -> Encoder:
         return OnnxEncoder(encoder)
     path = cached_encoder(cache_dir())
     if path is None:
+        _need_torch("making the default encoder")
         from device.export import default_encoder_path
 
         path = default_encoder_path(cache_dir())
     return OnnxEncoder(path)
+
+
+def _policy(seed: int) -> AdaptPolicy:
+    from adaptors.search import SearchPolicy  # loads torch
+
+    return AdaptPolicy(search=SearchPolicy(specs=SPECS, seed=seed), spatial=False)
+
+
+def _need_torch(what: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError(f"{what} needs torch: pip install 'edgeear[learn]'")
 
 
 def _domain_of(folder: Path) -> FolderData:

@@ -77,14 +77,20 @@ Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"edgeear {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command; what they do happens before it."""
 
 
 @app.command(epilog="Example: `edgeear demo --out demo-report`")
@@ -178,8 +184,8 @@ def evaluate(
 ) -> None:
     """Run the continual protocol on a folder of domains: learn each in turn, measure all after each."""
     _need(_LEARN if encoder is None else _TRAIN)
-    from device.evaluate import EvalOptions
     from device.evaluate import evaluate as run
+    from device.evaluate_run import EvalOptions
 
     _check_target(json)
     options = EvalOptions(
@@ -426,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The program: runs a command and exits with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given)
+        app(given, prog_name="edgeear")
     except (EdgeearError, ValueError) as error:
         if "--debug" in given or not _expected(error):
             raise

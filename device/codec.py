@@ -13,11 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from adaptors.archive import HeadArchive
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from adaptors.archive import HeadArchive
 from edgeear.errors import EdgeearError, FormatError
 from edgeear.memory import DomainMemory
 from edgeear.novelty import Calibration
@@ -40,7 +40,7 @@ def to_files(system: System) -> dict[str, bytes]:
     domains = []
     for domain in system.domains:
         tensors = save(_tensors(domain))
-        names = {"head": f"head-{domain.head.digest[:16]}.onnx", "memory": f"memory-{_sha(tensors)[:16]}.safetensors"}
+        names = {"head": f"head-{domain.head.digest[:16]}.onnx", "memory": _memory_name(tensors)}
         files[names["head"]], files[names["memory"]] = domain.head.onnx, tensors
         domains.append(
             {
@@ -76,7 +76,7 @@ def from_files(files: Mapping[str, bytes]) -> System:
         raise
     except KeyError as error:
         raise SystemFormatError(f"{error} is missing from the stored system: restore an earlier generation") from error
-    except (ValueError, TypeError, AttributeError, IndexError, SafetensorError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, SafetensorError) as error:
         raise SystemFormatError(f"stored system does not parse: {error}; restore an earlier generation") from error
 
 
@@ -95,7 +95,10 @@ def _system(structure: dict[str, Any], files: Mapping[str, bytes]) -> System:
 
 
 def _domain(entry: dict[str, Any], files: Mapping[str, bytes]) -> Domain:
-    tensors = load(files[entry["files"]["memory"]])
+    name = entry["files"]["memory"]
+    if name != _memory_name(files[name]):
+        raise SystemFormatError(f"{name} is not what was stored under its name: restore an earlier generation")
+    tensors = load(files[name])
     memory = DomainMemory(
         tuple(entry["classes"]), tensors["counts"], tensors["class_sums"].astype(np.float64), _unpacked(tensors["gram"])
     )
@@ -128,5 +131,5 @@ def _unpacked(upper: NDArray[np.float32]) -> NDArray[np.float64]:
     return full + np.triu(full, 1).T
 
 
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _memory_name(tensors: bytes) -> str:
+    return f"memory-{hashlib.sha256(tensors).hexdigest()[:16]}.safetensors"

@@ -49,6 +49,8 @@ class ShiftFigures(_Part):
 class GrowthFigures(_Part):
     """One head that was grown. `memory_s` is the time for the domain's memory, calibration and admission."""
 
+    model_config = ConfigDict(extra="ignore")  # a domain's record of its growth may hold more than is reported
+
     domain: str
     spec: dict[str, JsonValue]
     parameters: Count

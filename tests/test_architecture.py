@@ -16,9 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("adaptors", "edgeear", "firmware_bridge", "device")
 # Not among the base dependencies, and each costs a board tens to hundreds of megabytes.
 HEAVY = ("torch", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
-LEARNING = {"edgeear.torch_space"}
+LEARNING = {"edgeear.growth", "edgeear.torch_space"}
 # The shell's part of it: what serves predictions, and what a board without extras starts.
-INFERENCE_SHELL = {"device.cli", "device.daemon", "device.encoder", "device.folder", "device.store"}
+INFERENCE_SHELL = {
+    "device.board",
+    "device.bench_runtime",
+    "device.cli",
+    "device.codec",
+    "device.engine",
+    "device.daemon",
+    "device.encoder",
+    "device.folder",
+    "device.store",
+}
 
 PROBE = """
 import importlib, sys

@@ -33,14 +33,14 @@ from edgeear.errors import DataError, UsageError
 from edgeear.flow import Judgement
 from edgeear.incremental import head_spec, readout
 from edgeear.memory import DomainMemory, learn, merge
-from edgeear.system import System
+from edgeear.system import System, SystemPolicy
 from edgeear.types import F32, U8, Tap
 from tests.tiny_models import model, node, saved
 
 SIZE = 8
 DOMAINS = ("plain", "inverted", "turned")
 CLASSES = ("1", "3", "4", "7")
-PER_CLASS = 40
+PER_CLASS = 30
 KEYS = {  # DESIGN's JSON: these must be there, whatever else is
     "domains", "classes", "seed", "shots", "accuracy_matrix", "final_accuracy", "bwt", "oracle_route_accuracy",
     "routing_accuracy", "ood", "shift", "false_alarms_per_10k", "growth", "old_outputs_bit_identical", "peak_rss_mb",
@@ -53,7 +53,14 @@ class RandomConvolution:
 
     digest = hashlib.sha256(b"random convolution").hexdigest()
     input_size = (SIZE, SIZE)
-    taps = (Tap("conv.mean", (16,)), Tap("conv.std", (16,)), Tap("pixels.mean", (SIZE * SIZE,)), Tap("logits", (2,)))
+    taps = (
+        Tap("conv.mean", (16,)),
+        Tap("conv.std", (16,)),
+        Tap("pixels.mean", (SIZE * SIZE,)),
+        Tap("logits", (2,)),
+        Tap("early.map", (16, 6, 6)),
+        Tap("conv.map", (16, 6, 6)),
+    )
 
     def __init__(self) -> None:
         self.filters = np.random.default_rng(0).normal(size=(16, 3, 3)).astype(np.float32)
@@ -66,6 +73,7 @@ class RandomConvolution:
             "conv.mean": maps.mean(axis=(2, 3)),
             "conv.std": maps.std(axis=(2, 3)),
             "pixels.mean": grey.reshape(len(grey), -1),
+            "conv.map": maps,
             "logits": np.zeros((len(grey), 2), np.float32),
         }
         return {t: found[t].astype(np.float32) for t in taps}
@@ -116,7 +124,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, cache: Path, *order: str, **changes: Any) -> EvalOptions:
-    return replace(EvalOptions(root, order or None, cache=cache, specs=24), **changes)
+    return replace(
+        EvalOptions(root, order or None, cache=cache, specs=12, policy=SystemPolicy(memory_dimensions=64)), **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +203,31 @@ def test_same_seed_same_figures(digits: Path, cache: Path, result: EvalResult) -
 
 def test_shots_bound_the_training_images_and_another_seed_takes_others(digits: Path, cache: Path) -> None:
     first, second = (
-        evaluate(options(digits, cache, "plain", shots=5, seed=seed), encoder=RandomConvolution()) for seed in (0, 1)
+        read_domains(options(digits, cache, "plain", shots=5, seed=seed), RandomConvolution(), lambda *_: None)
+        for seed in (0, 1)
     )
-    assert first.training_samples == second.training_samples == (5 * len(CLASSES),)
-    assert first.test_samples == second.test_samples
-    assert figures(first)["growth"] != figures(second)["growth"] or first.accuracy_matrix != second.accuracy_matrix
+    assert np.bincount(first.domains[0].train_labels).tolist() == [5] * len(CLASSES)
+    assert not np.array_equal(first.domains[0].train_h, second.domains[0].train_h)
+    assert np.array_equal(first.domains[0].test_h, second.domains[0].test_h)
+
+
+def test_maps_are_read_only_on_request_and_scores_of_another_task_never(digits: Path, cache: Path) -> None:
+    for spatial in (False, True):
+        found = read_domains(options(digits, cache, "plain", spatial=spatial), RandomConvolution(), lambda *_: None)
+        read = set(found.domains[0].train[1])
+        assert read == {"conv.mean", "conv.std", "pixels.mean"} | ({"conv.map"} if spatial else set())
+        assert {t.name for t in found.space.taps} == {"conv.mean", "conv.std", "pixels.mean"}
+
+
+def test_a_broken_file_stops_the_run_or_is_named(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, "plain", ("1", "3"), unchanged)
+    (tmp_path / "plain" / "1" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        read_domains(options(tmp_path, cache), RandomConvolution(), lambda *_: None)
+    found = read_domains(options(tmp_path, cache, on_bad="skip"), RandomConvolution(), lambda *_: None)
+    domain = found.domains[0]
+    assert len(domain.train_labels) + len(domain.test_labels) == 2 * PER_CLASS
+    assert sum("broken.png" in warning for warning in found.warnings) == 1
 
 
 def test_progress_names_the_phases_of_every_domain(digits: Path, cache: Path) -> None:
@@ -364,7 +394,7 @@ def test_classes_arrive_step_by_step(digits: Path, cache: Path) -> None:
     )
     assert set(json.loads(found.to_json())) >= KEYS
     shown = [name.partition(": ")[2].split("+") for name in found.domains]
-    assert [len(names) for names in shown] == [2, 2] and sorted(sum(shown, [])) == sorted(CLASSES)
+    assert [len(names) for names in shown] == [2, 2] and sorted(c for names in shown for c in names) == list(CLASSES)
     accuracy = np.array(found.accuracy_matrix)
     assert accuracy[0, 1] == 0 and accuracy[1].min() > 0.8
     assert found.oracle_route_accuracy >= found.final_accuracy
@@ -448,7 +478,9 @@ def test_the_head_of_a_readout_reads_the_hypervector() -> None:
 
 
 def test_bench_ood_scores_every_pair_with_every_score(digits: Path, cache: Path) -> None:
-    found = bench_ood(OodOptions(digits, DOMAINS, cache=cache), encoder=RandomConvolution())
+    found = bench_ood(
+        OodOptions(digits, DOMAINS, cache=cache, policy=SystemPolicy(memory_dimensions=64)), encoder=RandomConvolution()
+    )
     assert [(p.known, p.unknown) for p in found.pairs] == [(a, b) for a in DOMAINS for b in DOMAINS if a != b]
     names = set(found.mean)
     assert names >= {"edgeear", "angle", "leverage", "hdff", "concatenated", "nearest_class_mean", "mahalanobis", "knn"}
@@ -461,7 +493,9 @@ def test_bench_ood_scores_every_pair_with_every_score(digits: Path, cache: Path)
 
 
 def test_bench_ood_and_eval_agree_on_our_score(digits: Path, cache: Path, result: EvalResult) -> None:
-    found = bench_ood(OodOptions(digits, DOMAINS, cache=cache), encoder=RandomConvolution())
+    found = bench_ood(
+        OodOptions(digits, DOMAINS, cache=cache, policy=SystemPolicy(memory_dimensions=64)), encoder=RandomConvolution()
+    )
     assert [p.scores["edgeear"].auroc for p in found.pairs] == [p.auroc for p in result.ood]
 
 

@@ -22,7 +22,7 @@ from edgeear.errors import DataError, UsageError
 from edgeear.flow import AdaptPolicy, Prediction, Samples, adapt, infer, install, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc
-from edgeear.shift import Shift, ShiftState
+from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Rejected, System
 from edgeear.types import F32, U8
 from tests import fakes
@@ -120,6 +120,15 @@ def test_an_unknown_stream_leads_to_a_shift_with_its_onset() -> None:
     assert again and not restarted
 
 
+def test_the_shift_test_takes_the_conditional_p_value() -> None:
+    """Only that one may be multiplied over time: the other promises more than one calibration set can."""
+    system, frame = fakes.grown(0, 1), shown(5, 1)
+    verdict = judge(system, encoded(5, 1))
+    _, state, _ = infer(system, fakes.engine(), ShiftState(), frame[0])
+    assert verdict.p[0] < verdict.conditional_p[0]
+    assert state == observe(ShiftState(), float(verdict.conditional_p[0]), system.policy.shift)[0]
+
+
 def test_spatial_taps_are_computed_only_when_a_head_reads_one() -> None:
     pooled = tuple(t.name for t in fakes.POOLED)
     engine, encoder, _ = spied()
@@ -181,8 +190,8 @@ def test_unknown_inputs_are_more_novel_than_known_ones() -> None:
     known = judge(system, np.concatenate([encoded(b, 60) for b in (0, 1, 2)]))
     for background in (3, 4, 5):
         unknown = judge(system, encoded(background, 60))
-        assert auroc(known.novelty, unknown.novelty) > 0.99
-        assert unknown.ood.all()
+        assert auroc(known.novelty, unknown.novelty) > 0.95
+        assert unknown.ood.mean() >= 0.9
     assert known.ood.mean() <= 0.15
 
 
@@ -250,6 +259,7 @@ def test_a_seed_fixes_everything() -> None:
     assert dict(a.growth) == dict(b.growth)
     other = admitted(adapt(fakes.empty(), fakes.samples(0), fakes.QUICK, seed=4)).system.domain("d0")
     assert other.codes.tobytes() != a.codes.tobytes()
+    assert other.calibration.values.tobytes() != a.calibration.values.tobytes()
 
 
 def test_the_seed_goes_before_the_seeds_in_policies() -> None:
