@@ -438,9 +438,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
     sys.exit(0)
 
 

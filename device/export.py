@@ -43,7 +43,7 @@ from device.paths import DEFAULT_ENCODER, publish_encoder, write_whole
 from edgeear.errors import DeviceError, FormatError, UsageError
 from edgeear.types import Tap
 
-GRID = 56
+GRID = 28
 DEFAULT_SPATIAL = ("stage5", "stage6", "stage7")
 _TOLERANCE = 1e-3  # relative to the largest value of a tap; a sound export stays below 1e-5
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")

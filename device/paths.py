@@ -24,7 +24,7 @@ from pathlib import Path
 
 from edgeear.errors import DeviceError, UsageError
 
-DEFAULT_ENCODER = "efficientnet-lite0-v2"
+DEFAULT_ENCODER = "efficientnet-lite0-v1"
 """Stem of the default encoder's file. A changed graph is a new version: its features are others."""
 
 _TEMPORARY = ".partial-"

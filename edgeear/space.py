@@ -41,7 +41,7 @@ class SpacePolicy:
     whose novelty is mostly sensor noise; `magnitude_scale` c (>= 0) weighs log-magnitude against direction.
     """
 
-    dimensions: int = 2048
+    dimensions: int = 4096
     seed: int = 0
     shallow_weight: float = 0.3
     magnitude_scale: float = 0.3
