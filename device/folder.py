@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
@@ -290,7 +290,9 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
     except _Refused as refusal:
         raise _undecodable(path, refusal.reason, refusal.remedy) from None
     except _BROKEN as error:
-        reason = f"broken content ({type(error).__name__}: {error})"
+        # Pillow's own words hold a memory address here, and one bad file must give one message.
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        reason = f"broken content ({type(error).__name__}{detail})"
         raise _undecodable(path, reason, "replace it by an intact file or remove it") from error
 
 

@@ -552,9 +552,7 @@ def _take_lock(root: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise StoreBusy(
-            f"{root} is in use: one process at a time may open it; stop the other one first"
-        ) from error
+        raise StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first") from error
     return descriptor
 
 

@@ -60,9 +60,7 @@ class Reader:
 
 
 def blocks(text: str) -> list[Block]:
-    return [
-        Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2]) for match in FENCE.finditer(text)
-    ]
+    return [Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2]) for match in FENCE.finditer(text)]
 
 
 def commands(block: Block) -> Iterator[list[str]]:

@@ -120,9 +120,7 @@ def test_commit_is_on_probation_until_confirmed_and_rollback_undoes_it(tmp_path:
 
 
 @pytest.mark.parametrize("confirmed", [0, 1])
-def test_an_unconfirmed_generation_survives_a_restart_but_not_a_reboot(
-    tmp_path: Path, confirmed: int
-) -> None:
+def test_an_unconfirmed_generation_survives_a_restart_but_not_a_reboot(tmp_path: Path, confirmed: int) -> None:
     with confirmed_store(tmp_path, confirmed) as store:
         number = store.write(contents(7), created=2.0)
         store.commit(number)
@@ -168,9 +166,7 @@ def test_bad_file_names_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.text(max_size=12) | st.from_regex(r"[A-Za-z0-9._/\\-]{1,12}", fullmatch=True), st.binary(max_size=64)
-)
+@given(st.text(max_size=12) | st.from_regex(r"[A-Za-z0-9._/\\-]{1,12}", fullmatch=True), st.binary(max_size=64))
 def test_any_file_name_is_refused_or_stays_inside_its_generation(name: str, data: bytes) -> None:
     with (
         tempfile.TemporaryDirectory(dir=RAM) as folder,
@@ -183,9 +179,7 @@ def test_any_file_name_is_refused_or_stays_inside_its_generation(name: str, data
             assert sorted(os.listdir(Path(folder) / "store")) == ["CURRENT", "LOCK"]
         else:
             assert os.listdir(folder) == ["store"]
-            assert sorted(os.listdir(Path(folder) / "store" / f"{number:08d}")) == sorted(
-                [name, "manifest.json"]
-            )
+            assert sorted(os.listdir(Path(folder) / "store" / f"{number:08d}")) == sorted([name, "manifest.json"])
             assert store.read(number) == {name: data}
 
 
@@ -416,9 +410,7 @@ class UnsyncedDisk(PowerDisk):
 
 
 @pytest.mark.parametrize("act", [Store.rollback, lambda store: store.confirm(2)])
-def test_what_failed_in_its_fsync_is_synced_when_repeated(
-    tmp_path: Path, act: Callable[[Store], object]
-) -> None:
+def test_what_failed_in_its_fsync_is_synced_when_repeated(tmp_path: Path, act: Callable[[Store], object]) -> None:
     disk = UnsyncedDisk(tmp_path, lambda top: None)
     with Store.open(tmp_path / "store", disk=disk) as store:
         for number in (1, 2):
@@ -482,10 +474,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     mount = 'mount -t tmpfs -o size=256k tmpfs "$0"'
     try:
-        allowed = (
-            subprocess.run([*namespace, "sh", "-c", mount, str(tmp_path)], capture_output=True).returncode
-            == 0
-        )
+        allowed = subprocess.run([*namespace, "sh", "-c", mount, str(tmp_path)], capture_output=True).returncode == 0
     except FileNotFoundError:
         allowed = False
     if not allowed:
@@ -683,9 +672,7 @@ def test_collect_leaves_files_of_others_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     with confirmed_store(tmp_path, 4, keep=1) as store:
         assert store.collect() == (1, 2)
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        ["00000003", "00000004", "CURRENT", "LOCK", "ROLLBACK", *strangers]
-    )
+    assert sorted(os.listdir(tmp_path)) == sorted(["00000003", "00000004", "CURRENT", "LOCK", "ROLLBACK", *strangers])
 
 
 # Any sequence of acts, against a model
@@ -759,9 +746,7 @@ class StoreMachine(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         assert (self.store.live, self.store.confirmed) == (self.live, self.confirmed)
         assert self.store.recovered_from is None
-        assert {
-            manifest.number: self.store.read(manifest.number) for manifest in self.store.generations()
-        } == self.held
+        assert {manifest.number: self.store.read(manifest.number) for manifest in self.store.generations()} == self.held
 
     def teardown(self) -> None:
         self.store.close()
