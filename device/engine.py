@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 import numpy as np
 import onnxruntime as ort
-from adaptors.archive import HeadArchive
 from numpy.typing import NDArray
 
+from adaptors.archive import HeadArchive
 from edgeear.types import F32, Encoder, Features
 
 SESSIONS = 32

@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-from adaptors.archive import HeadArchive
 from numpy.typing import NDArray
 
+from adaptors.archive import HeadArchive
 from edgeear.errors import UsageError
 from edgeear.memory import DomainMemory
 from edgeear.novelty import Calibration, Detector, detector
