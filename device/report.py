@@ -4,124 +4,26 @@ Rules of this file:
 
 1. The page is a function of the record alone: same record, same bytes. No clock, no name of this machine.
 2. Nothing is loaded and nothing runs: no script, no font, no link to elsewhere; the page's own policy forbids it.
-3. Every text of the record is escaped. None is handed to matplotlib, which would need a font for it: a picture
-   gets its names afterwards, as escaped SVG text.
+3. Every text of the record is escaped.
 4. Behind every picture stands its table; colour never carries a meaning alone.
-5. matplotlib is needed only while rendering and never imported at import time.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from html import escape
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from device.paths import write_whole
 from device.record import ABSTAIN, Growth, Matrix, RunRecord, ShiftRecord, mean
-from edgeear.errors import DeviceError, UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from device.report_pictures import HUES, draw_search, draw_stream, picture, text
+from device.report_style import STYLE
+from edgeear.errors import DeviceError
 
 NONE = "&ndash;"
 """What stands for a value that was not measured."""
-_HUES = 8
-# Colours that matplotlib writes and `_inline` turns into the page's variables, so that pictures follow the theme.
-_INK, _MUTED, _LINE, _ACCENT, _ALERT = (f"#0101{number:02x}" for number in range(5))
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent", _ALERT: "alert"}
-_VARIABLES |= {f"#0102{number:02x}": f"d{number}" for number in range(_HUES)}
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "edgeear",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: measures are the same on every machine
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "path.simplify": False,
-}
-
-_STYLE = """
-:root{color-scheme:light dark;--page:#f4f6f8;--card:#fff;--ink:#15202b;--muted:#566472;--line:#d8dfe6;
---accent:#0f766e;--heat:15 118 110;--alert:#c2410c;--bad:194 65 12;
---d0:#2563eb;--d1:#b45309;--d2:#059669;--d3:#9333ea;--d4:#db2777;--d5:#0891b2;--d6:#65a30d;--d7:#6b7280}
-@media (prefers-color-scheme:dark){:root{--page:#0e141a;--card:#161e27;--ink:#e7edf3;--muted:#9aa8b6;
---line:#2c3743;--accent:#2dd4bf;--heat:45 212 191;--alert:#fb923c;--bad:251 146 60;
---d0:#60a5fa;--d1:#fbbf24;--d2:#34d399;--d3:#c084fc;--d4:#f472b6;--d5:#22d3ee;--d6:#a3e635;--d7:#9ca3af}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main,header,footer{max-width:1120px;margin:0 auto;padding:0 24px}
-header{padding-top:36px}h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.02em}
-h2{font-size:18px;margin:0 0 4px;letter-spacing:-.01em}h3{font-size:15px;margin:0}
-p{margin:0 0 12px}.note,header p,footer{color:var(--muted)}.note{font-size:13.5px;max-width:80ch}
-h1,h2,h3,td,th,dd,p,li{overflow-wrap:break-word}.eyebrow{font-size:12.5px;font-weight:600;
-letter-spacing:.06em;text-transform:uppercase;margin-bottom:6px}
-nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:14px 0 20px;font-size:13.5px}
-a{color:var(--accent);text-decoration:none}a:hover,a:focus{text-decoration:underline}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin:0 0 18px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:14px;padding:0;margin:0 0 18px;
-background:none;border:0}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px}
-.card dt{font-size:12.5px;color:var(--muted)}.card dd{margin:0}
-.card .big{font-size:28px;font-weight:650;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.card .sub{font-size:12.5px;color:var(--muted)}.card .big.warn{color:var(--alert)}
-.hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
-.wide{width:100%}th{font-weight:600;text-align:left}thead th{color:var(--muted);font-size:12.5px}
-th,td{padding:6px 20px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
-tbody tr:last-child>*{border-bottom:0}td.n,th.n{text-align:right}.wide .n,.wide .k{width:1%;white-space:nowrap}
-.wide tr>:last-child{padding-right:0}
-.heat{border-collapse:separate;border-spacing:3px}
-.heat th,.heat td{border:0;padding:7px 8px}.heat th{max-width:220px}
-.heat tr>:first-child{padding-left:0;text-align:left}
-.heat td{min-width:66px;white-space:nowrap;text-align:center;border-radius:6px;
-background:rgb(var(--heat)/calc(var(--v)*.5))}
-.heat td.off{background:rgb(var(--bad)/calc(var(--v)*.75))}
-.heat td.none{background:none;color:var(--muted)}.heat thead th:not(:first-child){text-align:center}
-.heat td.own{outline:1.5px solid var(--accent);outline-offset:-1.5px}
-.bar{display:block;height:9px;border-radius:5px;background:var(--alert);width:calc(var(--v)*100%)}
-.bar.gain{background:var(--accent)}td.track{width:55%;padding-top:12px}
-.dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px;background:var(--c)}
-.dot.line{height:3px;vertical-align:middle}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin:6px 0 2px;padding:0;list-style:none}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:22px}
-figure{margin:0}figcaption{font-size:13.5px}svg{display:block;width:100%;height:auto}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px}
-.two section{min-width:0}
-details{margin-top:10px;font-size:13.5px}summary{cursor:pointer;color:var(--accent)}
-details .scroll{max-height:360px;overflow:auto;margin-top:8px}
-.kind{display:inline-block;padding:0 8px;border-radius:9px;border:1px solid var(--line);font-size:12.5px}
-.kind.shift,.kind.alarm{color:var(--alert);border-color:currentColor}
-code,pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-pre{margin:8px 0 0;white-space:pre-wrap}footer{font-size:12.5px;padding-bottom:36px}
-@media print{:root{color-scheme:light}nav{display:none}body{background:#fff;font-size:11pt}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}section,.card,figure,tr{break-inside:avoid}
-section.long{break-inside:auto}details:not([open]){display:none}.scroll{overflow:visible;max-height:none}}
-"""
 
 
 def write_report(record: RunRecord, path: Path) -> None:
@@ -154,7 +56,7 @@ def render(record: RunRecord) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(record.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{text(record.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"{_header(record)}\n<main>\n{body}\n</main>\n"
         "<footer>Rates are fractions of one, shown in percent. Positions are sample numbers of the stream.</footer>\n"
         "</body>\n</html>\n"
@@ -175,7 +77,7 @@ def _header(record: RunRecord) -> str:
         f"{_plural(len(record.domains), 'domain')}, {_plural(len(record.classes), 'class', 'classes')}, "
         f"seed {record.seed}, {_utc(record.created)}"
     )
-    title = f'<p class="eyebrow">edgeear run report</p><h1>{_text(record.title)}</h1><p>{facts}</p>'
+    title = f'<p class="eyebrow">edgeear run report</p><h1>{text(record.title)}</h1><p>{facts}</p>'
     return f'<header>{title}<nav aria-label="Sections">{links}</nav></header>'
 
 
@@ -223,7 +125,7 @@ def _novelty(record: RunRecord) -> str:
     table = _table(("Sample", "True domain", "Route", "Novelty", "p-value"), rows, numeric={0, 3, 4})
     label = f"Novelty of {_plural(len(stream.at), 'sample')} with the true domains, the routes and the shifts"
     body = (
-        f"<figure>{_picture('novelty', label, (11, 4.6), lambda figure: _draw_stream(figure, record))}"
+        f"<figure>{picture('novelty', label, (11, 4.6), lambda figure: draw_stream(figure, record))}"
         f"{_legend(record)}</figure>{_details(f'The {len(stream.at)} plotted samples as a table', table)}"
     )
     return _section("stream", "Novelty over the stream", note, body, long=True)
@@ -256,13 +158,13 @@ def _heat(matrix: Matrix, rows: Sequence[str], columns: Sequence[str], corner: s
     """A table shaded by value; with `wrong`, cells off the diagonal take the colour of errors."""
     if not matrix:
         return _nothing("Not measured.")
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns[: len(matrix[0])])
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns[: len(matrix[0])])
     body = []
     for index, (name, row) in enumerate(zip(rows, matrix, strict=True)):
         cells = "".join(
             _heat_cell(value, index == column, wrong and index != column) for column, value in enumerate(row)
         )
-        body.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
+        body.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>')
     return (
         f'<div class="scroll" tabindex="0"><table class="heat"><thead><tr><th scope="col">{corner}</th>{head}</tr>'
         f"</thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -328,7 +230,7 @@ def _search(record: RunRecord) -> str:
 
 def _search_figure(record: RunRecord, number: int, growth: Growth) -> str:
     label = f"Proxy score against parameters of {_plural(len(growth.candidates), 'specification')} for {growth.domain}"
-    picture = _picture(f"search{number}", label, (4.6, 2.9), lambda figure: _draw_search(figure, growth))
+    chart = picture(f"search{number}", label, (4.6, 2.9), lambda figure: draw_search(figure, growth))
     names = sorted({name for candidate in growth.candidates for name in candidate.proxies})
     rows = (
         (
@@ -339,12 +241,12 @@ def _search_figure(record: RunRecord, number: int, growth: Growth) -> str:
         )
         for candidate in growth.candidates
     )
-    columns = ("Parameters", "Score", *(_text(name) for name in names), "")
+    columns = ("Parameters", "Score", *(text(name) for name in names), "")
     table = _table(columns, rows, numeric=set(range(2 + len(names))))
     shown = f"{len(growth.candidates)} of {max(growth.specs_scored, len(growth.candidates))} shown"
     return (
         f'<figure><figcaption><h3>{_name(record, growth.domain)}</h3><span class="note">{shown}</span></figcaption>'
-        f"{picture}{_details('The points as a table', table)}</figure>"
+        f"{chart}{_details('The points as a table', table)}</figure>"
     )
 
 
@@ -370,9 +272,9 @@ def _heads(record: RunRecord) -> str:
 
 
 def _head_words(record: RunRecord, growth: Growth) -> str:
-    spec = _text(json.dumps(growth.spec, indent=2, ensure_ascii=False))
+    spec = text(json.dumps(growth.spec, indent=2, ensure_ascii=False))
     return (
-        f"<strong>{_name(record, growth.domain)}</strong><br>{_text(growth.explanation)}"
+        f"<strong>{_name(record, growth.domain)}</strong><br>{text(growth.explanation)}"
         f"{_details('Specification', f'<pre>{spec}</pre>')}"
     )
 
@@ -387,7 +289,7 @@ def _ood(record: RunRecord) -> str:
         return _section("ood", "Out-of-distribution detection", note, _nothing("No pair was measured."))
     auroc = {(pair.known, pair.unknown): pair.auroc for pair in record.ood}
     matrix = tuple(tuple(auroc.get((known, unknown)) for unknown in record.domains) for known in record.domains)
-    rows = ((_text(pair.known), _text(pair.unknown), _percent(pair.auroc), _percent(pair.fpr95)) for pair in record.ood)
+    rows = ((text(pair.known), text(pair.unknown), _percent(pair.auroc), _percent(pair.fpr95)) for pair in record.ood)
     table = _table(("Known", "Unknown", "AUROC", "FPR95"), rows, numeric={2, 3})
     body = _heat(matrix, record.domains, record.domains, "Known", wrong=False)
     return _section(
@@ -399,8 +301,8 @@ def _events(record: RunRecord) -> str:
     rows = (
         (
             str(event.at),
-            f'<span class="kind {_slug(event.kind)}">{_text(event.kind)}</span>',
-            _text(event.text),
+            f'<span class="kind {_slug(event.kind)}">{text(event.kind)}</span>',
+            text(event.text),
         )
         for event in record.events
     )
@@ -414,14 +316,14 @@ def _events(record: RunRecord) -> str:
 def _provenance(record: RunRecord) -> str:
     height, width = record.encoder.input
     facts = {
-        "Encoder": f"{_text(record.encoder.name)}, input {height} &times; {width}",
-        "Encoder digest": f"<code>{_text(record.encoder.digest)}</code>",
+        "Encoder": f"{text(record.encoder.name)}, input {height} &times; {width}",
+        "Encoder digest": f"<code>{text(record.encoder.digest)}</code>",
         "Seed": str(record.seed),
         "Created": _utc(record.created),
-        "Machine": _text(record.machine) or NONE,
-        "Versions": ", ".join(f"{_text(name)} {_text(version)}" for name, version in record.versions.items()),
-        "Timings": ", ".join(f"{_text(name)} {_seconds(spent)}" for name, spent in record.timings.items()),
-        "Classes": ", ".join(_text(name) for name in record.classes),
+        "Machine": text(record.machine) or NONE,
+        "Versions": ", ".join(f"{text(name)} {text(version)}" for name, version in record.versions.items()),
+        "Timings": ", ".join(f"{text(name)} {_seconds(spent)}" for name, spent in record.timings.items()),
+        "Classes": ", ".join(text(name) for name in record.classes),
     }
     rows = (f'<tr><th scope="row">{key}</th><td>{value or NONE}</td></tr>' for key, value in facts.items())
     body = f'<div class="scroll"><table class="wide"><tbody>{"".join(rows)}</tbody></table></div>'
@@ -468,17 +370,12 @@ def _nothing(why: str) -> str:
 
 
 def _name(record: RunRecord, domain: str) -> str:
-    hue = record.domains.index(domain) % _HUES
-    return f'<span class="dot" style="--c:var(--d{hue})"></span>{_text(domain)}'
+    hue = record.domains.index(domain) % HUES
+    return f'<span class="dot" style="--c:var(--d{hue})"></span>{text(domain)}'
 
 
 def _route(record: RunRecord, route: str) -> str:
     return ABSTAIN if route == ABSTAIN else _name(record, route)
-
-
-def _text(text: str) -> str:
-    """Escaped, with characters that no page may hold (controls) made visible as a replacement."""
-    return escape("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text))
 
 
 def _slug(text: str) -> str:
@@ -528,143 +425,3 @@ def _shift_figures(shifts: Sequence[ShiftRecord]) -> tuple[int, str, int]:
     delay = mean(shift.delay_samples for shift in found)
     words = "no delay measured" if delay is None else f"after {delay:.0f} samples on average"
     return len(found), words, sum(shift.false_alarm for shift in shifts)
-
-
-# --- pictures --------------------------------------------------------------------------------------------
-
-
-def _picture(target: str, label: str, size: tuple[float, float], draw: Callable[[Figure], list[str]]) -> str:
-    """Inline SVG of what `draw` puts into a figure of `size` inches; it returns the texts of its labels."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("the report needs matplotlib: pip install 'edgeear[report]'") from error
-    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS}  # not what this machine's file says
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
-        names = draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue(), target, label, names)
-
-
-def _inline(svg: str, target: str, label: str, names: Sequence[str]) -> str:
-    """The `<svg>` element alone, in the page's colours and fonts, with identifiers that are its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:xmlns:xlink|width|height|version)="[^"]*"', "", svg, count=3)
-    svg = svg.replace(' xmlns="http://www.w3.org/2000/svg" version="1.1"', "").replace("xlink:href=", "href=")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{target}-", svg)
-    svg = re.sub(r"#010[12][0-9a-f]{2}", lambda match: f"var(--{_VARIABLES.get(match[0], 'ink')})", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"@@(\d+)@@", lambda match: _text(names[int(match[1])]), svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_text(label)}"', 1)
-
-
-def _draw_stream(figure: Figure, record: RunRecord) -> list[str]:
-    """Novelty above, p below, and two strips: the true domain and the route."""
-    top, middle, strips = figure.subplots(3, 1, sharex=True, height_ratios=(6, 2.4, 1.3))
-    stream = record.stream
-    names = _draw_bands(top, record)
-    top.plot(stream.at, _floats(stream.novelty), color=_INK, linewidth=0.8)
-    top.set_ylabel("novelty")
-    middle.plot(stream.at, _floats(stream.p, floor=1e-6), color=_INK, linewidth=0.7)
-    middle.set_yscale("log")
-    _label_log(middle.yaxis)
-    middle.set_ylabel("p-value")
-    for axes in (top, middle):
-        _draw_shifts(axes, record.shift)
-    _draw_strips(strips, record)
-    strips.set_xlabel("sample")
-    end = _end(stream.at)
-    strips.set_xlim(stream.at[0], end)
-    figure.align_ylabels([top, middle])
-    return names
-
-
-def _draw_bands(axes: Axes, record: RunRecord) -> list[str]:
-    """Shade the true domains and name each band that is wide enough; returns the names."""
-    stream = record.stream
-    names: list[str] = []
-    span = _end(stream.at) - stream.at[0]
-    for start, end, domain in _runs(stream.at, stream.domain):
-        axes.axvspan(start, end, color=_hue(record, domain), alpha=0.13, linewidth=0)
-        room = int(120 * (end - start) / span)
-        if room >= 4:
-            text = f"@@{len(names)}@@"
-            transform = axes.get_xaxis_transform()
-            axes.text((start + end) / 2, 1.02, text, transform=transform, ha="center", va="bottom")
-            names.append(domain if len(domain) <= room else domain[: room - 1] + "\u2026")
-    return names
-
-
-def _draw_shifts(axes: Axes, shifts: Sequence[ShiftRecord]) -> None:
-    for shift in shifts:
-        if shift.at is None:
-            continue
-        style = ":" if shift.false_alarm else "-"
-        axes.axvline(shift.at, color=_ALERT, linewidth=1.4, linestyle=style)
-        if shift.onset is not None and shift.onset < shift.at:
-            axes.axvspan(shift.onset, shift.at, color=_ALERT, alpha=0.18, linewidth=0)
-
-
-def _draw_strips(axes: Axes, record: RunRecord) -> None:
-    for row, values in ((1, record.stream.domain), (0, record.stream.route)):
-        runs = list(_runs(record.stream.at, values))
-        bars = [(start, end - start) for start, end, _ in runs]
-        axes.broken_barh(bars, (row + 0.1, 0.8), facecolors=[_hue(record, name) for *_, name in runs])
-    axes.set_yticks((0.5, 1.5), labels=("route", "true"))
-    axes.set_ylim(0, 2)
-    axes.grid(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def _draw_search(figure: Figure, growth: Growth) -> list[str]:
-    axes = figure.subplots()
-    points = [(point.parameters, point.score, point.chosen) for point in growth.candidates]
-    scored = [(max(size, 1), score, chosen) for size, score, chosen in points if score is not None]
-    others = [(size, score) for size, score, chosen in scored if not chosen]
-    best = [(size, score) for size, score, chosen in scored if chosen]
-    axes.scatter(*_columns(others), s=11, color=_MUTED, alpha=0.55, linewidths=0)
-    axes.scatter(*_columns(best), s=190, marker="*", color=_ACCENT, zorder=3)
-    if scored:  # a log axis without a point has no limits
-        axes.set_xscale("log")
-        _label_log(axes.xaxis)
-    axes.set_xlabel("parameters")
-    axes.set_ylabel("proxy score")
-    return []
-
-
-def _label_log(axis: Axis) -> None:
-    """Plain numbers on a log axis, where matplotlib would write powers in its mathematical notation."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-
-
-def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
-def _floats(values: Sequence[float | None], floor: float = -math.inf) -> list[float]:
-    """Gaps become NaN, which leaves a gap in the line; a log axis needs a `floor`."""
-    return [math.nan if value is None else max(value, floor) for value in values]
-
-
-def _runs(at: Sequence[int], values: Sequence[str]) -> Iterable[tuple[int, int, str]]:
-    """`(start, end, value)` of each stretch of equal values; a stretch ends where the next begins."""
-    starts = [(next(group)[0], value) for value, group in groupby(zip(at, values, strict=True), lambda pair: pair[1])]
-    ends = [start for start, _ in starts[1:]] + [_end(at)]
-    return [(start, end, value) for (start, value), end in zip(starts, ends, strict=True)]
-
-
-def _end(at: Sequence[int]) -> int:
-    """Where the last sample of a stream ends: one step after it begins."""
-    return at[-1] + (at[-1] - at[-2] if len(at) > 1 else 1)
-
-
-def _hue(record: RunRecord, name: str) -> str:
-    return _MUTED if name == ABSTAIN else f"#0102{record.domains.index(name) % _HUES:02x}"
