@@ -83,10 +83,8 @@ def judge(system: System, h: F32) -> Judgement:
     n, scores = len(h), system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
     best_p, best_c, novelty = np.zeros(n, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
-    for k, domain in enumerate(system.domains):
-        rows = np.flatnonzero((contenders == k).any(axis=1))
-        if len(rows) == 0:
-            continue
+    for k in np.unique(contenders):
+        domain, rows = system.domains[int(k)], np.flatnonzero((contenders == k).any(axis=1))
         own = domain.calibration.novelty(domain.detector, h[rows])
         best_p[rows] = np.maximum(best_p[rows], domain.calibration.p_value(own))
         best_c[rows] = np.maximum(best_c[rows], domain.calibration.conditional_p_value(own))
@@ -98,9 +96,7 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
     """One step of the stream. Before the first domain is learned everything is out of distribution."""
     if not system.domains:
         return Prediction(None, np.zeros(0, np.float32), None, float("inf"), 0.0, True), state, None
-    wanted = {t for d in system.domains for t in system.taps_for(d)}
-    pooled = tuple(t.name for t in system.space.taps)
-    features = engine.encode(frame, (*pooled, *sorted(wanted.difference(pooled))))
+    features = engine.encode(frame, system.wanted_taps)
     h = system.space.encode(features)
     verdict = judge(system, h)
     state, shift = observe(state, float(verdict.conditional_p[0]), system.policy.shift)

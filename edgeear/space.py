@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptors.hadamard import fwht, permutation, signs
+from adaptors.hadamard import factors, fwht, permutation, signs
 from edgeear.errors import DataError, UsageError
 from edgeear.types import F32, Features, Tap
 
@@ -75,7 +75,13 @@ class HypervectorSpace:
         self._floor = QUIET * np.sqrt(self._widths)
         self.slots = tuple(-(-(int(d) + 1) // self.policy.dimensions) for d in self._widths)
         self.index, self.sign, self.roles, self.weights = _tables(self.taps, self.slots, self.policy)
-        self._bound = _frozen(self.roles * self.weights[:, None])
+        a, b = (len(f) for f in factors(self.dimensions))
+        slot, place = np.divmod(self.index, self.dimensions)
+        row, column = np.divmod(place, b)
+        # `index` and the weighted roles in the layout (a, slots, b) that `_bundle` works in.
+        self._spread = _frozen((row * len(self.roles) + slot) * b + column)
+        bound = (self.roles * self.weights[:, None]).reshape(-1, a, b).transpose(1, 0, 2)
+        self._bound = _frozen(np.ascontiguousarray(bound))
 
     @property
     def dimensions(self) -> int:
@@ -127,9 +133,14 @@ class HypervectorSpace:
         return out
 
     def _bundle(self, code: F32) -> F32:
-        slots = np.zeros((len(code), *self.roles.shape), np.float32)
-        slots.reshape(len(code), -1)[:, self.index] = code * self.sign
-        bundled: F32 = np.einsum("ntd,td->nd", fwht(slots), self._bound)
+        n, (left, right) = len(code), factors(self.dimensions)
+        a, b = len(left), len(right)
+        slots = np.zeros((n, a, len(self.roles), b), np.float32)
+        slots.reshape(n, -1)[:, self._spread] = code * self.sign
+        # The transform of all slots at once, as `fwht` does it, laid out so that each factor is one matrix product.
+        half = (slots.reshape(-1, b) @ right).reshape(n, a, -1)
+        whole = (left @ half).reshape(slots.shape)
+        bundled: F32 = np.einsum("natb,atb->nab", whole, self._bound).reshape(n, -1)
         return bundled
 
     def _read(self, features: Features) -> list[F32]:

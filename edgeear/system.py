@@ -94,6 +94,12 @@ class System:
     def router(self) -> Router:
         return router([d.memory for d in self.domains])
 
+    @cached_property
+    def wanted_taps(self) -> tuple[str, ...]:
+        """Encoder taps that one frame needs: the space's, then those that only heads read."""
+        pooled = tuple(t.name for t in self.space.taps)
+        return (*pooled, *sorted({t for d in self.domains for t in self.taps_for(d)}.difference(pooled)))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(d.name for d in self.domains)
