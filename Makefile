@@ -40,7 +40,7 @@ lint: $(STAMP) ## style, types and architecture, without running anything
 # The report is tested in a real browser: installed where that is allowed, asked for where it is not.
 .PHONY: browser
 browser:
-	@command -v chromium >/dev/null || [ -n "$$EDGEEAR_NO_BROWSER" ] || { \
+	@command -v chromium >/dev/null || [ -n "$${EDGEEAR_NO_BROWSER:-}" ] || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -qy chromium; \
 	  else echo "the report's test needs a browser: sudo apt-get install chromium (or set EDGEEAR_NO_BROWSER=1)"; exit 1; fi; }
 
