@@ -193,7 +193,7 @@ def test_the_system_learns_each_domain_and_keeps_it(result: EvalResult) -> None:
 def test_inverted_digits_are_told_and_declared(result: EvalResult) -> None:
     assert {(p.known, p.unknown): p.auroc for p in result.ood}["plain", "inverted"] > 0.95
     assert result.shift[0].detected and 1 <= (result.shift[0].delay_samples or 0) <= 100
-    # Drawn from the held-out images of each domain, 28 at most: their luck is in it, an always-firing test gives 10,000.
+    # Drawn from at most 28 held-out images of each domain, whose luck is in it; a test that always fires gives 2500.
     assert result.false_alarms_per_10k < 100
 
 

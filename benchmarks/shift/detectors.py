@@ -1,7 +1,7 @@
 """Ours, published change detectors, and two controls, behind one function: stream -> the frames at which it alarms.
 
 Every detector reads the same judged frames: ours the conditional p-values (and codes, to tell scenes), ADWIN,
-Page-Hinkley and KSWIN of river the novelty, MMD (our own implementation) the codes. All go on after an alarm, restarted.
+Page-Hinkley and KSWIN of river the novelty, MMD (our own implementation) the codes. All restart after an alarm.
 """
 
 from __future__ import annotations

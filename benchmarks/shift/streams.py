@@ -7,7 +7,7 @@ encoder saw: shifted by up to 4 pixels and up to 5 % brighter or darker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,37 @@ def bursts(pool: Stream, n: int, rng: np.random.Generator) -> Stream:
         image = rng.integers(images)
         at += (image * FRAMES + rng.integers(FRAMES, size=rng.integers(BURST[0], BURST[1] + 1))).tolist()
     return pool.take(np.array(at))
+
+
+def measured(stream: Stream, alarms: Iterable[int], began: int | None = None) -> dict[str, float]:
+    """Mean delay from the first frame of each foreign episode, share of episodes without an alarm, and alarms in 10,000
+    frames outside of them. `began` makes one episode from that frame to the end: a ramp mixes both.
+    """
+    if began is not None:
+        onsets, ends = np.array([began]), np.array([len(stream)])
+    else:
+        edges = np.diff(np.concatenate([[False], stream.foreign, [False]]).astype(int))
+        onsets, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    inside = np.zeros(len(stream), bool)
+    for a, b in zip(onsets, ends, strict=True):
+        inside[a:b] = True
+    first: dict[int, int] = {}
+    false = 0
+    for at in alarms:
+        if not inside[at]:
+            false += 1
+            continue
+        episode = int(np.searchsorted(onsets, at, side="right")) - 1
+        first.setdefault(episode, at)
+        if len(first) == len(onsets) and episode == len(onsets) - 1 and ends[-1] == len(stream):
+            break
+    quiet = int((~inside).sum())
+    found = {"false_per_10k": 1e4 * false / quiet}
+    if len(onsets):
+        delays = [at - onsets[k] + 1 for k, at in first.items()]
+        found["delay"] = float(np.mean(delays)) if delays else float("nan")
+        found["missed"] = 1 - len(first) / len(onsets)
+    return found
 
 
 def burst_hypervectors(data: EvalData, encoder: Encoder, images: int, seed: int) -> dict[str, F32]:
