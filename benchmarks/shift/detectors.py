@@ -32,8 +32,8 @@ class Method:
     default: int = 0
 
 
-def ours(stream: Stream, system: System, scenes: bool = True) -> Alarms:
-    state, policy, alike = ShiftState(), ShiftPolicy(), system.likeness
+def ours(stream: Stream, system: System, scenes: bool = True, rate: float = 1e-6) -> Alarms:
+    state, policy, alike = ShiftState(), ShiftPolicy(false_alarm_rate=rate), system.likeness
     for i, p in enumerate(stream.p.tolist()):
         state, shift = observe(state, p, policy, stream.codes[i] if scenes else None, alike)
         if shift is not None:
@@ -100,11 +100,12 @@ def _mean_apart(kernel: F32) -> float:
 
 METHODS = (
     Method("ours", lambda _: ours),
+    Method("ours, rate 1e-4", lambda _: lambda stream, system: ours(stream, system, rate=1e-4)),
     Method("ours, every frame a sample", lambda _: lambda stream, system: ours(stream, system, scenes=False)),
     Method("ADWIN", _river(lambda s: drift.ADWIN(delta=10**-s)), (2.7, 4.0, 6.0, 9.0, 12.0), 0),
     Method("Page-Hinkley", _river(lambda s: drift.PageHinkley(threshold=s, mode="up")), (50.0, 75.0, 100.0, 200.0), 0),
     Method("KSWIN", _river(lambda s: drift.KSWIN(alpha=10**-s, seed=0)), (2.3, 4.0, 5.5, 7.0), 0),
-    Method("MMD", _mmd, (2.0, 3.0, 4.0, 5.0), 0),
+    Method("MMD", _mmd, (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0), 0),
     Method("always", lambda _: lambda stream, __: iter(range(len(stream)))),
     Method("never", lambda _: lambda _, __: iter(())),
 )
