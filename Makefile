@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +64,9 @@ bench-nas: $(STAMP) | $(RESULTS) $(DATA) ## the proxies against trained accuraci
 
 bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published ones, every pair of domains
 	$(BIN)/edgeear bench ood --data "$(DATA)" --json $(RESULTS)/ood.json
+
+bench-shift: $(STAMP) | $(RESULTS) $(DATA) ## stated bounds against measured rates, and the shift test against published ones
+	$(BIN)/python -m benchmarks.shift --data "$(DATA)" --seeds 5 --json $(RESULTS)/shift.json
 
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -84,7 +84,7 @@ def _system(structure: dict[str, Any], files: Mapping[str, bytes]) -> System:
     taps = [Tap(name, tuple(shape)) for name, shape in structure["space"]["taps"]]
     policy = dict(structure["policy"])
     shift = {**policy.pop("shift")}
-    shift["exponents"] = tuple(shift["exponents"])
+    shift["stakes"] = tuple(shift["stakes"])
     return System(
         structure["encoder"],
         HypervectorSpace(taps, SpacePolicy(**structure["space"]["policy"])),

@@ -99,7 +99,8 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
     features = engine.encode(frame, system.wanted_taps)
     h = system.space.encode(features)
     verdict = judge(system, h)
-    state, shift = observe(state, float(verdict.conditional_p[0]), system.policy.shift)
+    seen = h[0, : system.policy.memory_dimensions]
+    state, shift = observe(state, float(verdict.conditional_p[0]), system.policy.shift, seen, system.likeness)
     facts = (float(verdict.novelty[0]), float(verdict.p[0]), bool(verdict.ood[0]))
     if verdict.p[0] < system.policy.abstain_below:
         return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift

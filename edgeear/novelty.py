@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from adaptors.hadamard import permutation
 from edgeear.errors import DataError, UsageError
 from edgeear.memory import I64, DomainMemory, learn, subtract
+from edgeear.shift import LEVELS
 from edgeear.types import F32
 
 MINIMUM = 5
@@ -167,30 +168,22 @@ def _folds(labels: I64, folds: int, seed: int) -> I64:
 def conditional_bounds(n: int, delta: float) -> F32:
     """Bounds `(n + 1,)` on P(S >= s), indexed by j = #{calibration >= s}; all hold at once w.p. 1 - delta.
 
-    With j scores at or above s, s exceeds the (j + 1)-th largest of the n i.i.d. scores, so P(S >= s) is at most the
-    true tail beyond that score, which is stochastically at most Beta(j + 1, n - j), with or without ties. Hence it
-    exceeds u with probability at most P(Binomial(n, u) <= j), and u solves that = delta_k (Clopper-Pearson, exact).
-    The bound is computed on a geometric grid of ranks j_0 = 0 < j_1 < ..., and j between two of them takes the larger
-    one's, which is valid because P(S >= s) falls as s rises. The union over the grid spends
-    delta_k = delta / ((k + 1)(k + 2)), which sums to delta and gives half of it to j = 0, where shifts show.
+    They take the values `LEVELS` of the shift test and 1, so that all of delta is spent where it bets. The K levels
+    share it: u is the bound of every j <= j_u, the largest with P(Binomial(n, u) <= j_u) <= delta / K. Proof: let s* be
+    the largest threshold with P(S >= s*) >= u. A threshold with P(S >= s) > u lies at or below s*, so its count is at
+    least that of s*, which is stochastically at least Binomial(n, u), with or without ties. Hence u fails for some
+    threshold with probability at most delta / K. With delta 0.01 and fewer than 10 scores all bounds are 1.
     """
-    grid = [0]
-    while grid[-1] < n - 1:
-        grid.append(min(n - 1, grid[-1] + 1 + grid[-1] // 3))
-    limits = [_binomial_limit(n, j, delta / ((k + 1) * (k + 2))) for k, j in enumerate(grid)]
-    rising = np.maximum.accumulate(np.array([*limits, 1.0], np.float32))
-    bounds: F32 = rising[np.searchsorted([*grid, n], np.arange(n + 1))]
+    bounds = np.ones(n + 1, np.float32)
+    for level in sorted(LEVELS, reverse=True):
+        bounds[: _covered(n, level, delta / len(LEVELS))] = level
     bounds.setflags(write=False)
     return bounds
 
 
-def _binomial_limit(n: int, j: int, delta: float) -> float:
-    """The largest u with P(Binomial(n, u) <= j) >= delta, by bisection on the exact sum, rounded up."""
-    i = np.arange(j + 1)
-    log_choose = np.concatenate([[0.0], np.cumsum(np.log((n - i[:-1]) / (i[:-1] + 1)))])
-    low, high = j / n, 1.0
-    for _ in range(50):
-        u = (low + high) / 2
-        tail = np.exp(log_choose + i * np.log(u) + (n - i) * np.log1p(-u)).sum()
-        low, high = (u, high) if tail >= delta else (low, u)
-    return high
+def _covered(n: int, u: float, delta: float) -> int:
+    """How many of j = 0, 1, ... have P(Binomial(n, u) <= j) <= delta."""
+    i = np.arange(n)
+    log_choose = np.concatenate([[0.0], np.cumsum(np.log((n - i) / (i + 1)))])
+    tails = np.cumsum(np.exp(log_choose + np.arange(n + 1) * np.log(u) + np.arange(n, -1, -1) * np.log1p(-u)))
+    return int((tails[:n] <= delta).sum())

@@ -21,6 +21,7 @@ from edgeear.errors import UsageError
 from edgeear.memory import DomainMemory
 from edgeear.novelty import Calibration, Detector, detector
 from edgeear.router import Router, router
+from edgeear.scenes import likeness
 from edgeear.shift import ShiftPolicy
 from edgeear.space import HypervectorSpace
 from edgeear.types import F32, Features
@@ -73,6 +74,11 @@ class Domain:
     def detector(self) -> Detector:
         return detector(self.memory)
 
+    @cached_property
+    def likeness(self) -> float:
+        """How alike two different frames of this domain are at most: cosine of their codes, see scenes.py."""
+        return likeness(self.codes)
+
     @property
     def bytes(self) -> int:
         """Bytes kept of this domain, head included."""
@@ -99,6 +105,11 @@ class System:
         """Encoder taps that one frame needs: the space's, then those that only heads read."""
         pooled = tuple(t.name for t in self.space.taps)
         return (*pooled, *sorted({t for d in self.domains for t in self.taps_for(d)}.difference(pooled)))
+
+    @property
+    def likeness(self) -> float:
+        """The largest of the domains' likenesses, 0 without any: from there two frames may show one scene."""
+        return max((d.likeness for d in self.domains), default=0.0)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def test_a_missing_file_is_named(name: str) -> None:
         (("domains", 0, "head", "spec", "width"), -1),
         (("policy", "alpha"), 7),
         (("policy", "unknown"), 1),
-        (("policy", "shift", "exponents"), [2.0]),
+        (("policy", "shift", "stakes"), [2.0]),
         (("space", "policy", "dimensions"), 255),
         (("space", "taps"), [["a.mean", 12]]),
         (("space", "taps"), []),

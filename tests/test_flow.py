@@ -120,6 +120,17 @@ def test_an_unknown_stream_leads_to_a_shift_with_its_onset() -> None:
     assert again and not restarted
 
 
+def test_copies_of_one_foreign_frame_are_one_sample_and_each_is_ood() -> None:
+    """One scene is no shift however long it lasts; bursts of several scenes are, at a frame that begins one."""
+    system, foreign, engine, state = fakes.grown(0, 1), shown(5, 40), fakes.engine(), ShiftState()
+    for frame in np.repeat(foreign[:1], 100, axis=0):
+        prediction, state, shift = infer(system, engine, state, frame)
+        assert prediction.ood and shift is None
+    assert len(state.scenes) == 1 and state.samples == 100
+    _, shifts = stream(system, np.repeat(foreign, 5, axis=0), ShiftState())
+    assert shifts and shifts[0].at % 5 == 1
+
+
 def test_the_shift_test_takes_the_conditional_p_value() -> None:
     """Only that one may be multiplied over time: the other promises more than one calibration set can."""
     system, frame = fakes.grown(0, 1), shown(5, 1)

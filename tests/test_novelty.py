@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import erf
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from edgeear.errors import DataError, UsageError
 from edgeear.memory import I64, learn
 from edgeear.novelty import LIMIT, Calibration, calibrate, conditional_bounds, detector
+from edgeear.shift import LEVELS
 from edgeear.types import F32
 
 CLASSES = ("a", "b")
@@ -106,13 +109,20 @@ def test_p_values_count_the_calibration_values_at_or_above() -> None:
     np.testing.assert_array_equal(held.conditional_p_value(novelty), bounds[[5, 4, 2, 1, 0, 0]])
 
 
+def test_a_calibration_of_fewer_than_ten_can_never_be_evidence_of_a_shift() -> None:
+    assert (conditional_bounds(9, 0.01) == 1).all() and conditional_bounds(10, 0.01)[0] == 0.5
+
+
 @given(st.integers(5, 300), st.floats(0.001, 0.5))
 def test_conditional_bounds_are_monotone_and_above_the_conformal_ones(n: int, delta: float) -> None:
     bounds = conditional_bounds(n, delta)
     assert bounds.shape == (n + 1,) and bounds[-1] == 1 and bounds[0] > 0
     assert (np.diff(bounds) >= 0).all()
     assert (bounds >= np.arange(n + 1) / n - 1e-6).all()
-    assert bounds[0] == pytest.approx(1 - (delta / 2) ** (1 / n), rel=1e-5)
+    assert set(bounds.tolist()) <= {*LEVELS, 1.0}
+    # The smallest bound is the first level that n scores, none of them exceeded, can vouch for.
+    vouched = [u for u in LEVELS if (1 - u) ** n <= delta / len(LEVELS)]
+    assert bounds[0] == min(vouched, default=1.0)
 
 
 @pytest.mark.parametrize("n", [20, 300])
@@ -123,6 +133,19 @@ def test_conditional_bounds_hold_for_all_thresholds_at_once(n: int) -> None:
     # The worst threshold with j scores at or above it lies just above the (j + 1)-th largest score.
     failed = (1 - scores > conditional_bounds(n, delta)[:n]).any(axis=1).mean()
     assert 0.01 < failed <= delta + 3 * np.sqrt(delta * (1 - delta) / trials)
+
+
+@pytest.mark.parametrize("n", [12, 140])
+def test_conditional_p_values_are_valid_for_nearly_every_calibration_set(n: int) -> None:
+    """Ties included: scores are rounded normals, whose true tails are summed exactly."""
+    rng, delta, trials, grid = np.random.default_rng(1), 0.1, 3000, np.arange(-50, 51) / 10
+    mass = np.diff([0.0, *(0.5 * (1 + np.array([erf((x + 0.05) / 2**0.5) for x in grid[:-1]]))), 1.0])
+    failed = 0
+    for _ in range(trials):
+        values = np.clip(np.round(rng.normal(size=n), 1), -5, 5).astype(np.float32)
+        p = calibration(values, delta).conditional_p_value(grid.astype(np.float32))
+        failed += any(mass[p <= u].sum() > u + 1e-9 for u in LEVELS)
+    assert failed / trials <= delta + 3 * np.sqrt(delta * (1 - delta) / trials)
 
 
 def test_too_few_samples_or_folds_are_refused() -> None:
