@@ -359,7 +359,7 @@ def judged(p: Callable[[F32], Any]) -> Callable[[System, F32], Judgement]:
 
     def judge(_system: System, h: F32) -> Judgement:
         values = np.asarray(p(h[:, 0]), np.float32)
-        return Judgement(np.zeros(len(h), np.int64), values, values, values, values < 0)
+        return Judgement(np.zeros(len(h), np.int64), values, values, values, values < 0, np.full(len(h), -1))
 
     return judge
 
