@@ -16,6 +16,8 @@ Rules of this file:
    having seen the class, but one that reads the hypervector only.
 4. Calibration values are scores without a class, and stay: false verdicts stay bounded as far as the other classes are
    no more novel to the new detector than all were to the old one.
+5. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
+   ridge may show in the fourth digit of its scores.
 """
 
 from __future__ import annotations
