@@ -16,7 +16,8 @@ Rules of this file:
    having seen the class, but one that reads the hypervector only.
 4. Calibration values are scores without a class, and stay: false verdicts stay bounded as far as the other classes are
    no more novel to the new detector than all were to the old one.
-5. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
+5. A request to forget is never turned down for its cost at the router: the replay of the candidate tells the cost.
+6. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
    ridge may show in the fourth digit of its scores.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgeear.admission import admit, replay
+from edgeear.admission import replay
 from edgeear.errors import UsageError
 from edgeear.incremental import readout, refit
 from edgeear.memory import F64, DomainMemory, learn, rounded, subtract
@@ -65,10 +66,9 @@ def forget_class(system: System, name: str, label: str, seen: F32 | None = None)
     if memory.n < 2 or not len(codes):
         return Rejected(name, (f"only {memory.n} samples and {len(codes)} codes are left: forget the whole domain",))
     head, growth = refit(memory)
+    after = system.grown(replace(domain, head=head, memory=memory, codes=codes, growth=growth))
     # Only what stays is replayed: where inputs of the forgotten class go no longer matters.
-    before = _with(system, replace(domain, codes=codes))
-    outcome = admit(before, replace(domain, head=head, memory=memory, codes=codes, growth=growth))
-    return replace(outcome, base=system) if isinstance(outcome, Candidate) else outcome
+    return Candidate(system, after, replay(_with(system, replace(domain, codes=codes)), after))
 
 
 def without_samples(memory: DomainMemory, label: str, seen: F32) -> DomainMemory:

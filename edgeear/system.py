@@ -2,9 +2,8 @@
 
 1. A `System` never changes; growing makes a new one that shares the old domains object for object, so old heads are
    bit-identical by construction.
-2. Only `admit` (admission.py) makes a `Candidate`, and `forget_domain` (forgetting.py), which adds nothing; only
-   `commit` makes it live, on probation; `confirm` makes it permanent; `rollback` undoes it. Nothing else changes what
-   serves.
+2. Only `admit` (admission.py) makes a `Candidate`, and forgetting.py, which adds nothing; only `commit` makes it live,
+   on probation; `confirm` makes it permanent; `rollback` undoes it. Nothing else changes what serves.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ cases = st.tuples(st.integers(0, 2**31), st.tuples(*[st.integers(2, 40)] * 3), s
 
 
 def answers(memory: DomainMemory, other: DomainMemory, probe: F32, stored: bool) -> list[F32]:
-    """Everything that a memory decides: prototypes and distances of its detector, its head, its routes. The choice among
-    ridge strengths may turn on the rounding of stored sums, so there it is made beforehand."""
+    """Everything that a memory decides: prototypes and distances of its detector, its head, its routes. The choice
+    among ridge strengths may turn on the rounding of stored sums, so there it is made beforehand."""
     found, head = detector(memory), readout(memory, [0.1] if stored else STRENGTHS)
     return [found.angle(probe), found.leverage(probe), head.scores(probe), router([memory, other]).scores(probe)]
 

@@ -104,7 +104,9 @@ def test_distinct_domains_are_served_by_one_head() -> None:
         assert (judge(system, h).second == -1).all()
 
 
-@pytest.mark.parametrize("field", ["mixture", "recognise"])
-def test_negative_limits_are_refused(field: str) -> None:
-    with pytest.raises(UsageError, match=f"{field} is -1"):
-        SystemPolicy(**{field: -1.0})
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_negative_limits_are_refused(value: float) -> None:
+    with pytest.raises(UsageError, match="mixture is"):
+        SystemPolicy(mixture=value)
+    with pytest.raises(UsageError, match="recognise is"):
+        SystemPolicy(recognise=value)
