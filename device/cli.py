@@ -49,10 +49,9 @@ class Size(StrEnum):
 class Head(StrEnum):
     """Whose head serves a merged domain; edgeear.merging says what they mean."""
 
-    auto = "auto"
+    refit = "refit"
     first = "first"
     second = "second"
-    refit = "refit"
 
 
 class MissingExtra(UsageError):
@@ -336,11 +335,11 @@ def store_merge(
     first: Annotated[str, typer.Argument(help="The domain that stays.", show_default=False)],
     second: Annotated[str, typer.Argument(help="The domain that becomes a part of it.", show_default=False)],
     head: Annotated[
-        Head, typer.Option("--head", help="Whose head serves; `auto`: of more samples, or refitted.")
-    ] = Head.auto,
+        Head, typer.Option("--head", help="Refit one to the sums of both, or keep that of one.")
+    ] = Head.refit,
 ) -> None:
     """Make one of two domains that turned out the same. Admitted like a new one, or rejected with exit code 1."""
-    if head in (Head.auto, Head.refit):
+    if head is Head.refit:
         _need(_PACK)
     from device.maintenance import merge
 

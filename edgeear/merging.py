@@ -3,8 +3,8 @@
 Rules of this file:
 
 1. Memories add up: what the merged domain knows is what one domain would have learned from the samples of both.
-2. No sample is at hand, so a head is either kept or refitted from the merged sums. It is kept only if it knows every
-   class of both domains.
+2. No sample is at hand, so the head is refitted from the merged sums, or on request kept from one of the two, if it
+   knows every class of both.
 3. Calibration values stay valid by being moved up only: in the common units each value is at least what its sample
    would have scored, so p-values can only grow. A detector of more samples finds its own domain less novel, not more.
 """
@@ -25,22 +25,21 @@ from edgeear.novelty import Calibration
 from edgeear.system import Candidate, Domain, Rejected, System
 from edgeear.types import F32
 
-HeadChoice = Literal["auto", "first", "second", "refit"]
+HeadChoice = Literal["refit", "first", "second"]
 
 
-def merge_domains(system: System, first: str, second: str, head: HeadChoice = "auto") -> Candidate | Rejected:
+def merge_domains(system: System, first: str, second: str, head: HeadChoice = "refit") -> Candidate | Rejected:
     """The system in which `first` also is what `second` was, under the name `first`.
 
-    `head`: whose head serves; "refit" fits one to the merged sums, which needs onnx (the `learn` extra); "auto" keeps
-    the one that was grown from more samples where it knows all classes, and refits otherwise. Raises UsageError for
-    unknown or equal names.
+    `head`: "refit" fits one to the merged sums, which needs onnx (the `learn` extra); "first" or "second" keeps that
+    domain's. Raises UsageError for unknown or equal names.
     """
     a, b = system.domain(first), system.domain(second)
     if a is b:
         raise UsageError(f"{first!r} cannot be merged with itself: name two domains of {', '.join(system.names)}")
     memory = rounded(merge(a.memory, b.memory))
-    source = _source(a, b, head)
-    if source is None:
+    source = b if head == "second" else a
+    if head == "refit":
         served, growth = refit(memory)
     elif missing := set(memory.classes).difference(source.head.classes):
         return Rejected(first, (f"the head of {source.name!r} does not know {', '.join(sorted(missing))}: refit one",))
@@ -49,17 +48,6 @@ def merge_domains(system: System, first: str, second: str, head: HeadChoice = "a
     codes = _shared(a, b, system.policy.codes)
     merged = Domain(first, served, memory, merge_calibrations(a.calibration, b.calibration), codes, growth)
     return admit(system, merged, absorbed=second)
-
-
-def _source(a: Domain, b: Domain, head: HeadChoice) -> Domain | None:
-    """The domain whose head is kept; None to refit."""
-    if head == "first":
-        return a
-    if head == "second":
-        return b
-    larger = a if a.memory.n >= b.memory.n else b
-    whole = set(a.memory.classes) | set(b.memory.classes) <= set(larger.head.classes)
-    return larger if head == "auto" and whole else None
 
 
 def _shared(a: Domain, b: Domain, limit: int) -> NDArray[np.float16]:

@@ -95,7 +95,7 @@ def test_a_rejection_changes_nothing(board: Path, capsys: pytest.CaptureFixture[
         store.commit(number)
         store.confirm(number)
     before = listing(board)
-    assert isinstance(merge(board, "d1", "back", "auto", 3.0), Rejected)
+    assert isinstance(merge(board, "d1", "back", "refit", 3.0), Rejected)
     assert run("store", "merge", board, "d1", "back") == 1
     assert "rejected, nothing was changed: d1: takes" in capsys.readouterr().err
     assert listing(board) == before
@@ -211,7 +211,7 @@ def test_an_unconfirmed_generation_is_not_built_upon(board: Path) -> None:
         store.commit(store.write(to_files(serving_with(store, "d3", 3)), created=2.0))
     found = listing(board)
     assert (found["live"], found["confirmed"]) == (4, 3)  # looking changes nothing
-    assert isinstance(merge(board, "d1", "again", "auto", 3.0), Changed)
+    assert isinstance(merge(board, "d1", "again", "refit", 3.0), Changed)
     assert serving(board).names == ("d0", "d1")
 
 

@@ -58,12 +58,15 @@ def test_twins_become_one_domain_that_serves_both() -> None:
     assert (verdict.route == 1).mean() > 0.95 and verdict.ood.mean() <= system.policy.alpha + 0.03
 
 
-def test_the_head_of_more_samples_is_kept_where_it_knows_all_classes() -> None:
-    small, large = twins(), fakes.grown(0, 1).grown(twin(n=90))
-    assert merged(small, merge_domains(small, "d1", "twin")).head is small.domain("d1").head
-    assert merged(large, merge_domains(large, "d1", "twin")).head is large.domain("twin").head
-    assert merged(small, merge_domains(small, "d1", "twin", "second")).head is small.domain("twin").head
-    assert merged(large, merge_domains(large, "d1", "twin", "first")).head is large.domain("d1").head
+def test_a_head_is_refitted_unless_one_is_asked_for() -> None:
+    system = twins()
+    domain = merged(system, merge_domains(system, "d1", "twin"))
+    fresh = fakes.space().encode(fakes.features(1, n=90, seed=5))
+    served = fakes.engine().scores(domain.head, {"hypervector": fresh[:, : fakes.M]})
+    np.testing.assert_allclose(served, readout(domain.memory).scores(fresh), atol=1e-4)
+    assert (served.argmax(1) == fakes.labels_of(90)).mean() > 0.95
+    assert merged(system, merge_domains(system, "d1", "twin", "first")).head is system.domain("d1").head
+    assert merged(system, merge_domains(system, "d1", "twin", "second")).head is system.domain("twin").head
 
 
 def test_classes_that_only_one_knows_make_a_new_head() -> None:
