@@ -390,7 +390,8 @@ def _changed(outcome: Changed | Rejected) -> None:
         raise typer.Exit(1)
     moved = "".join(f"; {share:.1%} of {name} changed route" for name, share in outcome.replay.items() if share)
     gone = f"; removed generations {', '.join(map(str, outcome.removed))}" if outcome.removed else ""
-    typer.echo(f"generation {outcome.generation} serves {', '.join(outcome.domains) or 'no domain'}{moved}{gone}")
+    serves = f"generation {outcome.generation} serves {', '.join(outcome.domains) or 'no domain'}"
+    typer.echo(f"{outcome.what}; {serves}{moved}{gone}")
 
 
 def _need(modules: Mapping[str, str]) -> None:

@@ -145,7 +145,7 @@ def _figures(options: EvalOptions, run: Run, path: Path | None, on_progress: Pro
         bwt=bwt(matrix),
         oracle_route_accuracy=float(np.mean(own)),
         routing_accuracy=_confusion(run),
-        wrong_routes=_wrong_routes(run),
+        wrong_routes=wrong_routes(run),
         ood=separations(data, options.policy, options.seed, on_progress),
         shift=shifts(run.systems, domains, options.seed, on_progress),
         false_alarms_per_10k=false_alarms(final, known(final, data), options.seed, on_progress),
@@ -183,8 +183,9 @@ def _confusion(run: Run) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(v) for v in row) for row in confusion(routes, len(names)))
 
 
-def _wrong_routes(run: Run) -> WrongRoutes:
-    """Inputs that no head served are no wrong routes; domains that were never learned have no right one."""
+def wrong_routes(run: Run) -> WrongRoutes:
+    """What wrong routes cost in the end. Inputs that no head served are no wrong routes, and domains that were never
+    learned have no right one."""
     names, domains = run.systems[-1].names, run.data.domains
     learned = [j for j, d in enumerate(domains) if d.name in names]
     wrong = {j: (run.routes[j] >= 0) & (run.routes[j] != names.index(domains[j].name)) for j in learned}

@@ -28,9 +28,10 @@ from edgeear.types import F32, Encoder
 
 @dataclass(frozen=True)
 class Changed:
-    """The generation that serves from now on, its domains, the share of each domain's codes that changed route, and the
-    generations that were removed."""
+    """What was done, the generation that serves from now on, its domains, the share of each domain's codes that changed
+    route, and the generations that were removed."""
 
+    what: str
     generation: int
     domains: tuple[str, ...]
     replay: dict[str, float]
@@ -55,8 +56,9 @@ def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -
         outcome = merge_domains(_confirmed(store, folder), first, second, head)
         if isinstance(outcome, Rejected):
             return outcome
-        number = _kept(store, outcome.system, now, f"merged {second} into {first}")
-        return Changed(number, outcome.system.names, dict(outcome.replay))
+        what = f"merged {second} into {first}"
+        number = _kept(store, outcome.system, now, what)
+        return Changed(what, number, outcome.system.names, dict(outcome.replay))
 
 
 def forget(
@@ -74,11 +76,12 @@ def forget(
             outcome = forget_class(system, domain, label, seen)
         if isinstance(outcome, Rejected):
             return outcome
-        what = domain if label is None else f"{label} of {domain}"
+        how = "from the sums alone" if images is None else "with its samples, exactly"
+        what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, {how}"
         # Twice, because the store holds on to one confirmed generation beside the newest: that one must not know it.
         for _ in range(2):
-            number = _kept(store, outcome.system, now, f"forgot {what}")
-        return Changed(number, outcome.system.names, dict(outcome.replay), store.collect())
+            number = _kept(store, outcome.system, now, what)
+        return Changed(what, number, outcome.system.names, dict(outcome.replay), store.collect())
 
 
 @contextmanager

@@ -133,8 +133,9 @@ def test_the_generation_that_takes_over_after_damage_does_not_remember_either(bo
         assert from_files(store.read(store.live)).names == ("d1", "again")
 
 
-def test_a_class_is_forgotten_from_the_sums(board: Path) -> None:
+def test_a_class_is_forgotten_from_the_sums(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("store", "forget", board, "d1", "--class", "columns") == 0
+    assert "forgot columns of d1, from the sums alone" in capsys.readouterr().out
     system = serving(board)
     assert system.domain("d1").head.classes == ("rows", "half")
     assert system.domain("d0").head.classes == fakes.CLASSES
@@ -148,7 +149,7 @@ def test_with_its_images_a_class_is_forgotten_exactly(board: Path, tmp_path: Pat
     for k in np.flatnonzero(labels == 1):
         Image.fromarray(shown[k]).save(images / f"{k:03d}.png")
     outcome = forget(board, "d1", "columns", 5.0, (images, fakes.FakeEncoder()))
-    assert isinstance(outcome, Changed)
+    assert isinstance(outcome, Changed) and outcome.what == "forgot columns of d1, with its samples, exactly"
     h = fakes.space().encode(fakes.features(1))
     never = learn(h[labels != 1], np.where(labels[labels != 1] == 2, 1, 0), ("rows", "half"), fakes.M)
     memory = serving(board).domain("d1").memory

@@ -9,6 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from adaptors.archive import HeadArchive
+from device.evaluate_data import DomainData
+from device.evaluate_run import predict
 from edgeear.errors import UsageError
 from edgeear.flow import infer, judge
 from edgeear.mixture import answer, second_route
@@ -95,6 +97,20 @@ def test_the_flow_blends_what_two_domains_explain() -> None:
     assert alone.route == both.route == "d0"
     assert (alone.label, both.label) == ("a", "a") and len(alone.scores) == 2 and len(both.scores) == 3
     np.testing.assert_allclose(both.scores.sum(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1e6])
+def test_the_protocol_answers_as_the_flow_does(margin: float) -> None:
+    system, n = fakes.grown(0, 1, mixture=margin, alpha=0.0), 12
+    labels = fakes.labels_of(n)
+    shown, seen = fakes.frames(3, fakes.CLASSES, labels, 5), fakes.features(3, n, 5)
+    h = fakes.space().encode(seen)
+    domain = DomainData("d3", (dict(seen),), labels, h, dict(seen), labels, h, ())
+    said = [infer(system, fakes.engine(), ShiftState(), frame)[0] for frame in shown]
+    answered, route = predict(system, fakes.engine(), fakes.CLASSES, domain)
+    assert [fakes.CLASSES[k] for k in answered] == [p.label for p in said]
+    assert [system.names[k] for k in route] == [p.route for p in said]
+    assert (judge(system, h).second >= 0).all() == (margin > 0)
 
 
 def test_distinct_domains_are_served_by_one_head() -> None:
