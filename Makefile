@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 RESULTS := benchmarks/results
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/edgeear
 PACS := $(CACHE)/PACS
+DIGITS := $(CACHE)/Digits
 # The data set of the bench targets: a folder DOMAIN/CLASS/files.
 DATA ?= $(PACS)
 
@@ -68,6 +69,9 @@ bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published 
 bench-shift: $(STAMP) | $(RESULTS) $(DATA) ## stated bounds against measured rates, and the shift test against published ones
 	$(BIN)/python -m benchmarks.shift --data "$(DATA)" --seeds 5 --json $(RESULTS)/shift.json
 
+bench-routing: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## routing and its time among 1, 8 and 50 real domains
+	$(BIN)/python benchmarks/routing.py --pacs "$(DATA)" --digits "$(DIGITS)" --json $(RESULTS)/routing.json
+
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
@@ -101,3 +105,11 @@ $(PACS):
 	fi; \
 	mkdir -p "$(CACHE)"; fresh=$$(mktemp -d "$(CACHE)/unpack-XXXXXX"); \
 	tar -xzf "$$archive" -C "$$fresh"; mv "$$fresh/PACS" "$@"; rmdir "$$fresh"
+
+$(DIGITS):
+	@archive="$${EDGEEAR_DATA:-}/Digits_tree.tar.gz"; \
+	if [ ! -f "$$archive" ]; then \
+	  echo "$$archive: not found. Set EDGEEAR_DATA to the folder that holds Digits_tree.tar.gz." >&2; exit 1; \
+	fi; \
+	mkdir -p "$(CACHE)"; fresh=$$(mktemp -d "$(CACHE)/unpack-XXXXXX"); \
+	tar -xzf "$$archive" -C "$$fresh"; mv "$$fresh/Digits/tree" "$@"; rm -r "$$fresh"

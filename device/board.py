@@ -3,7 +3,8 @@
     serving --(shift, or nothing learned)--> collecting --(enough labels)--> adapt --admitted--> probation --> serving
 
 1. Every frame gets its prediction first, from the serving generation, whatever else is going on.
-2. What was seen since the onset of a shift is collected, up to a bound, and labelled within a budget.
+2. What was seen since the onset of a shift is collected, up to a bound, and labelled within a budget. Where a known
+   domain explains all of it together, that domain is back: no label is asked for and no search is spent.
 3. A committed generation is on probation: if the stream looks foreign to it too, it is rolled back, else confirmed.
 4. Each change of generation is in the store before it serves.
 """
@@ -24,9 +25,10 @@ from device.folder import view
 from device.store import Store
 from edgeear.flow import AdaptPolicy, Prediction, Progress, Samples, adapt, infer
 from edgeear.novelty import MINIMUM
+from edgeear.recognition import recognise
 from edgeear.shift import Shift, ShiftState, log_e_value
 from edgeear.system import Candidate, Live, Rejected, System, commit, confirm, rollback
-from edgeear.types import U8, Encoder, Features
+from edgeear.types import F32, U8, Encoder, Features
 
 Phase = Literal["serving", "collecting", "probation"]
 
@@ -152,6 +154,22 @@ class Board:
     def _collect(self) -> None:
         if len(self._recent) < self.policy.labels:
             return
+        back = recognise(self.system, self._codes())
+        if back is not None:
+            self.phase = "serving"
+            self._tell("recognised", f"{back.domain} is back: it explains the {len(self._recent)} frames, none is new")
+        else:
+            self._learn()
+        self._recent.clear()
+        self._state = self._state.restart()
+
+    def _codes(self) -> F32:
+        """Hypervectors of the collected frames `(frames, D)`."""
+        taps = [t.name for t in self.system.space.taps]
+        seen = [self.system.space.encode(self.encoder.encode(frame[None], taps)) for _, frame, _ in self._recent]
+        return np.concatenate(seen)
+
+    def _learn(self) -> None:
         numbers = [n for n, _, _ in self._recent]
         labels = self._labeller.label(numbers)
         known = [(frame, label) for (_, frame, _), label in zip(self._recent, labels, strict=True) if label is not None]
@@ -161,8 +179,6 @@ class Board:
             )
         else:
             self._adapt(self._samples(self._labeller.domain(numbers), known))
-        self._recent.clear()
-        self._state = self._state.restart()
 
     def _samples(self, name: str, known: Sequence[tuple[U8, str]]) -> Samples:
         classes = tuple(sorted({label for _, label in known}))

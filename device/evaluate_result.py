@@ -75,6 +75,16 @@ class Rejection(_Part):
     reasons: tuple[str, ...]
 
 
+class WrongRoutes(_Part):
+    """What wrong routes cost: test images of learned domains that another domain's head served in the end, the accuracy
+    that they had, and the one that their own head would have had. None where there were none."""
+
+    inputs: Count
+    share: Fraction
+    accuracy_as_routed: Fraction | None
+    accuracy_of_own_head: Fraction | None
+
+
 class Memory(_Part):
     """Peak resident sets in MB: of a process that only serves the final system, and of this one, which learned it."""
 
@@ -97,6 +107,7 @@ class EvalResult(_Part):
     bwt: float
     oracle_route_accuracy: Fraction
     routing_accuracy: tuple[tuple[Fraction, ...], ...]
+    wrong_routes: WrongRoutes
     ood: tuple[OodFigures, ...]
     shift: tuple[ShiftFigures, ...]
     false_alarms_per_10k: float

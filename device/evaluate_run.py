@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-1. A prediction is routed by the router and named by the head's own classes; an input that no head serves counts as
-   wrong.
+1. A prediction is routed by the router and named by the classes of the one or two heads that answer, as on a board; an
+   input that no head serves counts as wrong.
 2. Times come from the clock that is passed in, split where an adaptation's progress names a new phase.
 """
 
@@ -21,6 +21,7 @@ from device.evaluate_data import I64, DataOptions, DomainData, EvalData, Progres
 from device.evaluate_result import GrowthFigures, Rejection
 from edgeear.errors import UsageError
 from edgeear.flow import judge
+from edgeear.mixture import answer
 from edgeear.system import HYPERVECTOR, Domain, System, SystemPolicy
 from edgeear.types import F32, Encoder
 
@@ -116,15 +117,23 @@ def predict(system: System, engine: OrtEngine, classes: Sequence[str], domain: D
         return labels, labels.copy()
     verdict = judge(system, domain.test_h)
     route = np.where(verdict.p < system.policy.abstain_below, -1, verdict.route)
-    for k, served in enumerate(system.domains):
-        rows = np.flatnonzero(route == k)
-        labels[rows] = named(classes, served)[head_scores(system, engine, served, domain, rows).argmax(axis=1)]
+    for first, second in np.unique(np.stack([route, verdict.second], axis=1)[route >= 0], axis=0):
+        rows = np.flatnonzero((route == first) & (verdict.second == second))
+        for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
+            found, scores = answer(system, engine, _features(system, domain, part), int(first), int(second))
+            labels[part] = np.array([classes.index(c) for c in found])[scores.argmax(axis=1)]
     return labels, route
 
 
 def named(classes: Sequence[str], served: Domain) -> I64:
     """The data set's index of each class of a head."""
     return np.array([classes.index(c) for c in served.head.classes], np.int64)
+
+
+def _features(system: System, domain: DomainData, rows: I64) -> dict[str, F32]:
+    """What any head may read of some test images of `domain`."""
+    features = {t: domain.test[t][rows] for t in system.wanted_taps}
+    return {**features, HYPERVECTOR: domain.test_h[rows, : system.policy.memory_dimensions]}
 
 
 def head_scores(system: System, engine: OrtEngine, served: Domain, domain: DomainData, rows: I64) -> F32:

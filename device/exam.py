@@ -21,8 +21,9 @@ from device.folder import FolderData, Item, split
 from device.record import OodPair
 from edgeear import metrics
 from edgeear.flow import judge
+from edgeear.mixture import answer
 from edgeear.space import HypervectorSpace
-from edgeear.system import HYPERVECTOR, Domain, Engine, System
+from edgeear.system import HYPERVECTOR, Engine, System
 from edgeear.types import F32, Encoder
 
 Progress = Callable[[str, int, int], None]
@@ -82,10 +83,10 @@ class Exam:
             return Answers(correct, route)
         verdict = judge(system, test.h)
         serving = verdict.p >= system.policy.abstain_below
-        for k, domain in enumerate(system.domains):
-            rows = np.flatnonzero(serving & (verdict.route == k))
-            route[rows] = k
-            correct[rows] = _correct(system, engine, domain, test, rows)
+        for first, second in np.unique(np.stack([verdict.route, verdict.second], axis=1)[serving], axis=0):
+            rows = np.flatnonzero(serving & (verdict.route == first) & (verdict.second == second))
+            route[rows] = first
+            correct[rows] = _correct(system, engine, int(first), int(second), test, rows)
         return Answers(correct, route)
 
     def accuracies(self, system: System, engine: Engine) -> tuple[float | None, ...]:
@@ -98,7 +99,8 @@ class Exam:
         for name, test in self.sets.items():
             if name not in system.names or len(test.h) == 0:
                 return None
-            found.append(_correct(system, engine, system.domain(name), test, np.arange(len(test.h))).mean())
+            own = system.names.index(name)
+            found.append(_correct(system, engine, own, -1, test, np.arange(len(test.h))).mean())
         return float(np.mean(found))
 
     def routing(self, system: System, engine: Engine) -> list[list[float | None]]:
@@ -132,14 +134,14 @@ class Exam:
         return pairs
 
 
-def _correct(system: System, engine: Engine, domain: Domain, test: TestSet, rows: NDArray[np.int64]) -> Truths:
-    """Whether the head of `domain` is right about each of the `rows` of a test set."""
+def _correct(system: System, engine: Engine, first: int, second: int, test: TestSet, rows: NDArray[np.int64]) -> Truths:
+    """Whether the heads of the domains `first` and, unless -1, `second` are right about `rows` of a test set."""
     if len(rows) == 0:
         return np.zeros(0, np.bool_)
     features = {tap: x[rows] for tap, x in test.features.items()}
     features[HYPERVECTOR] = test.h[rows, : system.policy.memory_dimensions]
-    said = np.array(domain.head.classes)[engine.scores(domain.head, features).argmax(axis=1)]
-    right: Truths = said == test.labels[rows]
+    classes, scores = answer(system, engine, features, first, second)
+    right: Truths = np.array(classes)[scores.argmax(axis=1)] == test.labels[rows]
     return right
 
 

@@ -2,10 +2,13 @@
 
 With a frozen encoder and frozen old heads the only way left to forget is a new domain winning an old domain's inputs
 at the router. So every old domain's stored codes are replayed through the new route, and the share that changes hands
-is bounded by `SystemPolicy.steal`.
+is bounded by `SystemPolicy.steal`. A domain that absorbs another must also win what was the other's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,13 +16,16 @@ from edgeear.router import router
 from edgeear.system import Candidate, Domain, Rejected, System
 
 
-def admit(system: System, domain: Domain) -> Candidate | Rejected:
-    """A system with `domain` grown, or every reason against it."""
+def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candidate | Rejected:
+    """A system with `domain` grown, or every reason against it. It takes the place of the domain with its name, and of
+    the one called `absorbed`, whose inputs become its own."""
     reasons = [*_misfits(system, domain)]
     if reasons:
         return Rejected(domain.name, tuple(reasons))
     grown = system.grown(domain)
-    lost = replay(system, grown)
+    if absorbed is not None:
+        grown = replace(grown.without(absorbed), generation=grown.generation)
+    lost = replay(system, grown, {} if absorbed is None else {absorbed: domain.name})
     policy = system.policy
     for name, share in lost.items():
         if share > policy.steal:
@@ -35,13 +41,18 @@ def admit(system: System, domain: Domain) -> Candidate | Rejected:
     return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(system, grown, lost)
 
 
-def replay(old: System, new: System) -> dict[str, float]:
-    """Per old domain: the share of its codes that the old route gave to it and the new route gives to another."""
-    lost = {}
+def replay(old: System, new: System, heirs: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Per old domain: the share of its codes that the old route gave to it and the new route gives to another.
+
+    `heirs` names the new domain that an old one became part of. Domains that are gone without an heir are left out."""
+    lost, heirs = {}, heirs or {}
     for domain in old.domains:
+        heir = heirs.get(domain.name, domain.name)
+        if heir not in new.names:
+            continue
         codes = _codes(domain)
         before = old.router.route(codes) == _index(old, domain.name)
-        after = new.router.route(codes) == _index(new, domain.name)
+        after = new.router.route(codes) == _index(new, heir)
         lost[domain.name] = float((before & ~after).mean())
     return lost
 

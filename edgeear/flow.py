@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.memory import learn, rounded
+from edgeear.mixture import answer, second_route
 from edgeear.novelty import calibrate
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
@@ -36,18 +37,21 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """Route and verdict of a batch; arrays `(samples,)`. `conditional_p` is what the shift test takes."""
+    """Route and verdict of a batch; arrays `(samples,)`. `conditional_p` is what the shift test takes; the domain
+    `second` answers, too, unless it is -1 (mixture.py)."""
 
     route: NDArray[np.int64]
     novelty: F32
     p: F32
     conditional_p: F32
     ood: NDArray[np.bool_]
+    second: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Answer for one frame. `label` and `route` are None when no head serves (no domain yet, or abstained)."""
+    """Answer for one frame. `label` and `route` are None when no head serves (no domain yet, or abstained); `scores`
+    are those of the route's classes, and then of others where two heads answered."""
 
     label: str | None
     scores: F32
@@ -82,14 +86,15 @@ def judge(system: System, h: F32) -> Judgement:
     """Route hypervectors `(samples, D)` and say how well the best contenders explain them."""
     n, scores = len(h), system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
-    best_p, best_c, novelty = np.zeros(n, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
+    p, best_c, novelty = np.zeros(contenders.shape, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
     for k in np.unique(contenders):
-        domain, rows = system.domains[int(k)], np.flatnonzero((contenders == k).any(axis=1))
+        domain, (rows, place) = system.domains[int(k)], np.nonzero(contenders == k)
         own = domain.calibration.novelty(domain.detector, h[rows])
-        best_p[rows] = np.maximum(best_p[rows], domain.calibration.p_value(own))
+        p[rows, place] = domain.calibration.p_value(own)
         best_c[rows] = np.maximum(best_c[rows], domain.calibration.conditional_p_value(own))
         novelty[rows] = np.minimum(novelty[rows], own)
-    return Judgement(contenders[:, 0], novelty, best_p, best_c, best_p <= system.policy.alpha)
+    best_p, second = p.max(axis=1), second_route(contenders, scores, p, system)
+    return Judgement(contenders[:, 0], novelty, best_p, best_c, best_p <= system.policy.alpha, second)
 
 
 def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple[Prediction, ShiftState, Shift | None]:
@@ -106,8 +111,8 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
         return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift
     domain = system.domains[int(verdict.route[0])]
     features[HYPERVECTOR] = h[:, : system.policy.memory_dimensions]
-    scores = engine.scores(domain.head, features)[0]
-    return Prediction(domain.head.classes[int(scores.argmax())], scores, domain.name, *facts), state, shift
+    classes, scores = answer(system, engine, features, int(verdict.route[0]), int(verdict.second[0]))
+    return Prediction(classes[int(scores[0].argmax())], scores[0], domain.name, *facts), state, shift
 
 
 def adapt(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptors.spec import HeadSpec
+from adaptors.archive import HeadArchive, pack
+from adaptors.spec import HeadSpec, cost
 from edgeear.errors import DataError, UsageError
 from edgeear.memory import F64, DomainMemory
 from edgeear.system import HYPERVECTOR
@@ -71,6 +72,26 @@ def readout(memory: DomainMemory, strengths: Sequence[float] = STRENGTHS) -> Rea
     return Readout(
         np.ascontiguousarray(weight, np.float32), share.astype(np.float32), mean.astype(np.float32), strength
     )
+
+
+def refit(memory: DomainMemory, seed: int = 0) -> tuple[HeadArchive, dict[str, object]]:
+    """The head of `memory` by `readout`, and the JSON-able record of how it came about. Needs onnx (the `learn` extra).
+
+    Raises `DataError` for a memory of fewer than 2 samples."""
+    fitted, shapes = readout(memory), {HYPERVECTOR: (memory.m,)}
+    head = pack(head_spec(), shapes, memory.classes, fitted.weights(), seed)
+    price = cost(head_spec(), shapes, len(memory.classes))
+    return head, {
+        "spec": head_spec().to_dict(),
+        "explanation": f"refitted from the sums of {len(memory.classes)} classes and {memory.n} samples, none kept",
+        "parameters": price.parameters,
+        "bytes": len(head.onnx),
+        "macs": price.macs,
+        "latency_ms_predicted": price.latency_ms,
+        "specs_scored": 1,
+        "validation_accuracy": None,
+        "chosen_by": f"ridge strength {fitted.strength:g} by generalised cross-validation",
+    }
 
 
 def _cross_validation(values: F64, right: F64, target: float, n: int, ridge: float) -> float:

@@ -2,8 +2,8 @@
 
 1. A `System` never changes; growing makes a new one that shares the old domains object for object, so old heads are
    bit-identical by construction.
-2. Only `admit` (admission.py) makes a `Candidate`; only `commit` makes it live, on probation; `confirm` makes it
-   permanent; `rollback` undoes it. Nothing else changes what serves.
+2. Only `admit` (admission.py) makes a `Candidate`, and forgetting.py, which adds nothing; only `commit` makes it live,
+   on probation; `confirm` makes it permanent; `rollback` undoes it. Nothing else changes what serves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class SystemPolicy:
     `alpha`: false-OOD rate of a verdict. `memory_dimensions`: m of the second-order memory. `contenders`: how many of
     the router's best domains are asked for a verdict. `codes`: calibration codes kept of a domain for replay.
     `steal`: largest share of an old domain's codes that a new domain may take. `own`: least share of its own codes that
-    a new domain must win. `abstain_below`: conformal p under which no head serves (0: always serve)."""
+    a new domain must win. `recognise`: how many standard deviations the novelties of samples may lie too high, taken
+    together, for them to be a known domain's. `mixture`: margin of the router (log odds) under which two domains that
+    both explain an input both answer (0: never). `abstain_below`: conformal p under which no head serves (0: always
+    serve)."""
 
     alpha: float = 0.05
     memory_dimensions: int = 512
@@ -45,6 +48,8 @@ class SystemPolicy:
     codes: int = 128
     steal: float = 0.10
     own: float = 0.5
+    recognise: float = 3.0
+    mixture: float = 3.0
     abstain_below: float = 0.0
     shift: ShiftPolicy = field(default_factory=ShiftPolicy)
 
@@ -52,6 +57,9 @@ class SystemPolicy:
         for name in ("alpha", "steal", "own", "abstain_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
+        for name in ("recognise", "mixture"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 0")
         for name in ("memory_dimensions", "contenders", "codes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -130,6 +138,11 @@ class System:
             kept = (*self.domains, domain)
         return replace(self, domains=kept, generation=self.generation + 1)
 
+    def without(self, name: str) -> System:
+        """The next generation, without the domain called `name`; raises UsageError where there is none."""
+        gone = self.domain(name)
+        return replace(self, domains=tuple(d for d in self.domains if d is not gone), generation=self.generation + 1)
+
     def taps_for(self, domain: Domain) -> tuple[str, ...]:
         """Encoder taps that the head of `domain` reads."""
         return tuple(t for t in domain.head.spec.inputs if t != HYPERVECTOR)
@@ -161,6 +174,16 @@ class Rejected:
 
     domain: str
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Samples that a known domain explains: there is nothing to grow. `excess` is how far their novelties lie above its
+    own as a whole, in standard deviations, `routed` the share of them that the router gives to it."""
+
+    domain: str
+    excess: float
+    routed: float
 
 
 @dataclass(frozen=True, eq=False)

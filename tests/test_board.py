@@ -197,3 +197,21 @@ def test_the_same_stream_gives_the_same_board() -> None:
         rig.show(1, 100, seed=2)
     assert first.events == second.events
     assert [d.head.digest for d in first.board.system.domains] == [d.head.digest for d in second.board.system.domains]
+
+
+def test_a_domain_that_is_back_is_recognised_and_not_grown_twice() -> None:
+    rig = Rig()
+    rig.show(0, 80)
+    rig.show(1, 120, seed=2)
+    assert rig.kinds[-1] == "confirmed"
+    served, asked = rig.board.system, len(rig.truth.asked)
+    # Strange frames raise the alarm, then domain 0 is back before there are enough of them to learn from.
+    rig.show_until(4, "collecting")
+    rig.board._recent.clear()
+    right = rig.show(0, 40, seed=5)
+    assert rig.kinds[-2:] == ["shift", "recognised"] and "d0 is back" in rig.events[-1].text
+    assert rig.board.system is served and str(rig.board.phase) == "serving"
+    assert len(rig.truth.asked) == asked  # no label was asked for
+    assert np.mean(right) > 0.9
+    rig.show(0, 60, seed=6)
+    assert rig.kinds[-1] == "recognised"

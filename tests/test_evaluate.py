@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget
 from device import evaluate_stream
 from device.engine import OrtEngine
-from device.evaluate import evaluate, learn_domains
+from device.evaluate import evaluate, learn_domains, wrong_routes
 from device.evaluate_data import EvalData, read_domains
 from device.evaluate_memory import inference_memory
 from device.evaluate_ood import OodOptions, bench_ood, mahalanobis, maximum_softmax, nearest_mean, nearest_neighbours
@@ -355,12 +355,28 @@ def test_memory_of_serving_is_null_with_a_reason_without_a_file(run: Run) -> Non
 # ------------------------------------------------------------------------------------------------ the stream
 
 
+def test_wrong_routes_are_counted_with_what_they_cost(run: Run, data: EvalData) -> None:
+    truth = [d.test_labels for d in data.domains]
+    right, wrong = [t.copy() for t in truth], [t + 1 for t in truth]
+    total = sum(len(t) for d, t in zip(data.domains, truth, strict=True) if d.name in run.systems[-1].names)
+    routes = [np.full(len(t), k) for k, t in enumerate(truth)]
+    routes[0][:5], routes[0][5] = 1, -1  # five served by another's head, one by none
+    answered = right[0].copy()
+    answered[:3] = wrong[0][:3]
+    changed = replace(run, routes=tuple(routes), oracle=(right[0], *wrong[1:]), predictions=((answered, *right[1:]),))
+    found = wrong_routes(changed)
+    assert found.inputs == 5 and found.share == pytest.approx(5 / total)
+    assert found.accuracy_as_routed == pytest.approx(0.4) and found.accuracy_of_own_head == 1.0
+    none = wrong_routes(replace(changed, routes=tuple(np.full(len(t), k) for k, t in enumerate(truth))))
+    assert (none.inputs, none.share, none.accuracy_as_routed, none.accuracy_of_own_head) == (0, 0.0, None, None)
+
+
 def judged(p: Callable[[F32], Any]) -> Callable[[System, F32], Judgement]:
     """A verdict whose conditional p-value is `p` of the first coordinate."""
 
     def judge(_system: System, h: F32) -> Judgement:
         values = np.asarray(p(h[:, 0]), np.float32)
-        return Judgement(np.zeros(len(h), np.int64), values, values, values, values < 0)
+        return Judgement(np.zeros(len(h), np.int64), values, values, values, values < 0, np.full(len(h), -1))
 
     return judge
 

@@ -1,0 +1,55 @@
+"""Routing that degrades gently: where two domains explain an input, both heads answer.
+
+Rules of this file:
+
+1. Two heads answer only where the router's margin between its two best domains is below `SystemPolicy.mixture` and both
+   domains' verdicts are "in distribution". Everything else is served by one head, as if this file were not there.
+2. Heads are of different makes, so their scores are first brought to one scale: standardised over the classes of the
+   head, then a softmax of temperature `TEMPERATURE`. Classes are matched by name; both heads count equally.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeear.system import Engine, System
+from edgeear.types import F32, Features
+
+TEMPERATURE = 0.5
+
+
+def second_route(contenders: NDArray[np.int64], scores: F32, p: F32, system: System) -> NDArray[np.int64]:
+    """The domain that answers beside the first contender, `(samples,)`, -1 for none. `contenders (samples, k)` are the
+    router's best domains, best first, `p` their p-values, `scores (samples, domains)` the router's."""
+    if contenders.shape[1] < 2:
+        return np.full(len(contenders), -1, np.int64)
+    best = np.take_along_axis(scores, contenders[:, :2], axis=1)
+    close = best[:, 0] - best[:, 1] < system.policy.mixture
+    return np.where(close & (p[:, :2] > system.policy.alpha).all(axis=1), contenders[:, 1], -1)
+
+
+def answer(
+    system: System, engine: Engine, features: Features, first: int, second: int = -1
+) -> tuple[tuple[str, ...], F32]:
+    """Classes and their scores `(samples, classes)` from the heads of the domains `first` and, unless -1, `second`.
+
+    The classes of `first` come first. Scores of one head are its own; of two, shares that add up to one."""
+    head = system.domains[first].head
+    scores = engine.scores(head, features)
+    if second < 0:
+        return head.classes, scores
+    other = system.domains[second].head
+    classes = head.classes + tuple(c for c in other.classes if c not in head.classes)
+    shares = np.zeros((len(scores), len(classes)), np.float32)
+    for names, given in ((head.classes, scores), (other.classes, engine.scores(other, features))):
+        shares[:, [classes.index(c) for c in names]] += _shares(given) / 2
+    return classes, shares
+
+
+def _shares(scores: F32) -> F32:
+    """Softmax of standardised scores `(samples, classes)`; equal scores give equal shares."""
+    spread = np.maximum(scores.std(axis=1, keepdims=True), 1e-9)
+    raised = np.exp((scores - scores.max(axis=1, keepdims=True)) / (TEMPERATURE * spread))
+    out: F32 = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
+    return out
