@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-labelfree clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +64,14 @@ bench-nas: $(STAMP) | $(RESULTS) $(DATA) ## the proxies against trained accuraci
 
 bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published ones, every pair of domains
 	$(BIN)/edgeear bench ood --data "$(DATA)" --json $(RESULTS)/ood.json
+
+bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) ## adaptation without labels; DIGITS=DIR adds domains never tuned on
+	$(BIN)/python benchmarks/labelfree.py --data "$(DATA)" --domains photo,art_painting,cartoon,sketch \
+	  --seeds 5 --orders 0 --frames 1000 --json $(RESULTS)/labelfree.json
+	$(BIN)/python benchmarks/labelfree.py --data "$(DATA)" --domains photo,art_painting,cartoon,sketch \
+	  --seeds 0 --orders 20 --frames 400 --json $(RESULTS)/labelfree-orders.json
+	@if [ -n "$(DIGITS)" ]; then set -x; $(BIN)/python benchmarks/labelfree.py --data "$(DIGITS)" \
+	  --seeds 0 --orders 10 --frames 400 --json $(RESULTS)/labelfree-digits.json; fi
 
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

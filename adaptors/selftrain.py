@@ -4,8 +4,8 @@ Rules of this file:
 
 1. Samples near each other are of one class more often than a teacher from another domain is right about either, so the
    teacher's scores only seed label propagation (Zhou et al., "Learning with Local and Global Consistency", NIPS 2003).
-2. A shifted teacher prefers a few classes. Shares are drawn part of the way to equal classes (one damped Sinkhorn step),
-   not all of it: a stream that shows some classes more often must keep doing so.
+2. A shifted teacher prefers a few classes. Shares are drawn part of the way to equal classes (one damped Sinkhorn
+   step), not all of it: a stream that shows some classes more often must keep doing so.
 3. Plain arrays in, plain arrays out; no randomness.
 """
 
@@ -48,8 +48,8 @@ def softmax(scores: F32, temperature: float) -> F32:
 
 
 def neighbour_graph(x: F32, neighbours: int) -> F32:
-    """Symmetric normalised affinity `(samples, samples)` of codes `x (samples, width)`: the cubed cosine of every sample
-    to its nearest ones after centring, zero elsewhere. At most a quarter of the samples are neighbours."""
+    """Symmetric normalised affinity `(samples, samples)` of codes `x (samples, width)`: the cubed cosine of every
+    sample to its nearest ones after centring, zero elsewhere. At most a quarter of the samples are neighbours."""
     n = len(x)
     unit = x - x.mean(axis=0)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), _TINY)
@@ -75,7 +75,7 @@ def propagate(graph: F32, shares: F32, policy: SelfTrainPolicy) -> F32:
 
 
 def balanced(shares: F32, strength: float) -> F32:
-    """Shares drawn to equal classes: each class divided by its mean share to the power `strength`, rows renormalised."""
+    """Shares drawn to equal classes: each class over its mean share to the power `strength`, rows renormalised."""
     shares = np.maximum(shares, _TINY)
     shares = shares / shares.mean(axis=0) ** strength
     out: F32 = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -83,7 +83,7 @@ def balanced(shares: F32, strength: float) -> F32:
 
 
 def self_label(graph: F32, scores: F32, policy: SelfTrainPolicy) -> NDArray[np.int64]:
-    """Classes `(samples,)` for standardised teacher scores `(samples, classes)`: balanced, propagated, balanced again."""
+    """Classes `(samples,)` for standardised scores `(samples, classes)`: balanced, propagated, balanced again."""
     seeds = balanced(softmax(scores, policy.temperature), policy.balance)
     spread = balanced(propagate(graph, seeds, policy), policy.balance)
     labels: NDArray[np.int64] = spread.argmax(axis=1).astype(np.int64)

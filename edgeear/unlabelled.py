@@ -3,14 +3,15 @@
     adapt_unlabelled(system, engine, frames)   teachers -> self-labels -> gate -> grow a head as with labels -> admit
 
 1. Of a known domain only its memory and codes are used. Two teachers come from each memory: the angle to its class
-   prototypes (first order, all D coordinates) and the ridge readout (second order, first m). Both see hypervectors after
-   the domain's mean is replaced by the new one's, which is the alignment. The heads that serve are the third teacher.
+   prototypes (first order, all D coordinates) and the ridge readout (second order, first m). Both see hypervectors
+   moved from the new frames' mean to the domain's, which is the alignment. The heads that serve are the third teacher.
 2. The teachers' scores seed label propagation among the new frames (adaptors/selftrain.py).
-3. The gate knows no label. It asks: are the frames foreign at all; do the two kinds of teachers, propagated apart, agree;
-   does a readout fitted to the self-labels alone still classify the *known* domains (reverse validation: Zhong et al.,
-   "Cross Validation Framework to Choose amongst Models and Datasets for Transfer Learning", ECML 2010); do the frames
-   show enough of the classes. One no is enough to change nothing.
+3. The gate knows no label. It asks: are the frames foreign at all; do the two kinds of teachers, propagated apart,
+   agree; does a readout fitted to the self-labels alone still classify the *known* domains (reverse validation: Zhong,
+   Fan, Yang, Verscheure and Ren, "Cross Validation Framework to Choose amongst Models and Datasets for Transfer
+   Learning", ECML 2010); do the frames show enough of the classes. One no is enough to change nothing.
 4. What passes is grown, learned and admitted exactly like a labelled domain; its growth record says "label_free".
+5. The thresholds were chosen on PACS (docs/decisions/label-free.md), not derived: the gate is a test, not a proof.
 """
 
 from __future__ import annotations
@@ -39,22 +40,25 @@ from edgeear.memory import I64, DomainMemory, learn
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
 from edgeear.types import F32, Features
 
+SHARPNESS = np.float32(0.8)
+"""On the sum of 2.5 standardised teachers; together with the softmax's temperature."""
+
 
 @dataclass(frozen=True)
 class UnlabelledPolicy:
     """The gate and the self-labelling.
 
-    `frames`, `limit`: fewest and most frames (the graph takes 4 bytes times their square). `foreign`: least share of them
-    that the system calls out of distribution. `agreement`: least chance-corrected agreement of the two kinds of teachers.
-    `confidence`: least mean of that and of the chance-corrected reverse accuracy. `diversity`: least share of the classes
-    that the frames effectively show."""
+    `frames`, `limit`: fewest and most frames (the graph takes 4 bytes times their square). `foreign`: least share of
+    them that the system calls out of distribution. `agreement`: least chance-corrected agreement of the two kinds of
+    teachers. `confidence`: least mean of that and of the chance-corrected reverse accuracy. `diversity`: least share of
+    the classes that the frames effectively show."""
 
     frames: int = 100
     limit: int = 4096
-    foreign: float = 0.15
-    agreement: float = 0.2
-    confidence: float = 0.42
-    diversity: float = 0.5
+    foreign: float = 0.10
+    agreement: float = 0.25
+    confidence: float = 0.52
+    diversity: float = 0.4
     labelling: SelfTrainPolicy = field(default_factory=SelfTrainPolicy)
 
     def __post_init__(self) -> None:
@@ -64,8 +68,8 @@ class UnlabelledPolicy:
 
 @dataclass(frozen=True)
 class Trust:
-    """What the gate measured, all without labels; see `UnlabelledPolicy`. `changed`: share of the frames whose self-label
-    is not what the system answers today."""
+    """What the gate measured, all without labels; see `UnlabelledPolicy`. `changed`: share of the frames whose
+    self-label is not what the system answers today."""
 
     sources: tuple[str, ...]
     frames: int
@@ -94,7 +98,7 @@ class Trust:
 
 @dataclass(frozen=True, eq=False)
 class SelfLabels:
-    """`labels (frames,)` index `classes`; `today (frames,)` are the serving system's answers; `trust` judges the first."""
+    """`labels (frames,)` index `classes`, judged by `trust`; `today (frames,)` are the serving system's answers."""
 
     labels: I64
     classes: tuple[str, ...]
@@ -112,8 +116,8 @@ def adapt_unlabelled(
     seed: int,
     on_progress: Progress = lambda *_: None,
 ) -> Candidate | Rejected:
-    """Grow a head for unlabelled frames of a new domain `name`; `views` as in `Samples`, the first with every tap that the
-    serving heads read. Needs torch. Rejected names what the gate doubts; raises as `flow.adapt` does."""
+    """Grow a head for unlabelled frames of a new domain `name`; `views` as in `Samples`, the first with every tap that
+    the serving heads read. Needs torch. Rejected names what the gate doubts; raises as `flow.adapt` does."""
     n = len(next(iter(views[0].values())))
     if not system.domains:
         return Rejected(name, ("nothing is learned yet: the first domain needs labels",))
@@ -147,9 +151,10 @@ def label_frames(system: System, engine: Engine, features: Features, h: F32, pol
     angle, ridge = (np.sum([pair[i] for pair in pairs], axis=0) / len(pairs) for i in (0, 1))
     graph, how = neighbour_graph(h, policy.labelling.neighbours), policy.labelling
     # The live heads are half as strong a teacher as either kind of memory: a shift has made them worse, not useless.
-    today = 0.5 * standardised(served)
-    labels = self_label(graph, 0.8 * (standardised(angle) + standardised(ridge) + today), how)
-    apart = [self_label(graph, 0.8 * (2 * standardised(kind) + today), how) for kind in (angle, ridge)]
+    today = np.float32(0.5) * standardised(served)
+    angle_only, ridge_only = standardised(angle), standardised(ridge)
+    labels = self_label(graph, SHARPNESS * (angle_only + ridge_only + today), how)
+    apart = [self_label(graph, SHARPNESS * (np.float32(2) * kind + today), how) for kind in (angle_only, ridge_only)]
     k = len(classes)
     trust = Trust(
         tuple(d.name for d in sources),
@@ -203,8 +208,8 @@ def _reverse(domain: Domain, classes: Sequence[str], h: F32, labels: I64) -> flo
 def _served(
     system: System, engine: Engine, features: Features, h: F32, route: NDArray[np.int64], classes: Sequence[str]
 ) -> F32:
-    """What the serving system answers today, `(frames, classes)`: every head's scores on the frames routed to it, brought
-    to a common scale; a class that a head does not know gets its lowest score."""
+    """What the serving system answers today, `(frames, classes)`: every head's scores on the frames routed to it,
+    brought to a common scale; a class that a head does not know gets its lowest score."""
     given = {**features, HYPERVECTOR: h[:, : system.policy.memory_dimensions]}
     out = np.zeros((len(h), len(classes)), np.float32)
     for k in np.unique(route):
