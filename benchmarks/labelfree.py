@@ -31,6 +31,7 @@ from edgeear.system import HYPERVECTOR, Candidate, Domain, System
 from edgeear.types import F32
 
 POLICY = unlabelled.UnlabelledPolicy()
+GATE = ("foreign", "agreement", "reverse", "confidence", "diversity", "structure")
 
 
 class Bench:
@@ -79,16 +80,13 @@ class Bench:
         views, known = self.views(name, seed), system.names
         before = {d: self.accuracy(system, d) for d in (name, *known)}
         h = system.space.encode(views[0])
-        found = unlabelled.label_frames(system, self.engine, views[0], h, POLICY)
+        found = unlabelled.label_frames(system, self.engine, views[0], h, POLICY, seed)
         truth = np.array(self.data.classes)[self.by_name[name].train_labels[self.drawn(name, seed)]]
         row: dict[str, Any] = {
             "target": name,
             "known": list(known),
             "self_label_accuracy": float((np.array(found.classes)[found.labels] == truth).mean()),
-            "gate": {
-                key: getattr(found.trust, key)
-                for key in ("frames", "foreign", "agreement", "reverse", "confidence", "diversity", "changed")
-            },
+            "gate": {k: getattr(found.trust, k) for k in ("frames", *GATE, "changed")},
         }
         outcome = unlabelled.adapt_unlabelled(system, self.engine, name, views, POLICY, self.policy, seed)
         row["committed"] = isinstance(outcome, Candidate)
@@ -164,7 +162,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "seeds": list(range(given.seeds)),
         "frames_at_most": given.frames,
-        "policy": {k: getattr(POLICY, k) for k in ("frames", "foreign", "agreement", "confidence", "diversity")},
+        "policy": {k: getattr(POLICY, k) for k in ("frames", *GATE) if k != "reverse"},
     }
     targets: list[dict[str, Any]] = []
     orders: list[dict[str, Any]] = []

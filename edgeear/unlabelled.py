@@ -9,7 +9,9 @@
 3. The gate knows no label. It asks: are the frames foreign at all; do the two kinds of teachers, propagated apart,
    agree; does a readout fitted to the self-labels alone still classify the *known* domains (reverse validation: Zhong,
    Fan, Yang, Verscheure and Ren, "Cross Validation Framework to Choose amongst Models and Datasets for Transfer
-   Learning", ECML 2010); do the frames show enough of the classes. One no is enough to change nothing.
+   Learning", ECML 2010); do the frames show enough of the classes; do neighbours get the same class from the teachers
+   more often than among Gaussian frames of the same mean and covariance, which have no classes (parametric bootstrap).
+   One no is enough to change nothing.
 4. What passes is grown, learned and admitted exactly like a labelled domain; its growth record says "label_free".
 5. The thresholds were chosen on PACS (docs/decisions/label-free.md), not derived: the gate is a test, not a proof.
 """
@@ -51,7 +53,8 @@ class UnlabelledPolicy:
     `frames`, `limit`: fewest and most frames (the graph takes 4 bytes times their square). `foreign`: least share of
     them that the system calls out of distribution. `agreement`: least chance-corrected agreement of the two kinds of
     teachers. `confidence`: least mean of that and of the chance-corrected reverse accuracy. `diversity`: least share of
-    the classes that the frames effectively show."""
+    the classes that the frames effectively show. `structure`: least rise of the neighbours' agreement over that of
+    Gaussian frames, as a share of the rise to full agreement."""
 
     frames: int = 100
     limit: int = 4096
@@ -59,6 +62,7 @@ class UnlabelledPolicy:
     agreement: float = 0.25
     confidence: float = 0.52
     diversity: float = 0.4
+    structure: float = 0.08
     labelling: SelfTrainPolicy = field(default_factory=SelfTrainPolicy)
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class Trust:
     agreement: float
     reverse: float
     diversity: float
+    structure: float
     changed: float
 
     @property
@@ -90,6 +95,7 @@ class Trust:
             ("agreement of the teachers", self.agreement, policy.agreement),
             ("confidence of the self-labels", self.confidence, policy.confidence),
             ("share of the classes in the frames", self.diversity, policy.diversity),
+            ("class structure of the frames", self.structure, policy.structure),
         )
         return tuple(
             f"{what} is {found:.2f}, at least {least:.2f} needed" for what, found, least in asked if found < least
@@ -125,7 +131,7 @@ def adapt_unlabelled(
         return Rejected(name, (f"{n} unlabelled frames: from {policy.frames} to {policy.limit} are needed",))
     on_progress("self-labelling", 0, 1)
     h = system.space.encode(views[0])
-    found = label_frames(system, engine, views[0], h, policy)
+    found = label_frames(system, engine, views[0], h, policy, seed)
     on_progress("self-labelling", 1, 1)
     if doubts := found.trust.doubts(policy):
         return Rejected(name, tuple(f"label-free: {doubt}" for doubt in doubts))
@@ -140,15 +146,16 @@ def adapt_unlabelled(
     return admit(system, learned(system, samples, h, head, growth, seed))
 
 
-def label_frames(system: System, engine: Engine, features: Features, h: F32, policy: UnlabelledPolicy) -> SelfLabels:
+def label_frames(
+    system: System, engine: Engine, features: Features, h: F32, policy: UnlabelledPolicy, seed: int
+) -> SelfLabels:
     """Self-labels of frames with `features` and hypervectors `h (frames, D)`, and how far they can be trusted."""
     verdict = judge(system, h)
     nearest = system.domains[int(np.bincount(verdict.route).argmax())]
     classes = nearest.memory.classes
     sources = [d for d in system.domains if set(d.memory.classes) == set(classes)]
     served = _served(system, engine, features, h, verdict.route, classes)
-    pairs = [_teachers(d.memory, classes, h) for d in sources]
-    angle, ridge = (np.sum([pair[i] for pair in pairs], axis=0) / len(pairs) for i in (0, 1))
+    angle, ridge = _teachers(sources, classes, h)
     graph, how = neighbour_graph(h, policy.labelling.neighbours), policy.labelling
     # The live heads are half as strong a teacher as either kind of memory: a shift has made them worse, not useless.
     today = np.float32(0.5) * standardised(served)
@@ -163,12 +170,43 @@ def label_frames(system: System, engine: Engine, features: Features, h: F32, pol
         chance_corrected(float((apart[0] == apart[1]).mean()), k),
         chance_corrected(float(np.mean([_reverse(d, classes, h, labels) for d in sources])), k),
         class_diversity(propagate(graph, softmax(_uncentred(angle, ridge), how.temperature), how).argmax(axis=1), k),
+        _structure(sources, classes, h, graph, how.neighbours, seed),
         float((labels != served.argmax(axis=1)).mean()),
     )
     return SelfLabels(labels, classes, served.argmax(axis=1).astype(np.int64), trust)
 
 
-def _teachers(memory: DomainMemory, classes: Sequence[str], h: F32) -> tuple[F32, F32]:
+def _teachers(sources: Sequence[Domain], classes: Sequence[str], h: F32) -> tuple[F32, F32]:
+    """Mean scores `(frames, classes)` of the two kinds of teachers over the known domains."""
+    pairs = [_taught(d.memory, classes, h) for d in sources]
+    return np.mean([p[0] for p in pairs], axis=0), np.mean([p[1] for p in pairs], axis=0)
+
+
+def _structure(sources: Sequence[Domain], classes: Sequence[str], h: F32, graph: F32, k: int, seed: int) -> float:
+    """How much more often neighbours get the same class from the teachers than among Gaussian frames like them.
+
+    Mixtures of all centred frames with Gaussian weights have the frames' covariance and no classes."""
+    n, mean = len(h), h.mean(axis=0)
+    weights = np.random.default_rng(seed).standard_normal((n, n), np.float32) / np.float32(np.sqrt(n))
+    gaussian = weights @ (h - mean) + mean
+    found, null = (
+        _homophily(g, (standardised(angle) + standardised(ridge)).argmax(axis=1), len(classes))
+        for g, (angle, ridge) in (
+            (graph, _teachers(sources, classes, h)),
+            (neighbour_graph(gaussian, k), _teachers(sources, classes, gaussian)),
+        )
+    )
+    return (found - null) / max(1 - null, 1e-6)
+
+
+def _homophily(graph: F32, labels: I64, classes: int) -> float:
+    """Share of the graph's weight between frames of one label, on a scale where chance is 0."""
+    same = float((graph * (labels[:, None] == labels)).sum() / max(float(graph.sum()), 1e-12))
+    chance = float(np.square(np.bincount(labels, minlength=classes) / len(labels)).sum())
+    return (same - chance) / max(1 - chance, 1e-6)
+
+
+def _taught(memory: DomainMemory, classes: Sequence[str], h: F32) -> tuple[F32, F32]:
     """Scores `(frames, classes)` of the two teachers in a memory, for hypervectors moved to the memory's mean.
 
     Each is brought to deviation 1, so that domains count equally."""

@@ -29,19 +29,19 @@ from tests import fakes
 
 SHIFT = 5.0
 """Size of the change of a domain; classes are 2 apart."""
-CLASSES = ("ant", "bee", "cat", "dog")
-WIDTH, N, M = 24, 240, 32
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+WIDTH, N, M = 160, 350, 96
 POLICY = UnlabelledPolicy()
 QUICK = flow.AdaptPolicy(search=SearchPolicy(specs=6), train=TrainPolicy(epochs=5), spatial=False)
 ENGINE = fakes.engine()
 
 
-def world(seed: int, *, domain: int = 0, classes: int = 4, n: int = N) -> tuple[Features, I64]:
-    """Clusters of four classes; domain 0 as they are, others scaled and moved. `seed` draws the samples only."""
-    centres = np.random.default_rng(1).normal(0, 1.5, (8, WIDTH))
+def world(seed: int, *, domain: int = 0, classes: int = 7, n: int = N) -> tuple[Features, I64]:
+    """Clusters of the classes; domain 0 as they are, others scaled and moved. `seed` draws the samples only."""
+    centres = np.random.default_rng(1).normal(0, 0.8, (7, WIDTH))
     rng = np.random.default_rng([seed, 2])
     y = np.arange(n) % classes
-    x = centres[y] + rng.normal(0, 0.7, (n, WIDTH))
+    x = centres[y] + rng.normal(0, 1.0, (n, WIDTH))
     if domain:
         change = np.random.default_rng([domain, 3])
         x = x * change.uniform(0.6, 1.5, WIDTH) + change.normal(0, SHIFT, WIDTH)
@@ -56,7 +56,7 @@ def taps(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Features:
 @lru_cache(maxsize=1)
 def known() -> System:
     """A system that has learned domain 0 with labels."""
-    space = HypervectorSpace([Tap("a", (WIDTH // 2,)), Tap("b", (WIDTH // 2,))], SpacePolicy(dimensions=256))
+    space = HypervectorSpace([Tap("a", (WIDTH // 2,)), Tap("b", (WIDTH // 2,))], SpacePolicy(dimensions=1024))
     empty = System("e" * 64, space, SystemPolicy(memory_dimensions=M))
     features, y = world(0)
     h = space.encode(features)
@@ -105,7 +105,7 @@ def test_what_was_adapted_to_without_labels_helps_with_the_next_domain() -> None
     first = tried(world(1, domain=1)[0])
     assert isinstance(first, Candidate)
     features, y = world(4, domain=2)
-    found = label_frames(first.system, ENGINE, features, known().space.encode(features), POLICY)
+    found = label_frames(first.system, ENGINE, features, known().space.encode(features), POLICY, 0)
     assert found.trust.sources == ("home", "away")
     assert (found.labels == y).mean() > 0.95
 
@@ -113,17 +113,23 @@ def test_what_was_adapted_to_without_labels_helps_with_the_next_domain() -> None
 def test_noise_is_refused() -> None:
     rng = np.random.default_rng(5)
     noise = taps(rng.normal(0, 1.5, (N, WIDTH)) + rng.normal(0, 2.0, WIDTH))
-    assert "label-free: agreement of the teachers" in reasons(noise)
+    assert "label-free: class structure" in reasons(noise)
 
 
-def test_other_classes_are_refused() -> None:
-    centres = np.random.default_rng(77).normal(0, 1.5, (4, WIDTH))
-    rng = np.random.default_rng(6)
-    assert "label-free" in reasons(taps(centres[np.arange(N) % 4] + 3 + rng.normal(0, 0.7, (N, WIDTH))))
+def test_other_classes_are_mostly_refused() -> None:
+    """No label-free test can promise this: unseen classes may lie where moved known ones would."""
+    passed = []
+    for seed in range(8):
+        centres = np.random.default_rng([seed, 77]).normal(0, 0.8, (7, WIDTH))
+        rng = np.random.default_rng(seed)
+        features = taps(centres[rng.integers(7, size=N)] + 3 + rng.normal(0, 1.0, (N, WIDTH)))
+        found = label_frames(known(), ENGINE, features, known().space.encode(features), POLICY, 0)
+        passed += [] if found.trust.doubts(POLICY) else [seed]
+    assert len(passed) <= 1, passed
 
 
 def test_a_stream_of_one_class_is_refused() -> None:
-    assert "label-free" in reasons(world(7, domain=1, classes=1)[0])
+    assert "label-free: class structure" in reasons(world(7, domain=1, classes=1)[0])
 
 
 def test_familiar_frames_are_left_to_the_heads_that_know_them() -> None:
@@ -150,7 +156,7 @@ def test_propagation_mends_what_the_teacher_gets_wrong() -> None:
     features, y = world(3, n=200)
     x = np.concatenate([features["a"], features["b"]], axis=1)
     rng = np.random.default_rng(0)
-    scores = selftrain.standardised(np.eye(4, dtype=np.float32)[y] + rng.normal(0, 0.8, (200, 4)))
+    scores = selftrain.standardised(np.eye(7, dtype=np.float32)[y] + rng.normal(0, 0.6, (200, 7)))
     policy = selftrain.SelfTrainPolicy()
     labels = selftrain.self_label(selftrain.neighbour_graph(x, policy.neighbours), scores, policy)
     assert (scores.argmax(axis=1) == y).mean() < 0.8
@@ -201,7 +207,11 @@ class Silent:
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_board_without_labels_tries_without_only_where_its_policy_says_so(allowed: bool) -> None:
     labeller, events = Silent(), list[Event]()
-    gate = UnlabelledPolicy(frames=40, foreign=0, agreement=-1, confidence=-1, diversity=0) if allowed else None
+    gate = (
+        UnlabelledPolicy(frames=40, foreign=0, agreement=-1, confidence=-1, diversity=0, structure=-9)
+        if allowed
+        else None
+    )
     policy = BoardPolicy(labels=40, memory=60, probation=20, adapt=fakes.QUICK, unlabelled=gate)
     start = fakes.empty()
     board = Board(Live(start, start), fakes.FakeEncoder(), labeller, lambda: 0.0, policy, on_event=events.append)
