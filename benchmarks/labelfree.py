@@ -159,7 +159,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(str(Path.home()), "~"),
         "seeds": list(range(given.seeds)),
         "frames_at_most": given.frames,
         "policy": {k: getattr(POLICY, k) for k in ("frames", *GATE) if k != "reverse"},
