@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing bench-labelfree clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,6 +71,14 @@ bench-shift: $(STAMP) | $(RESULTS) $(DATA) ## stated bounds against measured rat
 
 bench-routing: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## routing and its time among 1, 8 and 50 real domains
 	$(BIN)/python benchmarks/routing.py --pacs "$(DATA)" --digits "$(DIGITS)" --json $(RESULTS)/routing.json
+
+bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) ## adaptation without labels; DIGITS=DIR adds domains never tuned on
+	$(BIN)/python benchmarks/labelfree.py --data "$(DATA)" --domains photo,art_painting,cartoon,sketch \
+	  --seeds 5 --orders 0 --frames 1000 --json $(RESULTS)/labelfree.json
+	$(BIN)/python benchmarks/labelfree.py --data "$(DATA)" --domains photo,art_painting,cartoon,sketch \
+	  --seeds 0 --orders 20 --frames 400 --json $(RESULTS)/labelfree-orders.json
+	@if [ -n "$(DIGITS)" ]; then set -x; $(BIN)/python benchmarks/labelfree.py --data "$(DIGITS)" \
+	  --seeds 0 --orders 6 --frames 300 --json $(RESULTS)/labelfree-digits.json; fi
 
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -29,6 +29,7 @@ from edgeear.recognition import recognise
 from edgeear.shift import Shift, ShiftState, log_e_value
 from edgeear.system import Candidate, Live, Rejected, System, commit, confirm, rollback
 from edgeear.types import F32, U8, Encoder, Features
+from edgeear.unlabelled import UnlabelledPolicy, adapt_unlabelled
 
 Phase = Literal["serving", "collecting", "probation"]
 
@@ -52,7 +53,7 @@ class Clock(Protocol):
 class BoardPolicy:
     """`labels`: asked for per shift; `memory`: frames kept before a shift is declared; `probation`: samples served on
     probation; `foreign`: share of out-of-distribution verdicts on probation that means rollback; `views`: how each
-    labelled frame is shown to training."""
+    labelled frame is shown to training; `unlabelled`: how to adapt when no labels come, None for not at all."""
 
     labels: int = 140
     memory: int = 256
@@ -60,6 +61,7 @@ class BoardPolicy:
     foreign: float = 0.5
     views: tuple[str, ...] = ("plain", "flip")
     adapt: AdaptPolicy = field(default_factory=AdaptPolicy)
+    unlabelled: UnlabelledPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ class Board:
         numbers = [n for n, _, _ in self._recent]
         labels = self._labeller.label(numbers)
         known = [(frame, label) for (_, frame, _), label in zip(self._recent, labels, strict=True) if label is not None]
-        if len(known) < MINIMUM:
+        if len(known) < MINIMUM and self.policy.unlabelled and self.system.domains:
+            self._adapt_unlabelled(self._labeller.domain(numbers), self.policy.unlabelled)
+        elif len(known) < MINIMUM:
             self._tell(
                 "refused", f"{len(known)} labels for {len(numbers)} frames, {MINIMUM} needed: nothing was learned"
             )
@@ -183,24 +187,38 @@ class Board:
     def _samples(self, name: str, known: Sequence[tuple[U8, str]]) -> Samples:
         classes = tuple(sorted({label for _, label in known}))
         labels = np.array([classes.index(label) for _, label in known], np.int64)
-        taps = [t.name for t in self.system.space.taps]
+        views = self._views([frame for frame, _ in known], [t.name for t in self.system.space.taps])
+        return Samples(name, views, labels, classes)
+
+    def _views(self, frames: Sequence[U8], taps: Sequence[str]) -> list[Features]:
         views: list[Features] = []
         for k, how in enumerate(self.policy.views):
             done = []
-            for i, (frame, _) in enumerate(known):
+            for i, frame in enumerate(frames):
                 done.append(self.encoder.encode(view(frame, how)[None], taps))
-                self._on_progress("encode", k * len(known) + i + 1, len(known) * len(self.policy.views))
+                self._on_progress("encode", k * len(frames) + i + 1, len(frames) * len(self.policy.views))
             views.append({t: np.concatenate([d[t] for d in done]) for t in taps})
-        return Samples(name, views, labels, classes)
+        return views
 
     def _adapt(self, samples: Samples) -> None:
         self._tell("search", f"{samples.name}: searching a head with {len(samples.labels)} labelled frames")
         outcome = adapt(self.system, samples, self.policy.adapt, self._seed, self._on_progress)
+        self._decide(outcome, samples.name)
+
+    def _adapt_unlabelled(self, name: str, policy: UnlabelledPolicy) -> None:
+        self._tell("search", f"{name}: no labels came, adapting without from {len(self._recent)} frames")
+        views = self._views([frame for _, frame, _ in self._recent], self.system.wanted_taps)
+        outcome = adapt_unlabelled(
+            self.system, self.engine, name, views, policy, self.policy.adapt, self._seed, self._on_progress
+        )
+        self._decide(outcome, name)
+
+    def _decide(self, outcome: Candidate | Rejected, name: str) -> None:
         if isinstance(outcome, Rejected):
             self.phase = "serving"
             self._tell("rejected", f"{outcome.domain}: " + "; ".join(outcome.reasons))
         elif isinstance(outcome, Candidate):
-            self._commit(outcome, samples.name)
+            self._commit(outcome, name)
         else:
             assert_never(outcome)
 

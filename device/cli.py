@@ -142,7 +142,9 @@ def demo(
 def simulate(
     data: Data,
     order: Order = None,
-    labels: Annotated[int, typer.Option("--labels", min=5, help="Labels given for one shift, at most.")] = 200,
+    labels: Annotated[
+        int, typer.Option("--labels", min=0, help="Labels given for one shift, at most; 0: for the first domain only.")
+    ] = 200,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Frames streamed of each domain.")] = 450,
     tests: Annotated[int, typer.Option("--tests", min=1, help="Test images of each domain, at most.")] = 200,
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 300,

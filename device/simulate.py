@@ -54,7 +54,10 @@ from edgeear.flow import Prediction
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, System
 from edgeear.types import Encoder
+from edgeear.unlabelled import UnlabelledPolicy
 
+FIRST_LABELS = 200
+"""Labels of the first domain when nobody labels later ones; as many frames are then collected after a shift."""
 GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_predicted", "specs_scored")
 """Figures that a grown domain carries and the record takes as they are."""
 
@@ -63,8 +66,9 @@ GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_pred
 class SimulateOptions:
     """What to stream and what to write.
 
-    `labels` at most per shift; `samples` streamed of each domain, `tests` of its test images at most; `specs` scored by
-    each search; `fps` frames a second of the made-up clock. `report`, `json` and `store` None: not written, or thrown
+    `labels` at most per shift, 0 for a labelled first domain and nobody who labels after it; `samples` streamed of
+    each domain, `tests` of its test images at most; `specs` scored by each search; `fps` frames a second of the made-up
+    clock. `report`, `json` and `store` None: not written, or thrown
     away at the end. Raises `UsageError` for numbers out of range.
     """
 
@@ -83,7 +87,8 @@ class SimulateOptions:
     budget: Budget = field(default_factory=lambda: BUDGETS["medium"])
 
     def __post_init__(self) -> None:
-        for name, least in (("labels", 5), ("samples", 1), ("tests", 1), ("specs", 1), ("seed", 0)):
+        least_labels = 5 if self.labels else 0
+        for name, least in (("labels", least_labels), ("samples", 1), ("tests", 1), ("specs", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not self.fps > 0:
@@ -130,17 +135,19 @@ def simulate(
 
 
 class GroundTruth:
-    """`device.board.Labeller`: the labels of at most `budget` of the newest frames that it is asked for."""
+    """`device.board.Labeller`: the labels of at most `budget` of the newest frames that it is asked for, or of
+    `FIRST_LABELS` frames once and none ever after where the budget is 0."""
 
     def __init__(self, budget: int) -> None:
-        self.budget = budget
+        self.budget, self._once = budget, FIRST_LABELS if budget == 0 else 0
         self.seen: list[tuple[str, str]] = []
         """Domain and class of each sample; sample numbers start at 1."""
         self.named = ""
 
     def label(self, at: Sequence[int]) -> list[str | None]:
         # The oldest frames since the onset are the ones that may still show the domain before.
-        free = len(at) - self.budget
+        free = len(at) - (self.budget or self._once)
+        self._once = 0
         return [None if i < free else self.seen[number - 1][1] for i, number in enumerate(at)]
 
     def domain(self, at: Sequence[int]) -> str:
@@ -304,7 +311,9 @@ class _Run:
 def _board_policy(options: SimulateOptions, policy: BoardPolicy) -> BoardPolicy:
     search = SearchPolicy(specs=options.specs, seed=options.seed)
     adapt = replace(policy.adapt, budget=options.budget, search=search)
-    return replace(policy, labels=options.labels, adapt=adapt)
+    if options.labels:
+        return replace(policy, labels=options.labels, adapt=adapt)
+    return replace(policy, labels=FIRST_LABELS, adapt=adapt, unlabelled=policy.unlabelled or UnlabelledPolicy())
 
 
 def _streamed(data: FolderData, domain: str, options: SimulateOptions) -> list[Item]:

@@ -10,7 +10,7 @@ is pure: no clock, no disk, no network; the seed is an argument and progress is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, Sys
 from edgeear.types import F32, U8, Features
 
 if TYPE_CHECKING:
+    from adaptors.archive import HeadArchive
     from adaptors.search import SearchPolicy
     from adaptors.search_space import Budget
     from adaptors.train import TrainPolicy
@@ -126,13 +127,20 @@ def adapt(
     h = system.space.encode(samples.views[0])
     head, growth = grow_head(samples, policy, seed, on_progress)
     on_progress("memory", 0, 1)
+    domain = learned(system, samples, h, head, growth, seed)
+    on_progress("memory", 1, 1)
+    return admit(system, domain)
+
+
+def learned(
+    system: System, samples: Samples, h: F32, head: HeadArchive, growth: Mapping[str, object], seed: int
+) -> Domain:
+    """What is kept of a domain beside its head, from the hypervectors `h (samples, D)` of its first view."""
     m = system.policy.memory_dimensions
     memory = rounded(learn(h, samples.labels, samples.classes, m))
     calibration = calibrate(h, samples.labels, samples.classes, m, seed=seed)
     kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
-    domain = Domain(samples.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)
-    on_progress("memory", 1, 1)
-    return admit(system, domain)
+    return Domain(samples.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)
 
 
 def install(system: System, domain: Domain, encoder_digest: str, space_digest: str) -> Candidate | Rejected:
