@@ -25,7 +25,7 @@ Score = Callable[[F32], F32]
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A detector of one domain: `score` of inputs, the bytes that it stores, and whether training images are in them."""
+    """A detector of one domain: `score` of inputs, the bytes that it stores, whether images are in them."""
 
     score: Callable[[Inputs], F32]
     bytes: int
@@ -79,8 +79,8 @@ def react(head: LinearHead, x: F32, percentile: float = 90) -> Score:
 
 
 def ash(head: LinearHead, percentile: float = 65) -> Score:
-    """ASH-S: energy after the smallest features are set to 0 and the rest is scaled by exp(s1 / s2), the sums before and
-    after. Djurisic et al., ICLR 2023."""
+    """ASH-S: energy after the smallest features are set to 0 and the rest is scaled by exp(s1 / s2), the sums before
+    and after. Djurisic et al., ICLR 2023."""
 
     def score(y: F32) -> F32:
         kept = np.where(y >= np.percentile(y, percentile, axis=1, keepdims=True), y, np.float32(0))
@@ -115,7 +115,7 @@ def vim(head: LinearHead, x: F32) -> Score:
 
 
 def class_mahalanobis(x: F32, labels: I64) -> Score:
-    """Smallest squared Mahalanobis distance from a class mean, covariance shared by the classes. Lee et al., NeurIPS 2018."""
+    """Squared Mahalanobis distance from the nearest class mean, covariance shared by all. Lee et al., NeurIPS 2018."""
     means = np.stack([x[labels == c].mean(axis=0) for c in np.unique(labels)])
     white = _whitener(x - means[np.unique(labels, return_inverse=True)[1]])
     centres = means @ white

@@ -19,7 +19,7 @@ CENTRES = 5
 
 @dataclass(frozen=True, eq=False)
 class FittedRouter:
-    """`route` of inputs `(samples,)`, bytes stored for one domain, and whether it is trained on all domains together."""
+    """`route` of inputs `(samples,)`, bytes stored for one domain, whether it is trained on all domains at once."""
 
     route: Callable[[Inputs], I64]
     bytes: int
@@ -71,6 +71,6 @@ SOURCES = {
     "k-means-5, last tap": "Wang et al. (S-Prompts), NeurIPS 2022: nearest of 5 centres a domain",
     "k-means-5, all taps": "the same on all taps, each at length one",
     "domain prototype": "cosine to the mean of each domain, all taps",
-    "domain classifier": "softmax regression on all taps of all domains at once, which keeps every image until the last domain",
+    "domain classifier": "softmax regression on all taps of all domains at once, which keeps all images",
     "oracle": "the true domain",
 }

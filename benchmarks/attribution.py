@@ -1,7 +1,7 @@
-"""Sensor shift or new content? Corrupted photographs against classes never shown, told apart by which taps moved.
+"""Sensor shift or new content? Corrupted photographs against classes never shown.
 
-A job is one seed: two classes are held out, and each kind of frame comes in batches of a size. The threshold of the core
-was set on training images (both kinds); what is measured here are test images.
+A job is one seed: two classes are held out, and each kind of frame comes in batches of a size. The threshold of the
+core was set on training images of both kinds; what is measured here are test images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgeear.attribution import attribute
 from edgeear.types import F32
 
 SIZES = (1, 8, 32)
-BATCHES = 12
+BATCHES = 6
 
 
 def attribution(seed: int) -> list[Row]:

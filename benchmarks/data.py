@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from device.encoder import OnnxEncoder
-from device.evaluate_data import I64, DataOptions, open_encoder, pooled_taps, read_domains
+from device.evaluate_data import I64, DataOptions, open_encoder, read_domains
 from device.folder import decode, read_folder, split
 from device.paths import cache_dir
 from edgeear.errors import DataError
@@ -112,6 +112,14 @@ def whole(name: str) -> DataSet:
         for d in found.domains
     )
     return DataSet(name, found.classes, domains)
+
+
+def prepare(name: str) -> list[dict[str, object]]:
+    """Unpack and encode a data set, so that jobs only read; what it holds."""
+    data = whole(name)
+    return [
+        {"data": name, "train": sum(len(d.train) for d in data.domains), "test": sum(len(d.test) for d in data.domains)}
+    ]
 
 
 @lru_cache(maxsize=2)
@@ -228,7 +236,7 @@ def corrupted(frame: U8, how: str, strength: int, rng: np.random.Generator) -> U
     """A frame `(height, width, 3)` as a worse sensor would give it; `strength` 0 to 2."""
     x = frame.astype(np.float32)
     if how == "noise":
-        x = x + rng.normal(0, (20, 35, 50)[strength], x.shape)
+        x = x + rng.normal(0, (20, 35, 50)[strength], x.shape).astype(np.float32)
     elif how == "blur":
         blurred = Image.fromarray(frame).filter(ImageFilter.GaussianBlur((2, 3, 4)[strength]))
         x = np.asarray(blurred, np.float32)
@@ -239,8 +247,3 @@ def corrupted(frame: U8, how: str, strength: int, rng: np.random.Generator) -> U
         hsv[..., 0] += np.uint8((64, 128, 192)[strength])
         x = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"), np.float32)
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
-
-
-def encoder_taps() -> tuple[str, ...]:
-    """Names of the taps that hypervectors bundle."""
-    return tuple(t.name for t in pooled_taps(open_encoder(DataOptions(Path()))[0]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.anchor_learners import Learner, RanPAC, learners
+from benchmarks.anchor_learners import Learner, RanPAC, Standardised, learners
 from benchmarks.anchor_routers import fit_all
 from benchmarks.data import Inputs, seeded
 from benchmarks.detection import Row, microseconds
@@ -60,7 +60,9 @@ def learn_classes(seed: int) -> list[Row]:
         for classes in order:
             new = np.isin(labels, classes)
             learner.learn(_read(train, reads)[new], labels[new])
-            steps.append(float((learner.predict(_read(test, reads)) == truth)[np.isin(truth, _until(order, classes))].mean()))
+            steps.append(
+                float((learner.predict(_read(test, reads)) == truth)[np.isin(truth, _until(order, classes))].mean())
+            )
         row: Row = {"learner": name, "seed": seed, "final": steps[-1], "steps": steps}
         rows.append(row | _price(learner, test, reads, 1))
     return rows
@@ -78,7 +80,7 @@ def _until(order: Sequence[I64], classes: I64) -> I64:
 def _incremental(classes: int, seed: int) -> dict[str, tuple[str, Learner]]:
     wanted = ("NCM", "Deep SLDA", "FeCAM", "RanPAC", "joint ridge (ceiling)")
     found = {name: (reads, make()) for name, (reads, make) in learners(classes, seed).items() if name in wanted}
-    found[f"RanPAC, {SAME_BYTES} features"] = ("taps", RanPAC(classes, seed, SAME_BYTES))
+    found[f"RanPAC, {SAME_BYTES} features"] = ("taps", Standardised(RanPAC(classes, seed, SAME_BYTES)))
     found |= {f"edgeear, m = {m}": ("h", Incremental(m)) for m in (1024, 2048, 4096)}
     return found
 
@@ -96,5 +98,7 @@ def route(name: str, seed: int) -> list[Row]:
     for label, router in fit_all(data.domains, seed).items():
         own = [float((router.route(d.test) == i).mean()) for i, d in enumerate(data.domains)]
         row: Row = {"data": name, "router": label, "seed": seed, "accuracy": float(np.mean(own)), "domains": own}
-        rows.append(row | {"bytes": router.bytes, "joint": router.joint, "us": microseconds(router.route, data.domains[0].test)})
+        rows.append(
+            row | {"bytes": router.bytes, "joint": router.joint, "us": microseconds(router.route, data.domains[0].test)}
+        )
     return rows

@@ -11,7 +11,7 @@ import numpy as np
 
 from adaptors.archive import HeadArchive
 from device.evaluate_data import I64
-from edgeear.incremental import readout
+from edgeear.incremental import readout as readout
 from edgeear.memory import DomainMemory, learn, merge, rounded
 from edgeear.novelty import calibrate, detector
 from edgeear.router import router

@@ -3,7 +3,7 @@
 Rules of this file:
 
 1. A tap's part of a hypervector is read by unbinding all roles at once: bundling is a linear map of the code, and its
-   least-squares inverse (conjugate gradients, Hestenes & Stiefel, 1952) has none of the cross-talk of unbinding one role.
+   least-squares inverse (conjugate gradients, Hestenes & Stiefel, 1952) has less cross-talk than unbinding one role.
 2. What is compared are means, of the new frames and of the known classes, so that no image has to be kept: the
    displacement of a tap is the distance to the nearest mean, over the spread of the class means of that tap.
 3. A sensor moves shallow taps far more than classes differ there; new content moves deep taps, and shallow ones only as
@@ -74,7 +74,7 @@ def attribute(space: HypervectorSpace, memory: DomainMemory, h: F32) -> Attribut
 
 
 def unbundle(space: HypervectorSpace, h: F32, steps: int = STEPS) -> F32:
-    """Codes `(samples, codes)` whose bundle is nearest to `h (samples, D)`: all taps' directions, then their magnitudes."""
+    """Codes `(samples, codes)` whose bundle is nearest to `h (samples, D)`: all taps' directions, then magnitudes."""
     ridge = RIDGE * float(np.square(space.weights).mean())
     residual = _unbind(space, h)
     code, direction = np.zeros_like(residual), residual.copy()
