@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-science bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +64,13 @@ bench-nas: $(STAMP) | $(RESULTS) $(DATA) ## the proxies against trained accuraci
 
 bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published ones, every pair of domains
 	$(BIN)/edgeear bench ood --data "$(DATA)" --json $(RESULTS)/ood.json
+
+bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published methods; PART=detectors,learners picks, SEEDS=5
+	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
+	$(BIN)/python -m benchmarks.page
+
+bench-page: $(STAMP) ## docs/benchmarks.md and its pictures, from the files in benchmarks/results
+	$(BIN)/python -m benchmarks.page
 
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -122,7 +122,8 @@ def class_mahalanobis(x: F32, labels: I64) -> Score:
 
     def score(y: F32) -> F32:
         z = y @ white
-        return np.stack([np.square(z - c).sum(axis=1) for c in centres]).min(axis=0)
+        nearest: F32 = np.stack([np.square(z - c).sum(axis=1) for c in centres]).min(axis=0)
+        return nearest
 
     return score
 

@@ -125,7 +125,9 @@ class DeepSLDA:
 
     def __init__(self, classes: int, shrinkage: float = 0.1) -> None:
         self.classes, self.shrinkage = classes, shrinkage
-        self.counts, self.sums, self.moment = np.zeros(classes, np.float32), np.zeros((0, 0)), np.zeros((0, 0))
+        self.counts = np.zeros(classes, np.float32)
+        self.sums: F32 = np.zeros((0, 0), np.float32)
+        self.moment: F32 = np.zeros((0, 0), np.float32)
         self._solved: tuple[F32, F32] | None = None
 
     def learn(self, x: F32, labels: I64) -> None:

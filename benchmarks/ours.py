@@ -34,6 +34,7 @@ class Learned:
 
 def learn_domain(h: F32, labels: I64, seed: int, m: int = M) -> Learned:
     """What the flow keeps of a domain, from hypervectors `(samples, D)` and labels of any numbering."""
+    m = min(m, h.shape[1])
     names, compact = np.unique(labels, return_inverse=True)
     classes, compact = tuple(str(n) for n in names), compact.astype(np.int64)
     memory = rounded(learn(h, compact, classes, m))

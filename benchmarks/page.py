@@ -32,8 +32,8 @@ Written by `make bench-page` from the files in `benchmarks/results/`; not to be 
 measures the published methods beside ours again, on the same features of the default encoder.
 
 - **PACS**: photo, art painting, cartoon, sketch; 7 classes. **Digits**: six collections of handwritten, printed and
-  coloured digits. **CWRU**: vibration of two bearings at four speeds as log-spectrogram pictures, 9 faults; clips of one
-  recording lie on both sides of the split, so that accuracies flatter, and what counts is the comparison.
+  coloured digits. **CWRU**: vibration of two bearings at four speeds as log-spectrogram pictures, 9 faults; clips of
+  one recording lie on both sides of the split, so that accuracies flatter, and what counts is the comparison.
 - A fifth of the files is held out by a hash of their names. A seed picks 90 % of the training images, our projections,
   the folds, and what an anchor draws. Figures are means, ± the deviation over seeds.
 - Anchors are our own re-implementations of the published formulas (see
@@ -175,7 +175,7 @@ def ceiling(mean: Mapping[str, float]) -> str:
     best = max((n for n in mean if "ceiling" in n), key=lambda n: mean[n])
     gap = 100 * (mean[best] - mean[OURS])
     side = "below" if gap > 0 else "above"
-    return f"Ours ends {abs(gap):.1f} points {side} {best.replace(' (ceiling)', '')} training, the better of the two ceilings."
+    return f"Ours ends {abs(gap):.1f} points {side} the better ceiling, {best.replace(' (ceiling)', '')} training."
 
 
 def classes(content: Any, files: Files, pictures: Path) -> str:
@@ -187,8 +187,8 @@ def classes(content: Any, files: Files, pictures: Path) -> str:
         body.append([n, percent(over_seeds(own, "final")), steps, *cost(own)])
     header = ["learner", "final accuracy", "after each step", "bytes", "µs", "images"]
     intro = (
-        "PACS joined over its domains, 2 + 2 + 3 classes in a seeded order; after each step all classes seen so far are "
-        "told apart. Ours is refitted from the memory alone (`edgeear/incremental.py`), with m coordinates of second order."
+        "PACS joined over its domains, 2 + 2 + 3 classes in a seeded order; after each step all classes seen so far "
+        "are told apart. Ours is refitted from its memory (`edgeear/incremental.py`), m coordinates of second order."
     )
     mean = {n: over_seeds(where(rows, learner=n), "final")[0] for n in unique(rows, "learner")}
     stored = {n: max(r["bytes"] for r in where(rows, learner=n)) for n in mean}
@@ -241,8 +241,8 @@ def ablation(content: Any, files: Files, pictures: Path) -> str:
         body.append([name, own[0]["choice"], *(percent(over_seeds(own, m)) for m in metrics)])
     header = ["variant", "choice", "AUROC", "FPR95", "routing", "accuracy by prototypes", "by ridge"]
     intro = (
-        "One change at a time, on PACS: unseen domains (12 pairs), routing, and accuracy within each domain read from the "
-        "memory by class prototypes over all D dimensions and by ridge regression on the first m. The row `ours` is what runs."
+        "One change at a time, on PACS: unseen domains (12 pairs), routing, and accuracy within each domain, read "
+        "from the memory by class prototypes (all D dimensions) and by ridge (the first m). `ours` is what runs."
     )
     text = ["## What each choice is worth", intro, table(header, body)]
     base = {m: over_seeds(where(rows, variant="ours"), m)[0] for m in metrics}

@@ -34,7 +34,8 @@ Kind = Literal["sensor shift", "new content"]
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """`displacement (taps,)` of the new frames' mean in each tap, 1 = as far as classes lie from their common mean."""
+    """`displacement (taps,)` of the new frames' mean in each tap, 1 = as far as classes lie from their common mean
+    (in the units of the code where only one class is known). `threshold` was set on photographs: see `kind`."""
 
     taps: tuple[str, ...]
     displacement: F32
@@ -67,9 +68,9 @@ def attribute(space: HypervectorSpace, memory: DomainMemory, h: F32) -> Attribut
     code = unbundle(space, stacked.astype(np.float32))
     displacement = []
     for part in _parts(space, code):
-        spread = np.sqrt(np.square(part[2:]).sum(axis=1).mean())
-        nearest = np.sqrt(np.square(part[:1] - part[1:]).sum(axis=1).min())
-        displacement.append(nearest / max(float(spread), TINY))
+        spread = float(np.sqrt(np.square(part[2:]).sum(axis=1).mean())) if len(means) > 1 else 1.0
+        nearest = float(np.sqrt(np.square(part[:1] - part[1:]).sum(axis=1).min()))
+        displacement.append(nearest / max(spread, TINY))
     return Attribution(tuple(t.name for t in space.taps), np.array(displacement, np.float32))
 
 
