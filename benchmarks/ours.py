@@ -13,7 +13,7 @@ from adaptors.archive import HeadArchive
 from device.evaluate_data import I64
 from edgeear.incremental import readout as readout
 from edgeear.memory import DomainMemory, learn, merge, rounded
-from edgeear.novelty import calibrate, detector
+from edgeear.novelty import calibrate
 from edgeear.router import router
 from edgeear.system import Domain, SystemPolicy
 from edgeear.types import F32
@@ -41,7 +41,7 @@ def learn_domain(h: F32, labels: I64, seed: int, m: int = M) -> Learned:
     calibration = calibrate(h, compact, classes, m, seed=seed)
     codes = h[: SystemPolicy().codes, :m].astype(np.float16)
     domain = Domain("measured", NO_HEAD, memory, calibration, codes)
-    detect = domain.detector if hasattr(domain, "detector") else detector(memory)
+    detect = domain.detector
     return Learned(memory, lambda x: calibration.novelty(detect, x), domain.bytes)
 
 

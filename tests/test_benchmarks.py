@@ -131,7 +131,7 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
     "ranpac": lambda: RanPAC(4, 0, 200),
     "fecam": lambda: FeCAM(),
     "ridge": lambda: JointRidge(4),
-    "replay": lambda: FineTuning(4, 0, 20),
+    "replay": lambda: FineTuning(4, 0, 60),
     "joint": lambda: FineTuning(4, 0, None),
 }
 
