@@ -49,7 +49,7 @@ def linear_head(x: F32, labels: I64) -> LinearHead:
     from sklearn.linear_model import LogisticRegression
 
     scale = float(np.sqrt(np.square(x).mean()))
-    fitted = LogisticRegression(C=0.1, max_iter=60, tol=1e-2).fit(x / scale, labels)
+    fitted = LogisticRegression(C=0.1, max_iter=500, tol=1e-2).fit(x / scale, labels)
     weight, bias = fitted.coef_ / scale, fitted.intercept_
     if len(weight) == 1:  # two classes have one row, of log-odds
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -144,7 +144,7 @@ class DeepSLDA:
             level = float(np.trace(covariance)) / len(covariance)
             covariance *= 1 - self.shrinkage
             covariance.flat[:: len(covariance) + 1] += self.shrinkage * level
-            weight = np.linalg.solve(covariance, means.T).T.astype(np.float32)
+            weight = solved(covariance, means.T).T
             bias = np.where(self.counts > 0, -0.5 * (weight * means).sum(axis=1), -np.inf)
             self._solved = weight, bias.astype(np.float32)
         return self._solved
@@ -195,7 +195,7 @@ class RanPAC:
         kernel, level = fit @ fit.T, float(np.square(fit).sum()) / len(fit)
         scores = []
         for strength in STRENGTHS:  # the dual system, the smaller one here
-            alpha = np.linalg.solve(kernel + strength * level * np.eye(len(fit), dtype=np.float32), targets)
+            alpha = solved(kernel + strength * level * np.eye(len(fit), dtype=np.float32), targets)
             scores.append((((code[held] @ fit.T) @ alpha).argmax(axis=1) == labels[held]).mean())
         return STRENGTHS[int(np.argmax(scores))]
 
@@ -203,7 +203,7 @@ class RanPAC:
         if self._weight is None:
             system = self.gram.copy()
             system.flat[:: self.width + 1] += self.strength * float(np.trace(self.gram)) / self.count
-            self._weight = np.linalg.solve(system, self.sums)
+            self._weight = solved(system, self.sums)
         found: I64 = (self._code(x) @ self._weight).argmax(axis=1).astype(np.int64)
         return found
 
@@ -253,6 +253,7 @@ class JointRidge:
     def __init__(self, classes: int, strength: float = 1e-2) -> None:
         self.classes, self.strength = classes, strength
         self.gram, self.sums, self.count, self.kept = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), 0, 0
+        self._weight: F32 | None = None
 
     def learn(self, x: F32, labels: I64) -> None:
         first = self.count == 0
@@ -260,16 +261,27 @@ class JointRidge:
         sums = (x.T @ onehot(labels, self.classes)).astype(np.float32)
         self.sums = sums if first else self.sums + sums
         self.count, self.kept = self.count + len(x), self.kept + x.nbytes
+        self._weight = None
 
     def predict(self, x: F32) -> I64:
-        system = self.gram.copy()
-        system.flat[:: len(system) + 1] += self.strength * float(np.trace(system)) / self.count
-        found: I64 = (x @ np.linalg.solve(system, self.sums)).argmax(axis=1).astype(np.int64)
+        if self._weight is None:
+            system = self.gram.copy()
+            system.flat[:: len(system) + 1] += self.strength * float(np.trace(system)) / self.count
+            self._weight = solved(system, self.sums)
+        found: I64 = (x @ self._weight).argmax(axis=1).astype(np.int64)
         return found
 
     @property
     def bytes(self) -> int:
         return self.kept
+
+
+def solved(system: F32, right: F32) -> F32:
+    """`system @ x = right` for a positive definite system, by Cholesky, which halves the time."""
+    from scipy.linalg import solve
+
+    out: F32 = solve(system, right, assume_a="pos").astype(np.float32)
+    return out
 
 
 def onehot(labels: I64, classes: int) -> F32:

@@ -81,7 +81,7 @@ def _incremental(classes: int, seed: int) -> dict[str, tuple[str, Learner]]:
     wanted = ("NCM", "Deep SLDA", "FeCAM", "RanPAC", "joint ridge (ceiling)")
     found = {name: (reads, make()) for name, (reads, make) in learners(classes, seed).items() if name in wanted}
     found[f"RanPAC, {SAME_BYTES} features"] = ("taps", Standardised(RanPAC(classes, seed, SAME_BYTES)))
-    found |= {f"edgeear, m = {m}": ("h", Incremental(m)) for m in (1024, 2048, 4096)}
+    found |= {f"edgeear, m = {m}": ("h", Incremental(m)) for m in (1024, 2048)}
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from adaptors.archive import HeadArchive
 from device.evaluate_data import I64
+from edgeear.incremental import Readout as Readout
 from edgeear.incremental import readout as readout
 from edgeear.memory import DomainMemory, learn, merge, rounded
 from edgeear.novelty import calibrate
@@ -58,15 +59,18 @@ class Incremental:
     def __init__(self, m: int) -> None:
         self.m = m
         self.memory: DomainMemory | None = None
+        self._readout: Readout | None = None
 
     def learn(self, h: F32, labels: I64) -> None:
         names, compact = np.unique(labels, return_inverse=True)
         new = learn(h, compact.astype(np.int64), tuple(str(n) for n in names), min(self.m, h.shape[1]))
         self.memory = new if self.memory is None else merge(self.memory, new)
+        self._readout = None
 
     def predict(self, h: F32) -> I64:
         memory = self.known()
-        found: I64 = np.array([int(c) for c in memory.classes])[readout(memory).scores(h).argmax(axis=1)]
+        self._readout = self._readout or readout(memory)
+        found: I64 = np.array([int(c) for c in memory.classes])[self._readout.scores(h).argmax(axis=1)]
         return found
 
     def known(self) -> DomainMemory:
