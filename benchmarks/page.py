@@ -245,16 +245,12 @@ def ablation(content: Any, files: Files, pictures: Path) -> str:
         "from the memory by class prototypes (all D dimensions) and by ridge (the first m). `ours` is what runs."
     )
     text = ["## What each choice is worth", intro, table(header, body)]
-    base = {m: over_seeds(where(rows, variant="ours"), m)[0] for m in metrics}
+    names = {OURS if n == "ours" else n: where(rows, variant=n) for n in unique(rows, "variant")}
     cells = [
-        (
-            m,
-            {OURS if n == "ours" else n: over_seeds(where(rows, variant=n), m)[0] for n in unique(rows, "variant")},
-            m != "fpr95",
-        )
-        for m in metrics
+        (title, {n: over_seeds(own, m)[0] for n, own in names.items()}, m != "fpr95")
+        for m, title in zip(metrics, header[2:], strict=True)
     ]
-    text += [lost(cells)] if base else []
+    text += [lost(cells)]
     if joint:
         figures = ("accuracy", "auroc", "fpr95")
         body = [
@@ -305,7 +301,7 @@ def shown(content: Mapping[str, Any]) -> list[str]:
                 ("" if key == "rows" else f"{key}:\n\n")
                 + table(columns, [[plain(r.get(c)) for c in columns] for r in records])
             )
-        elif key not in HIDDEN and _scalar(value):
+        elif key not in HIDDEN and _scalar(value) and value is not None:
             facts.append(f"{key} {plain(value)}")
     return ([", ".join(facts)] if facts else []) + text
 
@@ -361,16 +357,17 @@ def over_seeds(rows: Sequence[Row], metric: str) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and deviation with divisor n - 1 (0 for one value)."""
+    """Mean, and deviation with divisor n - 1; NaN where there is too little for either."""
     if not values:
         return float("nan"), float("nan")
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 def percent(figure: tuple[float, float], signed: bool = False) -> str:
     """`97.0 ± 0.2`; nothing where nothing was measured."""
     mean, deviation = figure
-    return "" if np.isnan(mean) else f"{100 * mean:{'+' if signed else ''}.1f} ± {100 * deviation:.1f}"
+    text = "" if np.isnan(mean) else f"{100 * mean:{'+' if signed else ''}.1f}"
+    return text if np.isnan(deviation) else f"{text} ± {100 * deviation:.1f}"
 
 
 def cost(rows: Sequence[Row]) -> list[str]:
@@ -401,7 +398,7 @@ def lost(cells: Iterable[tuple[str, Mapping[str, float], bool]]) -> str:
         if ahead:
             best = max(ahead, key=lambda n: sign * ahead[n])
             rest = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
-            behind.append(f"{name} ({best} {100 * ahead[best]:.1f} against {100 * figures[OURS]:.1f}{rest})")
+            behind.append(f"{name} ({best} {100 * ahead[best]:.2f} against {100 * figures[OURS]:.2f}{rest})")
     if not behind:
         return f"Ours is ahead, or level within 0.05 points, in all {count} columns."
     return f"**Ours loses {len(behind)} of {count} columns:** " + "; ".join(behind) + "."

@@ -229,7 +229,7 @@ def test_the_page_holds_means_deviations_and_the_cells_that_ours_loses(tmp_path:
     files = {"science-detectors": {"machine": "m", "versions": {"numpy": "2"}, "seconds": 3, "rows": rows()}}
     text = page.page(files, tmp_path / "pictures")
     assert "| edgeear | 91.0 ± 1.4 / 10.0 ± 0.0 | 1,234 | 7 | no |" in text
-    assert "**Ours loses 2 of 2 columns:** AUROC unseen domain (MSP 96.0 against 91.0)" in text
+    assert "**Ours loses 2 of 2 columns:** AUROC unseen domain (MSP 96.00 against 91.00)" in text
     assert "KNN 81" not in text.split("**Ours loses")[1].split("\n")[0]
     assert (tmp_path / "pictures" / "detectors.svg").stat().st_size < 200_000
 
