@@ -35,7 +35,8 @@ Kind = Literal["sensor shift", "new content"]
 @dataclass(frozen=True, eq=False)
 class Attribution:
     """`displacement (taps,)` of the new frames' mean in each tap, 1 = as far as classes lie from their common mean
-    (in the units of the code where only one class is known). `threshold` was picked on PACS photographs, corrupted or of unseen classes."""
+    (in the units of the code where only one class is known). `threshold` was picked on PACS photographs, corrupted or
+    of unseen classes."""
 
     taps: tuple[str, ...]
     displacement: F32
