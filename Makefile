@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing bench-labelfree clean
+.PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing
+.PHONY: bench-labelfree bench-science bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,6 +80,13 @@ bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) ## adaptation without labels; DIG
 	  --seeds 0 --orders 20 --frames 400 --json $(RESULTS)/labelfree-orders.json
 	@if [ -n "$(DIGITS)" ]; then set -x; $(BIN)/python benchmarks/labelfree.py --data "$(DIGITS)" \
 	  --seeds 0 --orders 6 --frames 300 --json $(RESULTS)/labelfree-digits.json; fi
+
+bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published methods; PART=detectors,learners picks, SEEDS=5
+	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
+	$(BIN)/python -m benchmarks.page
+
+bench-page: $(STAMP) ## docs/benchmarks.md and its pictures, from the files in benchmarks/results
+	$(BIN)/python -m benchmarks.page
 
 clean: ## remove caches and build outputs; the environment stays (rm -r .venv)
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

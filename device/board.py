@@ -23,6 +23,7 @@ from device.codec import to_files
 from device.engine import OrtEngine
 from device.folder import view
 from device.store import Store
+from edgeear.attribution import Attribution, attribute
 from edgeear.flow import AdaptPolicy, Prediction, Progress, Samples, adapt, infer
 from edgeear.novelty import MINIMUM
 from edgeear.recognition import recognise
@@ -32,6 +33,8 @@ from edgeear.types import F32, U8, Encoder, Features
 from edgeear.unlabelled import UnlabelledPolicy, adapt_unlabelled
 
 Phase = Literal["serving", "collecting", "probation"]
+ATTRIBUTED = 32
+"""Frames since the onset of a shift that say what it is about."""
 
 
 class Labeller(Protocol):
@@ -102,6 +105,7 @@ class Board:
         self.policy = policy or BoardPolicy()
         self.phase: Phase = "serving"
         self.shift: Shift | None = None
+        self.attribution: Attribution | None = None
         self._labeller, self._clock, self._store, self._seed = labeller, clock, store, seed
         self._on_progress, self._on_event = on_progress, on_event
         self._state = ShiftState()
@@ -137,9 +141,19 @@ class Board:
         onset = self._onset(shift) if shift else self._at - 1
         self._recent = deque((r for r in self._recent if r[0] > onset), maxlen=self._recent.maxlen)
         if shift:
-            self._tell("shift", f"the stream left all known domains after sample {onset} (declared at {self._at})")
+            self.attribution = self._attribute()
+            left = f"the stream left all known domains after sample {onset} (declared at {self._at})"
+            self._tell("shift", f"{left}; by the taps that moved: {self.attribution.kind}")
         else:
             self._tell("start", "nothing is learned yet: collecting the first domain")
+
+    def _attribute(self) -> Attribution:
+        """Which taps moved since the onset, against the domain that most of these frames are routed to."""
+        taps = [t.name for t in self.system.space.taps]
+        seen = [self.encoder.encode(frame[None], taps) for _, frame, _ in list(self._recent)[-ATTRIBUTED:]]
+        h = self.system.space.encode({t: np.concatenate([features[t] for features in seen]) for t in taps})
+        nearest = int(np.bincount(self.system.router.route(h)).argmax())
+        return attribute(self.system.space, self.system.domains[nearest].memory, h)
 
     def _onset(self, shift: Shift) -> int:
         """The sample after which the evidence for `shift` is largest. The test's own onset is a lower bound: its

@@ -94,6 +94,16 @@ def test_a_board_learns_one_domain_after_another() -> None:
     assert np.mean(rig.show(0, 30, seed=5)) > 0.9 and np.mean(rig.show(1, 30, seed=6)) > 0.9
 
 
+def test_a_shift_says_which_taps_moved() -> None:
+    rig = Rig()
+    rig.show(0, 100)
+    assert rig.board.attribution is None
+    rig.show_until(1, "collecting")
+    shift = next(event for event in rig.events if event.kind == "shift")
+    assert rig.board.attribution is not None and shift.text.endswith(rig.board.attribution.kind)
+    assert rig.board.attribution.taps == tuple(t.name for t in rig.board.system.space.taps)
+
+
 def test_every_frame_gets_an_answer_first_whatever_goes_on() -> None:
     rig = Rig()
     step = rig.board.step(fakes.frames(0, fakes.CLASSES, fakes.labels_of(1), 0)[0])
