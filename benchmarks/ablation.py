@@ -1,12 +1,15 @@
 """Each choice of the hyperdimensional core switched off or varied, on PACS: detection, routing and accuracy.
 
 A job is one variant and one seed. Every variant goes through the same public functions; what differs is the hypervector
-that they are given, so that a variant is exactly one change:
+that they are given, so that a variant is exactly one change. Those of the bundle leave the level part as it is:
 
-- projection off: a random choice of the code's own coordinates in place of random projections of it;
+- projection off: the code's own coordinates in place of random projections of it;
 - binding off: roles all one, every tap still with its own projection; shared projection: one projection for every tap,
   told apart by the roles alone, or by nothing;
-- dimensions, and bits: the hypervector is rounded to its sign or to 256 levels before anything is learned.
+- dimensions, and bits: the bundle is rounded to its sign or to 256 steps before anything is learned.
+
+Those of the level part leave the bundle as it is: no levels, so that second-order memory covers the first coordinates
+of the bundle and the angle the others; levels alone, so that novelty is the leverage.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from benchmarks.detection import Row
 from benchmarks.ours import Learned, M, learn_domain, readout, route_by
 from device.evaluate_data import I64
 from edgeear.metrics import auroc, fpr95
+from edgeear.novelty import detector
 from edgeear.space import HypervectorSpace
 from edgeear.types import F32
 
 DIMENSIONS = (512, 1024, 2048, 8192)
 OUTLIER_WEIGHTS = (0.0, 0.1)
 SHOTS = 20
+LEVELS_ALONE = "levels alone"
 Encode = Callable[[HypervectorSpace, Inputs], F32]
 
 
@@ -40,26 +45,34 @@ def variants() -> dict[str, tuple[str, Encode]]:
         "no binding": ("binding", lambda s, x: bundled(s, x, bound=False, shared=False)),
         "one projection, bound": ("binding", lambda s, x: bundled(s, x, bound=True, shared=True)),
         "one projection, not bound": ("binding", lambda s, x: bundled(s, x, bound=False, shared=True)),
-        "8 bits": ("bits", lambda s, x: rounded(x.h, 127)),
-        "1 bit": ("bits", lambda s, x: np.where(x.h < 0, np.float32(-1), np.float32(1))),
+        "8 bits": ("bits", lambda s, x: levelled(s, x, rounded(bundle(s, x), 127))),
+        "1 bit": ("bits", lambda s, x: levelled(s, x, np.where(bundle(s, x) < 0, np.float32(-1), np.float32(1)))),
+        "no levels": ("levels", bundle),
+        LEVELS_ALONE: ("levels", lambda s, x: x.h[:, : s.policy.levels]),
     }
     for d in DIMENSIONS:
         found[f"D = {d}"] = ("dimensions", lambda s, x, d=d: resized(s, d).encode(x.features))  # type: ignore[misc]
     return found
 
 
+def bundle(space: HypervectorSpace, x: Inputs) -> F32:
+    """Hypervectors without their level part."""
+    return x.h[:, space.policy.levels :]
+
+
+def levelled(space: HypervectorSpace, x: Inputs, bundle: F32) -> F32:
+    """Hypervectors of another bundle with the level part of ours."""
+    return np.concatenate([x.h[:, : space.policy.levels], bundle], axis=1)
+
+
 def unprojected(space: HypervectorSpace, x: Inputs) -> F32:
-    """The weighted code itself, coordinates shuffled so that the first m are a random choice of them."""
-    slots = np.searchsorted(np.cumsum(space.slots), space.index // space.dimensions, side="right")
-    code = space.code(x.features) * space.weights[np.minimum(slots, len(space.weights) - 1)]
-    order = np.random.default_rng(space.policy.seed).permutation(code.shape[1])
-    out: F32 = code[:, order]
-    return out
+    """The weighted code itself in place of the bundle."""
+    return levelled(space, x, space.code(x.features) * space.weights[space.index // space.policy.dimensions])
 
 
 def bundled(space: HypervectorSpace, x: Inputs, *, bound: bool, shared: bool) -> F32:
     """Hypervectors with the roles left out, or with one projection for every tap."""
-    code, d = space.code(x.features), space.dimensions
+    code, d = space.code(x.features), space.policy.dimensions
     slot, place = np.divmod(space.index, d)
     sign = space.sign.copy()
     if shared:
@@ -78,18 +91,18 @@ def bundled(space: HypervectorSpace, x: Inputs, *, bound: bool, shared: bool) ->
         slots = np.zeros((len(part), len(roles), d), np.float32)
         slots.reshape(len(part), -1)[:, slot * d + place] = part * sign
         out[start : start + 64] = np.einsum("nsd,sd->nd", fwht(slots), roles)
-    return out
+    return levelled(space, x, out)
 
 
-def rounded(h: F32, levels: int) -> F32:
-    """Whole multiples of the largest magnitude of each hypervector over `levels`."""
-    step = np.maximum(np.abs(h).max(axis=1, keepdims=True), 1e-9) / levels
+def rounded(h: F32, steps: int) -> F32:
+    """Whole multiples of the largest magnitude of each bundle over `steps`."""
+    step = np.maximum(np.abs(h).max(axis=1, keepdims=True), 1e-9) / steps
     out: F32 = (np.rint(h / step) * step).astype(np.float32)
     return out
 
 
 def resized(space: HypervectorSpace, dimensions: int) -> HypervectorSpace:
-    """The same space in other dimensions."""
+    """The same space with a bundle of other dimensions."""
     return HypervectorSpace(space.taps, replace(space.policy, dimensions=dimensions))
 
 
@@ -103,6 +116,8 @@ def ablate(variant: str, seed: int) -> list[Row]:
     learned = [
         learn_domain(h, d.train_labels, seed, min(M, h.shape[1])) for h, d in zip(train, data.domains, strict=True)
     ]
+    if variant == LEVELS_ALONE:
+        learned = [replace(k, novelty=detector(k.memory).leverage) for k in learned]
     route = route_by([k.memory for k in learned])
     row: Row = {"variant": variant, "choice": choice, "seed": seed, **_detection(learned, test)}
     row["routing"] = float(np.mean([(route(h) == i).mean() for i, h in enumerate(test)]))

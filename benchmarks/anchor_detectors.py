@@ -149,7 +149,7 @@ def fit_all(train: Inputs, labels: I64, seed: int) -> dict[str, Fitted]:
     names, labels = np.unique(labels, return_inverse=True)
     k, width = len(names), x.shape[1]
     head, square, means, linear = linear_head(x, labels), 4 * width * width, 4 * k * width, 4 * k * (width + 1)
-    dimensions, joined = train.space.dimensions, sum(t.channels for t in train.space.taps)
+    dimensions, joined = train.flat.shape[1], sum(t.channels for t in train.space.taps)
 
     def last(score: Score, stored: int, exemplars: bool = False) -> Fitted:
         return Fitted(lambda y: score(y.last), stored, exemplars)

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -36,7 +36,7 @@ SUBSAMPLE = 0.9
 CLIP, CLIPS = 2048, 40
 """Samples of a vibration clip, and clips taken of each recording, without overlap."""
 CORRUPTIONS = ("noise", "blur", "brightness", "hue")
-FLAT = SpacePolicy(magnitude_scale=0.0, shallow_weight=1.0)
+FLAT = SpacePolicy(magnitude_scale=0.0, shallow_weight=1.0, deviation_weight=1.0, levels=0)
 """The bundling of HDFF: directions only, every tap alike."""
 
 
@@ -58,7 +58,7 @@ class Inputs:
     @cached_property
     def flat(self) -> F32:
         """Hypervectors `(samples, D)` as HDFF bundles them."""
-        policy = SpacePolicy(self.space.dimensions, self.space.policy.seed, FLAT.shallow_weight, FLAT.magnitude_scale)
+        policy = replace(FLAT, dimensions=self.space.policy.dimensions, seed=self.space.policy.seed)
         return HypervectorSpace(self.space.taps, policy).encode(self.features)
 
     @cached_property

@@ -27,6 +27,7 @@ from device.engine import OrtEngine
 from device.evaluate_data import DataOptions, EvalData, machine, open_encoder, read_domains, versions
 from edgeear import unlabelled
 from edgeear.flow import AdaptPolicy, Samples, adapt, judge
+from edgeear.incremental import readout
 from edgeear.system import HYPERVECTOR, Candidate, Domain, System
 from edgeear.types import F32
 
@@ -112,7 +113,7 @@ class Bench:
         d, memory = self.by_name[name], base.domains[0].memory
         centre = base.space.encode(self.views(name, seed)[0]).mean(axis=0)
         moved = d.test_h[:, : memory.m] - centre[: memory.m] + memory.mean.astype(np.float32)
-        said = np.array(memory.classes)[unlabelled.readout(memory).scores(moved).argmax(axis=1)]
+        said = np.array(memory.classes)[readout(memory).scores(moved).argmax(axis=1)]
         return float((said == np.array(self.data.classes)[d.test_labels]).mean())
 
     def order(self, seed: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _write_generation(encoder: Path, folder: Path, count: int) -> None:
         labels = np.arange(140) % 7
         memory = rounded(learn(h, labels, classes, m))
         calibration = calibrate(h, labels, classes, m, folds=2, seed=0)
-        domain = Domain(f"domain-{k}", _head(space, classes, k), memory, calibration, h[:128, :m].astype(np.float16))
+        domain = Domain(f"domain-{k}", _head(space, classes, k), memory, calibration, h[:96, :m].astype(np.float16))
         system = system.grown(domain)
     folder.mkdir()
     for name, data in to_files(system).items():

@@ -107,12 +107,12 @@ def _domain(entry: dict[str, Any], files: Mapping[str, bytes]) -> Domain:
         statistics[0], statistics[1], statistics[2], statistics[3], tensors["values"], statistics[4]
     )
     head = HeadArchive.from_dict(entry["head"], files[entry["files"]["head"]])
-    return Domain(entry["name"], head, memory, calibration, tensors["codes"], entry["growth"])
+    return Domain(entry["name"], head, memory, calibration, tensors["codes"], entry["growth"], statistics[5])
 
 
 def _tensors(domain: Domain) -> dict[str, NDArray[Any]]:
     c, memory = domain.calibration, domain.memory
-    statistics = [c.angle_mean, c.angle_deviation, c.leverage_mean, c.leverage_deviation, c.delta]
+    statistics = [c.angle_mean, c.angle_deviation, c.leverage_mean, c.leverage_deviation, c.delta, domain.likeness]
     return {
         "counts": np.ascontiguousarray(memory.counts),
         "class_sums": memory.class_sums.astype(np.float32),

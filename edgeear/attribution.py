@@ -78,7 +78,7 @@ def attribute(space: HypervectorSpace, memory: DomainMemory, h: F32) -> Attribut
 def unbundle(space: HypervectorSpace, h: F32, steps: int = STEPS) -> F32:
     """Codes `(samples, codes)` whose bundle is nearest to `h (samples, D)`: all taps' directions, then magnitudes."""
     ridge = RIDGE * float(np.square(space.weights).mean())
-    residual = _unbind(space, h)
+    residual = _unbind(space, h[:, space.policy.levels :])
     code, direction = np.zeros_like(residual), residual.copy()
     power = np.square(residual).sum(axis=1, keepdims=True)
     for _ in range(steps):
@@ -92,9 +92,10 @@ def unbundle(space: HypervectorSpace, h: F32, steps: int = STEPS) -> F32:
 
 
 def _bundle(space: HypervectorSpace, code: F32) -> F32:
-    slots = np.zeros((len(code), len(space.roles) * space.dimensions), np.float32)
+    """The bundle of codes, without a level part."""
+    slots = np.zeros((len(code), len(space.roles) * space.policy.dimensions), np.float32)
     slots[:, space.index] = code * space.sign
-    turned = fwht(slots.reshape(len(code), len(space.roles), space.dimensions))
+    turned = fwht(slots.reshape(len(code), len(space.roles), space.policy.dimensions))
     out: F32 = np.einsum("nsd,sd->nd", turned, space.roles * space.weights[:, None])
     return out
 

@@ -10,7 +10,7 @@ is pure: no clock, no disk, no network; the seed is an argument and progress is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 
 from edgeear.admission import admit
 from edgeear.errors import UsageError
-from edgeear.memory import learn, rounded
+from edgeear.learned import learned
 from edgeear.mixture import answer, second_route
-from edgeear.novelty import calibrate
+from edgeear.scenes import scene_code
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
 from edgeear.types import F32, U8, Features
 
 if TYPE_CHECKING:
-    from adaptors.archive import HeadArchive
     from adaptors.search import SearchPolicy
     from adaptors.search_space import Budget
     from adaptors.train import TrainPolicy
@@ -105,8 +104,8 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
     features = engine.encode(frame, system.wanted_taps)
     h = system.space.encode(features)
     verdict = judge(system, h)
-    seen = h[0, : system.policy.memory_dimensions]
-    state, shift = observe(state, float(verdict.conditional_p[0]), system.policy.shift, seen, system.likeness)
+    p_value = float(verdict.conditional_p[0])
+    state, shift = observe(state, p_value, system.policy.shift, scene_code(h[0]), system.likeness)
     facts = (float(verdict.novelty[0]), float(verdict.p[0]), bool(verdict.ood[0]))
     if verdict.p[0] < system.policy.abstain_below:
         return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift
@@ -127,20 +126,9 @@ def adapt(
     h = system.space.encode(samples.views[0])
     head, growth = grow_head(samples, policy, seed, on_progress)
     on_progress("memory", 0, 1)
-    domain = learned(system, samples, h, head, growth, seed)
+    domain = learned(system, samples.name, h, samples.labels, samples.classes, head, growth, seed)
     on_progress("memory", 1, 1)
     return admit(system, domain)
-
-
-def learned(
-    system: System, samples: Samples, h: F32, head: HeadArchive, growth: Mapping[str, object], seed: int
-) -> Domain:
-    """What is kept of a domain beside its head, from the hypervectors `h (samples, D)` of its first view."""
-    m = system.policy.memory_dimensions
-    memory = rounded(learn(h, samples.labels, samples.classes, m))
-    calibration = calibrate(h, samples.labels, samples.classes, m, seed=seed)
-    kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
-    return Domain(samples.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)
 
 
 def install(system: System, domain: Domain, encoder_digest: str, space_digest: str) -> Candidate | Rejected:

@@ -3,8 +3,8 @@
 | what is forgotten | exact | not exact |
 |---|---|---|
 | a domain | router, verdicts, heads: the others are shared object for object | nothing |
-| a class, its samples at hand | memory, codes, router, detector, the refitted head | calibration values |
-| a class, from sums alone | counts, class sums, prototypes, domain mean | covariance, codes, head, calibration values |
+| a class, its samples at hand | memory, codes, router, detector, the refitted head | calibration |
+| a class, from sums alone | counts, class sums, prototypes, domain mean | covariance, codes, head, calibration |
 
 Rules of this file:
 
@@ -14,8 +14,9 @@ Rules of this file:
    share, as in linear discriminant analysis. What is left of the class is its weight in that covariance.
 3. A trained head cannot unlearn a class. It is refitted in closed form from the sums that are left: the head of never
    having seen the class, but one that reads the hypervector only.
-4. Calibration values are scores without a class, and stay: false verdicts stay bounded as far as the other classes are
-   no more novel to the new detector than all were to the old one. (PACS: at most 2 points more than before.)
+4. Calibration values are scores without a class, and stay, as does the likeness: false verdicts stay bounded as far as
+   the other classes are no more novel to the new detector than all were to the old one. (PACS: at most 2 points more
+   than before.)
 5. A request to forget is never turned down for its cost at the router: the replay of the candidate tells the cost.
 6. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
    ridge may show in the fourth digit of its scores.

@@ -5,8 +5,8 @@ Rules of this file:
 1. A memory is bounded by classes, D and m, never by the number of samples, and holds no exemplar.
 2. `merge` of two memories is the memory of the union; `subtract` undoes it. Sums are float64 so that both hold exactly
    enough; arrays are read-only and never alias the caller's.
-3. Second-order memory covers the first m coordinates: each coordinate of a hypervector is a seeded random projection of
-   the whole code, so the first m of them are a random projection to m dimensions.
+3. Second-order memory covers the first m coordinates: the level part of a hypervector (levels.py), and then as many of
+   its bundle, each a seeded random projection of the whole code, as m reaches beyond it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def merge_domains(system: System, first: str, second: str, head: HeadChoice = "r
     else:
         served, growth = source.head, dict(source.growth)
     codes = _shared(a, b, system.policy.codes)
-    merged = Domain(first, served, memory, merge_calibrations(a.calibration, b.calibration), codes, growth)
+    calibration, alike = merge_calibrations(a.calibration, b.calibration), max(a.likeness, b.likeness)
+    merged = Domain(first, served, memory, calibration, codes, growth, alike)
     return admit(system, merged, absorbed=second)
 
 

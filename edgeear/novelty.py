@@ -2,9 +2,9 @@
 
 Rules of this file:
 
-1. Novelty is the larger of two standardised statistics: the angle to the nearest class prototype (all D coordinates)
-   and the log Mahalanobis distance from the domain's mean (first m coordinates, shrunk covariance). The larger, not the
-   sum: what is strange to one of them need not be strange to the other.
+1. Novelty is the larger of two standardised statistics on different coordinates: the angle to the nearest class
+   prototype (those after the first m) and the log Mahalanobis distance to the nearest class mean (the first m, with the
+   shrunk covariance within classes). The larger, not the sum: what is strange to one need not be strange to the other.
 2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
    full memory, which costs no second pass over the data.
 3. `p_value` is conformal (Vovk, Gammerman, Shafer, 2005) and valid on average over calibration sets.
@@ -29,8 +29,8 @@ from edgeear.types import F32
 
 MINIMUM = 5
 """Fewest samples that can be calibrated."""
-LIMIT = 4096
-"""Most calibration values kept of a domain (16 KiB); more are thinned at random, which keeps p-values valid."""
+LIMIT = 2048
+"""Most calibration values kept of a domain (8 KiB); more are thinned at random, which keeps p-values valid."""
 TINY = 1e-6
 
 
@@ -38,40 +38,51 @@ TINY = 1e-6
 class Detector:
     """The two statistics of one domain, ready for single inputs; built by `detector`.
 
-    `prototypes (D, present classes)` unit columns, `mean (m,)`, `whitener (m, m)` W with W W' = inverse covariance.
+    `prototypes (D - m, classes)` unit columns, `whitener (m, m)` W with W W' = inverse covariance, `means (m, classes)`
+    whitened; of the classes that have samples. Where D = m, prototypes have all D coordinates.
     """
 
     prototypes: F32
-    mean: F32
+    means: F32
     whitener: F32
 
     def angle(self, h: F32) -> F32:
         """`1 - max cos(h, prototype)` of `h (samples, D)`, in [0, 2]; a zero hypervector has angle 1."""
-        norms = np.maximum(np.sqrt(np.einsum("nd,nd->n", h, h)), TINY)
-        out: F32 = 1 - (h @ self.prototypes).max(axis=1) / norms
+        bundle = h[:, h.shape[1] - len(self.prototypes) :]
+        norms = np.maximum(np.sqrt(np.einsum("nd,nd->n", bundle, bundle)), TINY)
+        out: F32 = 1 - (bundle @ self.prototypes).max(axis=1) / norms
         return out
 
     def leverage(self, h: F32) -> F32:
-        """Log of the squared Mahalanobis distance of `h (samples, D)` from the domain's mean."""
-        white = (h[:, : len(self.mean)] - self.mean) @ self.whitener
-        out: F32 = np.log(np.maximum(np.einsum("nm,nm->n", white, white), np.float32(TINY)))
+        """Log of the squared Mahalanobis distance of `h (samples, D)` from the nearest class mean."""
+        white = h[:, : len(self.whitener)] @ self.whitener
+        away = np.square(white[:, :, None] - self.means).sum(axis=1).min(axis=1)
+        out: F32 = np.log(np.maximum(away, np.float32(TINY)))
         return out
 
 
 def detector(memory: DomainMemory) -> Detector:
-    """The detector of a memory. Covariance is shrunk to (1 - r) C + r tr(C)/m I, r = 0.02 + 0.3 m / (m + n).
+    """The detector of a memory. Covariance C is shrunk to its diagonal by r = 0.02 + 0.3 m / (m + n).
 
     Raises `DataError` when the memory holds no sample.
     """
     if memory.n == 0:
         raise DataError("the memory holds 0 samples: learn at least 1 before detecting")
-    m, covariance = memory.m, memory.covariance
-    ratio = 0.02 + 0.3 * m / (m + memory.n)
-    level = max(float(np.trace(covariance)) / m, TINY**2)
-    lower = np.linalg.cholesky((1 - ratio) * covariance + ratio * level * np.eye(m))
-    whitener = np.linalg.inv(lower).T.astype(np.float32)
-    prototypes = memory.prototypes[memory.counts > 0].T
-    return Detector(np.ascontiguousarray(prototypes), memory.mean.astype(np.float32), whitener)
+    m, present = memory.m, memory.counts > 0
+    sums, counts = memory.class_sums[present], memory.counts[present, None]
+    means = sums[:, :m] / counts
+    covariance = memory.gram / memory.n - (means * counts).T @ means / memory.n
+    ratio, variance = 0.02 + 0.3 * m / (m + memory.n), np.diag(covariance)
+    floor = 1e-3 * max(float(variance.mean()), TINY**2)
+    lower = np.linalg.cholesky((1 - ratio) * covariance + np.diag(ratio * variance + floor))
+    whitener = np.linalg.inv(lower).T
+    directions = sums[:, m if m < memory.dimensions else 0 :]
+    prototypes = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), TINY)
+    return Detector(
+        np.ascontiguousarray(prototypes.T, np.float32),
+        np.ascontiguousarray((means @ whitener).T, np.float32),
+        whitener.astype(np.float32),
+    )
 
 
 @dataclass(frozen=True, eq=False)

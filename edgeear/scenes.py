@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 
 from edgeear.types import F32
 
+COORDINATES = 512
+"""Of a hypervector's last ones, which are directions: levels are much alike in all frames."""
 COPIES = 0.999
 """No likeness lies above: an exact copy is a repeat in any domain."""
 TINY = 1e-12
+
+
+def scene_code(h: F32) -> F32:
+    """The coordinates of hypervectors `(..., D)` by which scenes are told apart."""
+    return h[..., -COORDINATES:]
 
 
 def repeats(code: F32, scenes: tuple[F32, ...], alike: float) -> bool:

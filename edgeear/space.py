@@ -7,7 +7,8 @@ Rules of this file:
 2. A tap's code keeps its direction and its magnitude: `[x / |x|, c * (log|x| - log(d) / 2)]`. Angles alone make shallow
    taps rank foreign images as familiar.
 3. Binding is elementwise multiplication with +1/-1 role vectors and bundling is the sum (the MAP model).
-4. Everything follows from the policy and the taps: two systems may exchange memories if and only if `digest` is equal.
+4. The first coordinates of a hypervector are its level part (levels.py), the others the bundle.
+5. Everything follows from the policy and the taps: two systems may exchange memories if and only if `digest` is equal.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from adaptors.hadamard import factors, fwht, permutation, signs
 from edgeear.errors import DataError, UsageError
+from edgeear.levels import projection, shares
 from edgeear.types import F32, Features, Tap
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -37,14 +39,20 @@ QUIET = 1e-6
 class SpacePolicy:
     """What fixes a hypervector space, beside the taps.
 
-    `dimensions` D is a power of two from 2 to 2**20; `shallow_weight` (> 0) multiplies the first half of the taps,
-    whose novelty is mostly sensor noise; `magnitude_scale` c (>= 0) weighs log-magnitude against direction.
+    `dimensions` of the bundle: a power of two from 2 to 2**20; `shallow_weight` (> 0) multiplies the first half of the
+    taps, whose novelty is mostly sensor noise; `magnitude_scale` c (>= 0) weighs log-magnitude against direction;
+    `deviation_weight` (> 0) is what a tap of standard deviations (`*.std`) counts against one of means (`*.mean`).
+    `levels` (>= 0) coordinates of level part read the taps from `level_from` to `level_to` of the depth, in [0, 1].
     """
 
-    dimensions: int = 4096
+    dimensions: int = 2048
     seed: int = 0
     shallow_weight: float = 0.3
     magnitude_scale: float = 0.3
+    deviation_weight: float = 2.0
+    levels: int = 256
+    level_from: float = 0.4
+    level_to: float = 0.75
 
     def __post_init__(self) -> None:
         d = self.dimensions
@@ -54,14 +62,20 @@ class SpacePolicy:
             raise UsageError(f"shallow_weight is {self.shallow_weight}: it must be finite and above 0")
         if not (math.isfinite(self.magnitude_scale) and self.magnitude_scale >= 0):
             raise UsageError(f"magnitude_scale is {self.magnitude_scale}: it must be finite and not below 0")
+        if not (math.isfinite(self.deviation_weight) and self.deviation_weight > 0):
+            raise UsageError(f"deviation_weight is {self.deviation_weight}: it must be finite and above 0")
+        if self.levels < 0:
+            raise UsageError(f"levels is {self.levels}: it must be at least 0")
+        if not 0 <= self.level_from < self.level_to <= 1:
+            raise UsageError(f"levels are read from {self.level_from} to {self.level_to}: it must be a range in [0, 1]")
 
 
 class HypervectorSpace:
     """The map from the features of pooled `taps` to hypervectors; immutable after construction.
 
-    A slot is one D-vector of the bundle: a tap of up to D - 1 channels has one, a wider tap several.
-    Public tables, all read-only: `index (codes,)` flat position of each code coordinate in `(slots, D)`,
-    `sign (codes,)`, `roles (slots, D)` in {-1, +1}, `weights (slots,)`.
+    A slot is one B-vector of the bundle, B = `policy.dimensions`: a tap of up to B - 1 channels has one, a wider tap
+    several. Public tables, all read-only: `index (codes,)` flat position of each code coordinate in `(slots, B)`,
+    `sign (codes,)`, `roles (slots, B)` in {-1, +1}, `weights (slots,)`.
     Code coordinates are all taps' directions in order, then one magnitude per tap.
     """
 
@@ -75,8 +89,11 @@ class HypervectorSpace:
         self._floor = QUIET * np.sqrt(self._widths)
         self.slots = tuple(-(-(int(d) + 1) // self.policy.dimensions) for d in self._widths)
         self.index, self.sign, self.roles, self.weights = _tables(self.taps, self.slots, self.policy)
-        a, b = (len(f) for f in factors(self.dimensions))
-        slot, place = np.divmod(self.index, self.dimensions)
+        self.level_taps = _middle(self.taps, self.policy)
+        self.level_projection = projection(self.level_taps, self.policy.levels, self.policy.seed)
+        self._level_blocks = _blocks(self.level_taps, self.level_projection)
+        a, b = (len(f) for f in factors(self.policy.dimensions))
+        slot, place = np.divmod(self.index, self.policy.dimensions)
         row, column = np.divmod(place, b)
         # `index` and the weighted roles in the layout (a, slots, b) that `_bundle` works in.
         self._spread = _frozen((row * len(self.roles) + slot) * b + column)
@@ -85,13 +102,13 @@ class HypervectorSpace:
 
     @property
     def dimensions(self) -> int:
-        """D, the length of a hypervector."""
-        return self.policy.dimensions
+        """D, the length of a hypervector: level part and bundle."""
+        return self.policy.levels + self.policy.dimensions
 
     @property
     def digest(self) -> str:
         """SHA-256 (lower-case hex) of the policy and the taps."""
-        text = json.dumps([1, asdict(self.policy), [[t.name, t.shape] for t in self.taps]], sort_keys=True)
+        text = json.dumps([2, asdict(self.policy), [[t.name, t.shape] for t in self.taps]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, features: Features) -> F32:
@@ -99,10 +116,13 @@ class HypervectorSpace:
 
         Raises `UsageError` for a missing tap or a wrong shape, `DataError` for NaN or infinity; both name the tap.
         """
-        code = self.code(features)
+        code, levels = self.code(features), self.policy.levels
         out = np.empty((len(code), self.dimensions), np.float32)
+        out[:, :levels] = 0
+        for tap, columns, block in self._level_blocks:  # one by one: mostly zeros, and read for every frame
+            np.matmul(features[tap], block, out=out[:, columns])
         for first in range(0, len(code), CHUNK):
-            out[first : first + CHUNK] = self._bundle(code[first : first + CHUNK])
+            out[first : first + CHUNK, levels:] = self._bundle(code[first : first + CHUNK])
         return out
 
     def code(self, features: Features) -> F32:
@@ -127,13 +147,14 @@ class HypervectorSpace:
             raise UsageError(f"tap {tap_name} is not in this space: choose from {[t.name for t in self.taps]}")
         first, count = sum(self.slots[:at]), self.slots[at]
         codes = slice(int(self._starts[at]), int(self._starts[at] + self._widths[at]))
-        bound = h[:, None, :] * (self.roles / self.weights[:, None])[first : first + count]
-        flat = fwht(bound).reshape(len(h), count * self.dimensions)
-        out: F32 = flat[:, self.index[codes] - first * self.dimensions] * self.sign[codes]
+        d, bundle = self.policy.dimensions, h[:, None, self.policy.levels :]
+        bound = bundle * (self.roles / self.weights[:, None])[first : first + count]
+        flat = fwht(bound).reshape(len(h), count * d)
+        out: F32 = flat[:, self.index[codes] - first * d] * self.sign[codes]
         return out
 
     def _bundle(self, code: F32) -> F32:
-        n, (left, right) = len(code), factors(self.dimensions)
+        n, (left, right) = len(code), factors(self.policy.dimensions)
         a, b = len(left), len(right)
         slots = np.zeros((n, a, len(self.roles), b), np.float32)
         slots.reshape(n, -1)[:, self._spread] = code * self.sign
@@ -181,7 +202,7 @@ def _tables(
         for part in range(count):
             places.append(permutation(seed, f"place/{tap.name}/{part}", d) + len(roles) * d)
             roles.append(signs(seed, f"role/{tap.name}/{part}", d))
-            weights.append(policy.shallow_weight if number < shallow else 1.0)
+            weights.append(_weight(tap, number < shallow, policy))
         index.append(np.concatenate(places)[: tap.channels + 1])
         sign.append(signs(seed, f"sign/{tap.name}", tap.channels + 1))
     order = [pair[:-1] for pair in index] + [np.array([pair[-1] for pair in index])]
@@ -192,6 +213,30 @@ def _tables(
         _frozen(np.stack(roles)),
         _frozen(np.array(weights, np.float32)),
     )
+
+
+def _weight(tap: Tap, shallow: bool, policy: SpacePolicy) -> float:
+    root = math.sqrt(policy.deviation_weight)
+    kind = {"std": root, "mean": 1 / root}
+    depth = policy.shallow_weight if shallow else 1.0
+    return depth * kind.get(tap.name.rpartition(".")[2], 1.0)
+
+
+def _middle(taps: tuple[Tap, ...], policy: SpacePolicy) -> tuple[Tap, ...]:
+    """The taps that levels are read from; all of them where there are too few to have a middle."""
+    depth = [i / len(taps) for i in range(len(taps))]
+    chosen = [t for t, d in zip(taps, depth, strict=True) if policy.level_from <= d < policy.level_to]
+    return tuple(chosen) or taps
+
+
+def _blocks(taps: tuple[Tap, ...], dense: F32) -> list[tuple[str, slice, F32]]:
+    """Per tap: its name, its columns of the level part, and its block of the projection."""
+    found, row, column = [], 0, 0
+    for tap, width in zip(taps, shares([t.channels for t in taps], dense.shape[1]), strict=True):
+        columns = slice(column, column + width)
+        found.append((tap.name, columns, _frozen(np.ascontiguousarray(dense[row : row + tap.channels, columns]))))
+        row, column = row + tap.channels, column + width
+    return found
 
 
 def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:

@@ -21,7 +21,6 @@ from edgeear.errors import UsageError
 from edgeear.memory import DomainMemory
 from edgeear.novelty import Calibration, Detector, detector
 from edgeear.router import Router, router
-from edgeear.scenes import likeness
 from edgeear.shift import ShiftPolicy
 from edgeear.space import HypervectorSpace
 from edgeear.types import F32, Features
@@ -43,9 +42,9 @@ class SystemPolicy:
     serve)."""
 
     alpha: float = 0.05
-    memory_dimensions: int = 512
+    memory_dimensions: int = 256
     contenders: int = 2
-    codes: int = 128
+    codes: int = 96
     steal: float = 0.10
     own: float = 0.5
     recognise: float = 3.0
@@ -69,7 +68,8 @@ class SystemPolicy:
 class Domain:
     """One learned domain: its head, its memory, its calibration and the codes `(codes, m)` float16 kept for replay.
 
-    `growth` is the JSON-able record of how it was grown: figures for reports, never read by the flow."""
+    `growth` is the JSON-able record of how it was grown: figures for reports, never read by the flow. `likeness`: how
+    alike two different frames of it are at most, a cosine (scenes.py)."""
 
     name: str
     head: HeadArchive
@@ -77,15 +77,11 @@ class Domain:
     calibration: Calibration
     codes: NDArray[np.float16]
     growth: Mapping[str, object] = field(default_factory=dict)
+    likeness: float = 0.0
 
     @cached_property
     def detector(self) -> Detector:
         return detector(self.memory)
-
-    @cached_property
-    def likeness(self) -> float:
-        """How alike two different frames of this domain are at most: cosine of their codes, see scenes.py."""
-        return likeness(self.codes)
 
     @property
     def bytes(self) -> int:

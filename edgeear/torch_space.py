@@ -18,7 +18,7 @@ from edgeear.space import QUIET, HypervectorSpace
 def encode(space: HypervectorSpace, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Hypervectors `(samples, D)` of float32 `features`, differentiable; equal to `space.encode` to 1e-5."""
     code = torch.cat([_directions(space, features), _magnitudes(space, features)], dim=1)
-    d, count = space.dimensions, len(space.weights)
+    d, count = space.policy.dimensions, len(space.weights)
     slots = torch.zeros(len(code), count * d, dtype=code.dtype)
     slots[:, torch.tensor(space.index)] = code * torch.tensor(space.sign)
     projected = slots.reshape(-1, count, d) @ torch.from_numpy(fwht(np.eye(d, dtype=np.float32)))
@@ -26,7 +26,12 @@ def encode(space: HypervectorSpace, features: Mapping[str, torch.Tensor]) -> tor
     bound = torchhd.bind(projected.as_subclass(torchhd.MAPTensor), roles)
     weighted = bound * torch.tensor(space.weights)[:, None]
     bundled: torch.Tensor = torchhd.multibundle(weighted).as_subclass(torch.Tensor)
-    return bundled
+    return torch.cat([_levels(space, features), bundled], dim=1) if space.policy.levels else bundled
+
+
+def _levels(space: HypervectorSpace, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    middle = torch.cat([features[tap.name] for tap in space.level_taps], dim=1)
+    return middle @ torch.tensor(space.level_projection)
 
 
 def _norms(space: HypervectorSpace, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -36,8 +36,9 @@ from adaptors.selftrain import (
 )
 from edgeear.admission import admit
 from edgeear.errors import UsageError
-from edgeear.flow import AdaptPolicy, Progress, Samples, judge, learned
+from edgeear.flow import AdaptPolicy, Progress, Samples, judge
 from edgeear.incremental import readout
+from edgeear.learned import learned
 from edgeear.memory import I64, DomainMemory, learn
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
 from edgeear.types import F32, Features
@@ -143,7 +144,7 @@ def adapt_unlabelled(
     growth["explanation"] = f"label-free (confidence {found.trust.confidence:.2f}): {growth['explanation']}"
     growth["validation_accuracy"] = None  # measured against self-labels it would say nothing
     growth["label_free"] = {**asdict(found.trust), "confidence": found.trust.confidence}
-    return admit(system, learned(system, samples, h, head, growth, seed))
+    return admit(system, learned(system, name, h, samples.labels, samples.classes, head, growth, seed))
 
 
 def label_frames(

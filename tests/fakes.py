@@ -20,8 +20,8 @@ from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, train
 from device.engine import OrtEngine
 from edgeear.flow import AdaptPolicy, Samples
-from edgeear.memory import I64, learn, rounded
-from edgeear.novelty import calibrate
+from edgeear.learned import learned
+from edgeear.memory import I64
 from edgeear.shift import ShiftPolicy
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Domain, System, SystemPolicy
@@ -113,7 +113,7 @@ def samples(background: int, n: int = 60, name: str = "", classes: Sequence[str]
 
 @lru_cache(maxsize=1)
 def space() -> HypervectorSpace:
-    return HypervectorSpace(POOLED, SpacePolicy(dimensions=256))
+    return HypervectorSpace(POOLED, SpacePolicy(dimensions=256, levels=M))
 
 
 def empty(**policy: object) -> System:
@@ -134,10 +134,8 @@ def domain(background: int, name: str = "", n: int = 60, spec: HeadSpec | None =
     """A learned domain, without any search. The same arguments give the same object."""
     given = samples(background, n, name)
     h = space().encode(given.views[0])
-    memory = rounded(learn(h, given.labels, given.classes, M))
-    calibration = calibrate(h, given.labels, given.classes, M, seed=0)
     fitted = head(given, spec or HeadSpec(("b.mean", "b.std")))
-    return Domain(given.name, fitted, memory, calibration, h[:40, :M].astype(np.float16))
+    return learned(empty(), given.name, h, given.labels, given.classes, fitted, {}, 0)
 
 
 def grown(*backgrounds: int, **policy: object) -> System:

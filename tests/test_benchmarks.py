@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import page, science
-from benchmarks.ablation import bundled, rounded, unprojected
+from benchmarks.ablation import LEVELS_ALONE, bundled, rounded, unprojected, variants
 from benchmarks.anchor_detectors import (
     LinearHead,
     ash,
@@ -40,7 +40,7 @@ from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.types import F32, Tap
 
 TAPS = (Tap("early.mean", (6,)), Tap("late.mean", (10,)))
-SPACE = HypervectorSpace(TAPS, SpacePolicy(dimensions=64))
+SPACE = HypervectorSpace(TAPS, SpacePolicy(dimensions=64, levels=12))
 
 
 def blobs(classes: int, each: int, seed: int, width: int = 10) -> tuple[F32, np.ndarray]:
@@ -205,8 +205,32 @@ def test_ablated_hypervectors_differ_from_ours_in_one_choice() -> None:
     assert not np.allclose(bundled(SPACE, x, bound=False, shared=False), x.h, atol=1e-2)
     code = unprojected(SPACE, x)
     gram = bundled(SPACE, x, bound=False, shared=False)
-    assert code.shape == (10, 18) and gram.shape == x.h.shape
+    assert code.shape == (10, 12 + 18) and gram.shape == x.h.shape
+    for early, late in ((slice(0, 6), slice(6, 16)), (slice(16, 17), slice(17, 18))):  # directions, magnitudes
+        np.testing.assert_allclose(code[:, 12:][:, early], SPACE.weights[0] * SPACE.code(x.features)[:, early])
+        np.testing.assert_allclose(code[:, 12:][:, late], SPACE.weights[1] * SPACE.code(x.features)[:, late])
     assert np.abs(rounded(x.h, 127) - x.h).max() <= np.abs(x.h).max() / 127
+
+
+def test_ablations_of_the_bundle_keep_the_level_part_and_those_of_levels_the_bundle() -> None:
+    x, _ = inputs(2, 5, 0)
+    for name, (choice, encode) in variants().items():
+        h = encode(SPACE, x)
+        if choice != "levels":
+            np.testing.assert_array_equal(h[:, :12], x.h[:, :12], name)
+        if choice:
+            assert h.shape != x.h.shape or not np.allclose(h[:, 12:], x.h[:, 12:], atol=1e-4), name
+    np.testing.assert_array_equal(variants()["no levels"][1](SPACE, x), x.h[:, 12:])
+    np.testing.assert_array_equal(variants()[LEVELS_ALONE][1](SPACE, x), x.h[:, :12])
+
+
+def test_hdff_bundles_directions_of_equal_weight_and_no_levels() -> None:
+    x, _ = inputs(2, 5, 0)
+    assert x.flat.shape == (10, 64)
+    louder = Inputs({t: 7 * f for t, f in x.features.items()}, SPACE)
+    np.testing.assert_allclose(louder.flat, x.flat, atol=1e-5)
+    alone = [HypervectorSpace([tap], SpacePolicy(64, levels=0)) for tap in TAPS]
+    assert len({float(w) for s in alone for w in s.weights}) == 1
 
 
 # --------------------------------------------------------------------------------------------------- the page

@@ -22,7 +22,7 @@ from edgeear.errors import DataError, UsageError
 from edgeear.flow import AdaptPolicy, Prediction, Samples, adapt, infer, install, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc
-from edgeear.shift import Shift, ShiftState, observe
+from edgeear.shift import Shift, ShiftPolicy, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Rejected, System
 from edgeear.types import F32, U8
 from tests import fakes
@@ -108,7 +108,8 @@ def stream(system: System, frames: U8, state: ShiftState) -> tuple[ShiftState, l
 
 
 def test_an_unknown_stream_leads_to_a_shift_with_its_onset() -> None:
-    system = fakes.grown(0, 1)
+    every_frame = ShiftPolicy(false_alarm_rate=1e-3, scenes=0)
+    system = fakes.grown(0, 1, shift=every_frame)
     state, shifts = stream(system, np.concatenate([shown(0, 60), shown(1, 60)]), ShiftState())
     assert not shifts and state.samples == 120
     state, shifts = stream(system, shown(5, 60), state)

@@ -35,25 +35,36 @@ def calibration(values: F32, delta: float = 0.01) -> Calibration:
 def test_angle_is_one_minus_the_best_cosine() -> None:
     h, y = domain(50, 0)
     memory = learn(h, y, CLASSES, M)
-    cosines = h @ memory.prototypes.T / np.linalg.norm(h, axis=1, keepdims=True)
-    np.testing.assert_allclose(detector(memory).angle(h), 1 - cosines.max(axis=1), atol=1e-5)
+    bundle, means = h[:, M:], np.stack([h[y == c, M:].mean(axis=0) for c in (0, 1)])
+    norms = np.linalg.norm(bundle, axis=1)[:, None] * np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(detector(memory).angle(h), 1 - (bundle @ means.T / norms).max(axis=1), atol=1e-5)
+
+
+def test_with_second_order_memory_of_all_coordinates_the_angle_covers_all() -> None:
+    h, y = domain(50, 0)
+    whole = detector(learn(h, y, CLASSES, 32))
+    means = np.stack([h[y == c].mean(axis=0) for c in (0, 1)])
+    norms = np.linalg.norm(h, axis=1)[:, None] * np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(whole.angle(h), 1 - (h @ means.T / norms).max(axis=1), atol=1e-5)
 
 
 def test_an_absent_class_is_no_prototype() -> None:
     h, y = domain(50, 0)
     one = detector(learn(h, y * 0, CLASSES, M))
-    against = -one.prototypes.T
+    against = np.concatenate([np.zeros((1, M), np.float32), -one.prototypes.T], axis=1)
     np.testing.assert_allclose(one.angle(against), [2], atol=1e-5)
     np.testing.assert_array_equal(one.angle(np.zeros((1, 32), np.float32)), [1])
 
 
-def test_leverage_is_the_log_mahalanobis_distance_under_shrunk_covariance() -> None:
+def test_leverage_is_the_log_mahalanobis_distance_from_the_nearest_class_mean() -> None:
     h, y = domain(60, 1)
     memory = learn(h, y, CLASSES, M)
     r = 0.02 + 0.3 * M / (M + 60)
-    c = (1 - r) * memory.covariance + r * np.trace(memory.covariance) / M * np.eye(M)
-    z = h[:, :M] - memory.mean
-    expected = np.log(np.einsum("ni,ij,nj->n", z, np.linalg.inv(c), z))
+    means = np.stack([h[y == c, :M].mean(axis=0) for c in (0, 1)]).astype(np.float64)
+    within = (h[:, :M] - means[y]).T @ (h[:, :M] - means[y]) / 60
+    c = (1 - r) * within + np.diag(r * np.diag(within) + 1e-3 * np.diag(within).mean())
+    away = h[:, None, :M] - means
+    expected = np.log(np.einsum("nki,ij,nkj->nk", away, np.linalg.inv(c), away).min(axis=1))
     np.testing.assert_allclose(detector(memory).leverage(h), expected, atol=1e-4)
 
 

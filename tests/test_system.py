@@ -220,7 +220,7 @@ def test_an_unknown_domain_is_named_with_those_there_are() -> None:
 
 def test_bytes_of_a_domain_count_all_that_is_kept() -> None:
     domain = fakes.domain(0)
-    sums, gram = 3 * 256 * 4, fakes.M * fakes.M * 2
+    sums, gram = 3 * (256 + fakes.M) * 4, fakes.M * fakes.M * 2
     assert domain.bytes == sums + gram + 40 * fakes.M * 2 + 60 * 4 + len(domain.head.onnx)
 
 

@@ -20,6 +20,7 @@ from device.board import Board, BoardPolicy, Event
 from device.simulate import FIRST_LABELS, GroundTruth
 from edgeear import flow
 from edgeear.errors import UsageError
+from edgeear.learned import learned
 from edgeear.memory import I64
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Candidate, Live, Rejected, System, SystemPolicy
@@ -56,12 +57,12 @@ def taps(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Features:
 @lru_cache(maxsize=1)
 def known() -> System:
     """A system that has learned domain 0 with labels."""
-    space = HypervectorSpace([Tap("a", (WIDTH // 2,)), Tap("b", (WIDTH // 2,))], SpacePolicy(dimensions=1024))
+    space = HypervectorSpace([Tap("a", (WIDTH // 2,)), Tap("b", (WIDTH // 2,))], SpacePolicy(dimensions=1024, levels=0))
     empty = System("e" * 64, space, SystemPolicy(memory_dimensions=M))
     features, y = world(0)
     h = space.encode(features)
     samples = flow.Samples("home", [features], y, CLASSES)
-    return empty.grown(flow.learned(empty, samples, h, fakes.head(samples, HeadSpec(("a", "b"))), {}, 0))
+    return empty.grown(learned(empty, "home", h, y, CLASSES, fakes.head(samples, HeadSpec(("a", "b"))), {}, 0))
 
 
 def accuracy(system: System, features: Features, y: I64) -> float:

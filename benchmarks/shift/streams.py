@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from device.folder import decode
 from edgeear.flow import judge
 from edgeear.memory import learn
 from edgeear.novelty import calibrate
+from edgeear.scenes import likeness, scene_code
 from edgeear.space import HypervectorSpace
 from edgeear.system import Domain, System
 from edgeear.types import F32, U8, Encoder
@@ -55,16 +57,16 @@ def known_system(data: EvalData, names: Sequence[str], shots: int | None, seed: 
         picked = _picked(domain.train_labels, shots, rng)
         h, y, m = domain.train_h[picked], domain.train_labels[picked], system.policy.memory_dimensions
         memory, held = learn(h, y, data.classes, m), calibrate(h, y, data.classes, m, seed=seed)
-        codes = h[rng.permutation(len(h))[: system.policy.codes], :m].astype(np.float16)
-        system = system.grown(Domain(domain.name, None, memory, held, codes))  # type: ignore[arg-type]
+        kept = h[rng.permutation(len(h))[: system.policy.codes]]
+        codes, alike = kept[:, :m].astype(np.float16), likeness(scene_code(kept))
+        system = system.grown(Domain(domain.name, None, memory, held, codes, {}, alike))  # type: ignore[arg-type]
     return system
 
 
 def judged(system: System, h: F32, foreign: bool) -> Stream:
     """All frames of hypervectors `(frames, D)`."""
     verdict = judge(system, h)
-    codes = h[:, : system.policy.memory_dimensions]
-    return Stream(verdict.novelty, verdict.conditional_p, codes, np.full(len(h), foreign))
+    return Stream(verdict.novelty, verdict.conditional_p, scene_code(h), np.full(len(h), foreign))
 
 
 def drawn(pool: Stream, n: int, rng: np.random.Generator) -> Stream:
@@ -127,11 +129,11 @@ def burst_hypervectors(data: EvalData, encoder: Encoder, images: int, seed: int)
     }
 
 
-def _frames_of(encoder: Encoder, space: HypervectorSpace, paths: Sequence[object], seed: int) -> F32:
+def _frames_of(encoder: Encoder, space: HypervectorSpace, paths: Sequence[Path], seed: int) -> F32:
     rng, taps = np.random.default_rng(seed), [t.name for t in space.taps]
     found = []
     for path in paths:
-        frame = decode(path, encoder.input_size)  # type: ignore[arg-type, attr-defined]
+        frame = decode(path, encoder.input_size)
         found += [space.encode(encoder.encode(_jittered(frame, rng)[None], taps)) for _ in range(FRAMES)]
     return np.concatenate(found)
 

@@ -1,0 +1,35 @@
+"""What is kept of a domain beside its head: sums, calibration, codes for replay. No sample is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from adaptors.archive import HeadArchive
+from edgeear.memory import I64, learn, rounded
+from edgeear.novelty import calibrate
+from edgeear.scenes import likeness, scene_code
+from edgeear.system import Domain, System
+from edgeear.types import F32
+
+
+def learned(
+    system: System,
+    name: str,
+    h: F32,
+    labels: I64,
+    classes: Sequence[str],
+    head: HeadArchive,
+    growth: Mapping[str, object],
+    seed: int,
+) -> Domain:
+    """The domain `name` of the hypervectors `h (samples, D)` with `labels (samples,)`, indices into `classes`.
+
+    Raises what `learn` and `calibrate` raise.
+    """
+    m = system.policy.memory_dimensions
+    memory = rounded(learn(h, labels, classes, m))
+    calibration = calibrate(h, labels, classes, m, seed=seed)
+    kept = h[np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]]
+    return Domain(name, head, memory, calibration, kept[:, :m].astype(np.float16), growth, likeness(scene_code(kept)))
