@@ -52,8 +52,8 @@ format: $(STAMP) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench-pacs: $(STAMP) | $(RESULTS) $(DATA) ## the continual protocol on PACS: 3 seeds, all images and 20 shots
-	@for seed in 0 1 2; do for shots in all 20; do \
+bench-pacs: $(STAMP) | $(RESULTS) $(DATA) ## the continual protocol on PACS: 5 seeds, all images and 20 shots
+	@for seed in 0 1 2 3 4; do for shots in all 20; do \
 	  option=; if [ $$shots != all ]; then option="--shots $$shots"; fi; \
 	  (set -x; $(BIN)/edgeear eval --data "$(DATA)" --order photo,art_painting,cartoon,sketch \
 	    --seed $$seed $$option --json $(RESULTS)/pacs-$$shots-seed$$seed.json); done; done

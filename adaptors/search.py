@@ -23,13 +23,16 @@ from adaptors.spec import Cost, HeadSpec
 class SearchPolicy:
     """How long and on what the search looks: `specs` scored, `samples` of the new domain shown to the proxy.
 
-    `tie` is the relative loss of score (of the best score) that a cheaper head may cost."""
+    `tie` is the relative loss of score (of the best score) that a cheaper head may cost. Where the domain has more
+    samples, the `finalists` best are scored a second time, on up to `closer` of them; 0 for none."""
 
     specs: int = 1000
     samples: int = 210
     proxy: str = DEFAULT_PROXY
     seed: int = 0
     tie: float = 0.0
+    finalists: int = 12
+    closer: int = 800
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,27 @@ def search(
 
     Raises EmptyBudget when nothing fits, KeyError on an unknown proxy."""
     proxy = PROXIES[policy.proxy]
-    index = balanced(labels, policy.samples, policy.seed)
-    sample = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in taps.items()}
-    y = torch.from_numpy(labels[index].astype(np.int64))
     candidates = space.sample(policy.specs, budget, policy.seed)
-    scored: list[Scored] = []
-    with single_thread():
-        for spec, price in candidates:
+    again = min(policy.finalists, len(candidates)) if len(labels) > policy.samples else 0
+    done = 0
+
+    def scored(those: list[tuple[HeadSpec, Cost]], samples: int) -> list[Scored]:
+        nonlocal done
+        index = balanced(labels, samples, policy.seed)
+        sample = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in taps.items()}
+        y, found = torch.from_numpy(labels[index].astype(np.int64)), []
+        for spec, price in those:
             score = proxy(Probe(spec, price, sample, y, space.classes, policy.seed))
-            scored.append(Scored(spec, price, score if score is not None and np.isfinite(score) else None))
+            found.append(Scored(spec, price, score if score is not None and np.isfinite(score) else None))
+            done += 1
             if on_progress:
-                on_progress(len(scored), len(candidates))
-    ranking = _cheap_first(sorted(scored, key=_order), policy.tie)
+                on_progress(done, len(candidates) + again)
+        return sorted(found, key=_order)
+
+    with single_thread():
+        first = scored(candidates, policy.samples)
+        closer = scored([(s.spec, s.cost) for s in first[:again]], policy.closer)
+    ranking = (*_cheap_first(closer, policy.tie), *first[again:]) if again else _cheap_first(first, policy.tie)
     return SearchResult(ranking, _explain(ranking, policy))
 
 

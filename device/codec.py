@@ -26,7 +26,7 @@ from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Domain, System, SystemPolicy
 from edgeear.types import Tap
 
-FORMAT = 1
+FORMAT = 2
 SYSTEM = "system.json"
 
 
@@ -70,6 +70,11 @@ def from_files(files: Mapping[str, bytes]) -> System:
         if structure["format"] > FORMAT:
             raise SystemFormatError(
                 f"system of format {structure['format']}, this edgeear reads up to {FORMAT}: update this board"
+            )
+        if structure["format"] < FORMAT:
+            raise SystemFormatError(
+                f"system of format {structure['format']}, this edgeear reads format {FORMAT}: its hypervectors differ, "
+                "learn the domains again"
             )
         return _system(structure, files)
     except EdgeearError:

@@ -15,8 +15,7 @@ Rules of this file:
 3. A trained head cannot unlearn a class. It is refitted in closed form from the sums that are left: the head of never
    having seen the class, but one that reads the hypervector only.
 4. Calibration values are scores without a class, and stay, as does the likeness: false verdicts stay bounded as far as
-   the other classes are no more novel to the new detector than all were to the old one. (PACS: at most 2 points more
-   than before.)
+   the other classes are no more novel to the new detector than all were to the old one.
 5. A request to forget is never turned down for its cost at the router: the replay of the candidate tells the cost.
 6. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
    ridge may show in the fourth digit of its scores.

@@ -18,8 +18,8 @@ import numpy as np
 from adaptors.hadamard import fwht, permutation, signs
 from edgeear.types import F32, Tap
 
-SCALE = np.float32(0.05)
-"""Keeps levels about as large as the other coordinates of a hypervector."""
+SCALE = np.float32(0.01)
+"""Small, so that levels hardly turn a whole hypervector: the readers of whole ones compare directions."""
 
 
 def projection(taps: Sequence[Tap], m: int, seed: int) -> F32:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from edgeear.memory import DomainMemory
 from edgeear.types import F32
 
-SHRINKAGE = 0.2
-"""Weight of the diagonal in the within-domain covariance."""
+SHRINKAGE = (0.03, 0.5)
+"""(a, b): the diagonal's weight in the within-domain covariance is a + b m / (m + n), n the samples of all domains,
+each counted as the smallest: 0.19 for 140 images in each of 4 domains, 0.05 for 1,300. Both were picked on PACS."""
 FLOOR = 1e-3
 """Ridge on the diagonal relative to the mean variance, against dead coordinates."""
 
@@ -46,7 +47,9 @@ def router(memories: Sequence[DomainMemory]) -> Router:
     within = np.mean([d.covariance for d in memories], axis=0)
     variance = np.diag(within)
     level = max(float(variance.mean()), 1e-12)
-    shrunk = (1 - SHRINKAGE) * within + np.diag(SHRINKAGE * variance + FLOOR * level)
+    n = len(memories) * min(d.n for d in memories)  # what each adds counts equally
+    ratio = SHRINKAGE[0] + SHRINKAGE[1] * m / (m + n)
+    shrunk = (1 - ratio) * within + np.diag(ratio * variance + FLOOR * level)
     means = np.stack([d.mean for d in memories], axis=1)
     weights = np.linalg.solve(shrunk, means).reshape(m, len(memories))
     bias = -0.5 * (weights * means).sum(axis=0)

@@ -73,6 +73,8 @@ def test_a_domain_keeps_its_files_while_others_are_learned() -> None:
 def test_a_newer_format_is_refused_with_the_way_out() -> None:
     with pytest.raises(SystemFormatError, match=rf"format {FORMAT + 1}.*update this board"):
         from_files(changed(("format",), FORMAT + 1))
+    with pytest.raises(SystemFormatError, match="learn the domains again"):
+        from_files(changed(("format",), FORMAT - 1))
 
 
 @pytest.mark.parametrize("name", sorted(to_files(fakes.grown(0))))

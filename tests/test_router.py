@@ -31,7 +31,8 @@ def test_scores_are_linear_discriminant_analysis() -> None:
     heads = [c[:, :M].astype(np.float64) for c in clouds]
     within = sum(np.cov(x.T, bias=True) for x in heads) / 3
     diagonal = np.diag(np.diag(within))
-    shrunk = (1 - SHRINKAGE) * within + SHRINKAGE * diagonal + FLOOR * np.trace(within) / M * np.eye(M)
+    ratio = SHRINKAGE[0] + SHRINKAGE[1] * M / (M + 3 * 20)
+    shrunk = (1 - ratio) * within + ratio * diagonal + FLOOR * np.trace(within) / M * np.eye(M)
     inverse = np.linalg.inv(shrunk)
     x = cloud(30, 3)
     expected = np.empty((30, 3))

@@ -227,7 +227,7 @@ def test_search_tells_its_progress_and_its_reasons() -> None:
     calls: list[tuple[int, int]] = []
     policy = SearchPolicy(specs=12, samples=30)
     result = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, policy, lambda i, n: calls.append((i, n)))
-    assert calls == [(i, 12) for i in range(1, 13)]
+    assert calls == [(i, 24) for i in range(1, 25)]  # all 12, and then all again as finalists
     best = result.best
     assert best.score is not None
     for word in (
@@ -238,6 +238,22 @@ def test_search_tells_its_progress_and_its_reasons() -> None:
         "spectral",
     ):
         assert word in result.explanation
+
+
+def test_the_finalists_are_scored_again_on_more_samples() -> None:
+    taps, labels = labelled(90)
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=30, samples=15, finalists=5)
+    once = search(space, ANYTHING, taps, labels, replace(policy, finalists=0))
+    twice = search(space, ANYTHING, taps, labels, policy)
+    closer = {s.spec: s.score for s in search(space, ANYTHING, taps, labels, replace(policy, samples=90)).ranking}
+    assert {s.spec for s in twice.ranking[:5]} == {s.spec for s in once.ranking[:5]}
+    assert [s.score for s in twice.ranking[:5]] == [closer[s.spec] for s in twice.ranking[:5]]
+    assert twice.ranking[5:] == once.ranking[5:]
+    everything = replace(policy, samples=90)  # no more samples than were seen: no second look
+    assert (
+        search(space, ANYTHING, taps, labels, everything).ranking
+        == search(space, ANYTHING, taps, labels, replace(everything, finalists=0)).ranking
+    )
 
 
 def test_where_the_proxy_is_undefined_the_smallest_head_is_taken() -> None:
@@ -254,7 +270,7 @@ def test_where_the_proxy_is_undefined_the_smallest_head_is_taken() -> None:
 
 def test_a_tie_goes_to_the_cheaper_head() -> None:
     taps, labels = labelled(60)
-    policy = SearchPolicy(specs=40, samples=30)
+    policy = SearchPolicy(specs=40, samples=30, finalists=0)
     space = SearchSpace(SHAPES, 3)
     strict = search(space, ANYTHING, taps, labels, policy)
     loose = search(space, ANYTHING, taps, labels, replace(policy, tie=0.5))

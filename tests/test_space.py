@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adaptors.hadamard import fwht, permutation, signs
 from edgeear.errors import DataError, UsageError
-from edgeear.levels import projection, shares
+from edgeear.levels import SCALE, projection, shares
 from edgeear.space import CHUNK, HypervectorSpace, SpacePolicy
 from edgeear.types import F32, Tap
 
@@ -139,7 +139,7 @@ def test_levels_of_a_tap_are_a_projection_of_it_alone(channels: list[int], m: in
         outside = matrix[row : row + c].copy()
         outside[:, column : column + w] = 0
         assert not outside.any()
-        np.testing.assert_allclose(np.linalg.norm(matrix[row : row + c, column : column + w], axis=0), 0.05, rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(matrix[row : row + c, column : column + w], axis=0), SCALE, rtol=1e-4)
         row, column = row + c, column + w
 
 
