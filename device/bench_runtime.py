@@ -5,7 +5,8 @@ depend on values); the child is a fresh inference process that measures itself. 
 
 There are two baselines. `encoder_ms_p50` is the session of the encoder file itself, which computes its taps whoever
 asks. `stripped_ms_p50` is the same network cut down to its last pooled output, as a plain classifier would run it: the
-ratio to it, `stripped_ratio`, charges the taps to edgeear, too.
+ratio to it, `stripped_ratio`, charges the taps to edgeear, too. `core_ms_p50` is the part between features and head:
+hypervector, route and verdict; `core_bytes_per_domain` what it stores of a domain.
 """
 
 from __future__ import annotations
@@ -119,20 +120,21 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
     from device.codec import from_files
     from device.encoder import OnnxEncoder
     from device.engine import OrtEngine
-    from edgeear.flow import infer
+    from edgeear.flow import infer, judge
     from edgeear.shift import ShiftState
 
     imported = time.perf_counter()
     root = Path(plan["root"])
     rng = np.random.default_rng(1)
 
-    def opened(count: int) -> tuple[System, OnnxEncoder, Callable[[], object]]:
+    def opened(count: int) -> tuple[System, OnnxEncoder, dict[str, Callable[[], object]]]:
         system = from_files({p.name: p.read_bytes() for p in (root / str(count)).iterdir()})
         encoder = OnnxEncoder(plan["encoder"], threads=plan["threads"])
-        frame = rng.integers(0, 256, (*encoder.input_size, 3), dtype=np.uint8)
-        path = partial(infer, system, OrtEngine(encoder), ShiftState(), frame)
+        engine, frame = OrtEngine(encoder), rng.integers(0, 256, (*encoder.input_size, 3), dtype=np.uint8)
+        path = partial(infer, system, engine, ShiftState(), frame)
         path()
-        return system, encoder, path
+        features = engine.encode(frame, system.wanted_taps)
+        return system, encoder, {"path": path, "core": lambda: judge(system, system.space.encode(features))}
 
     # Memory and readiness first, before anything that a board would not load.
     usual = max([c for c in plan["domains"] if c <= USUAL_DOMAINS], default=plan["domains"][0])
@@ -141,7 +143,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
     rss = _peak_mb()
     size = encoder.input_size
     calls = {"encoder": _session(Path(plan["encoder"]), size), "stripped": _session(root / "stripped.onnx", size)}
-    rows = [_row(plan, count, {**calls, "path": opened(count)[2]}) for count in plan["domains"]]
+    rows = [_row(plan, count, {**calls, **opened(count)[2]}) for count in plan["domains"]]
     return {
         "machine": f"{platform.machine()} {_cpu()} x{os.cpu_count()}",
         "versions": {
@@ -155,6 +157,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
         "ready_s": round(ready, 3),
         "torch_imported": "torch" in sys.modules,
         "bytes_per_domain": system.domains[0].bytes,
+        "core_bytes_per_domain": system.domains[0].bytes - len(system.domains[0].head.onnx),
     }
 
 
@@ -186,6 +189,7 @@ def _row(plan: dict[str, Any], count: int, calls: dict[str, Callable[[], object]
         "stripped_ms_p50": round(p50["stripped"], 3),
         "path_ms_p50": round(p50["path"], 3),
         "path_ms_p99": round(float(np.quantile(times["path"], 0.99)), 3),
+        "core_ms_p50": round(p50["core"], 3),
         "overhead_ratio": round(p50["path"] / p50["encoder"], 4),
         "stripped_ratio": round(p50["path"] / p50["stripped"], 4),
     }
