@@ -130,7 +130,8 @@ def test_leave_one_out_is_what_leaving_each_one_out_gives() -> None:
         rates.append(right / 24)
     strength, rate = training.left_out(codes, y, 3, strengths)
     best = int(np.argmin(errors))
-    assert (strength, rate) == (strengths[best], pytest.approx(rates[best]))
+    assert strength == strengths[best]
+    assert rate == pytest.approx(rates[best])
 
 
 def test_the_chosen_strength_and_its_accuracy_are_reported() -> None:
