@@ -25,8 +25,8 @@ class SearchPolicy:
 
     `tie` is the relative loss of score (of the best score) that a cheaper head may cost. Where the domain has more than
     `samples`, the `finalists` best are scored a second time, on up to `closer` of them; 0 for none. `nearby` is the
-    share of `specs` that are neighbours of the `parents` best of the others, which are drawn at random: none, since with
-    few samples a closer look at the best follows the proxy's noise (PACS, 20 images a class: one point worse)."""
+    share of `specs` that are neighbours of the `parents` best of the others, which are drawn at random: none, since
+    with few samples a closer look at the best follows the proxy's noise (PACS, 20 images a class: one point worse)."""
 
     specs: int = 1000
     samples: int = 210
