@@ -275,7 +275,18 @@ OTHERS = {
     "nas": "Search: proxies against trained heads",
     "class-incremental": "Class-incremental by `edgeear eval`",
 }
-HIDDEN = {"machine", "versions", "rows", "pairs", "command", "date", "encoder_digest", "domains", "accuracy_matrix"}
+HIDDEN = {
+    "machine",
+    "versions",
+    "rows",
+    "pairs",
+    "command",
+    "date",
+    "encoder_digest",
+    "domains",
+    "accuracy_matrix",
+    "policy",
+}
 
 
 def others(files: Files) -> str:
@@ -292,16 +303,18 @@ def _kind(name: str) -> str:
 
 
 def shown(content: Mapping[str, Any]) -> list[str]:
-    """Lists of flat records as tables, mappings of records as tables, the other figures as one line."""
+    """Lists and mappings of records and mappings of figures as tables, the other figures as one line."""
     text, facts = [], []
     for key, value in content.items():
         records = _records(value)
         if records and (key not in HIDDEN or key == "rows"):
-            columns = list(dict.fromkeys(k for r in records for k, v in r.items() if _scalar(v)))
+            columns = list(dict.fromkeys(k for r in records for k, v in r.items() if _scalar(v) or _figures(v)))
             text.append(
                 ("" if key == "rows" else f"{key}:\n\n")
                 + table(columns, [[plain(r.get(c)) for c in columns] for r in records])
             )
+        elif key not in HIDDEN and isinstance(value, dict) and value and all(map(_scalar, value.values())):
+            text.append(f"{key}:\n\n" + table(list(value), [[plain(v) for v in value.values()]]))
         elif key not in HIDDEN and _scalar(value) and value is not None:
             facts.append(f"{key} {plain(value)}")
     return ([", ".join(facts)] if facts else []) + text
@@ -313,6 +326,11 @@ def _records(value: Any) -> list[Row]:
     if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
         return [{"": k, **v} for k, v in value.items()]
     return []
+
+
+def _figures(value: Any) -> bool:
+    """Whether a list of numbers fits into a cell."""
+    return isinstance(value, list) and len(value) <= 5 and all(isinstance(v, int | float) for v in value)
 
 
 def _scalar(value: Any) -> bool:
@@ -386,6 +404,8 @@ def thousands(number: float) -> str:
 def plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

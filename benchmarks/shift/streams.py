@@ -58,7 +58,7 @@ def known_system(data: EvalData, names: Sequence[str], shots: int | None, seed: 
         h, y, m = domain.train_h[picked], domain.train_labels[picked], system.policy.memory_dimensions
         memory, held = learn(h, y, data.classes, m), calibrate(h, y, data.classes, m, seed=seed)
         kept = h[rng.permutation(len(h))[: system.policy.codes]]
-        codes, alike = kept[:, :m].astype(np.float16), likeness(scene_code(kept))
+        codes, alike = scene_code(kept).astype(np.float16), likeness(scene_code(kept))  # codes are for MMD only
         system = system.grown(Domain(domain.name, None, memory, held, codes, {}, alike))  # type: ignore[arg-type]
     return system
 
