@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.science import rows_of
+
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
 Files = Mapping[str, Any]
@@ -490,8 +492,9 @@ def draw_attribution(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(results: Path) -> dict[str, Any]:
-    """All result files by their stem."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
+    """All result files by their stem; those of `benchmarks.science` with their rows unpacked."""
+    files = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
+    return {k: {**v, "rows": rows_of(v)} if isinstance(v, dict) and "tables" in v else v for k, v in files.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

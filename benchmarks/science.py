@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DATA_SETS = ("pacs", "digits", "cwru")
@@ -82,15 +83,26 @@ def run_part(name: str, jobs: Sequence[Job], pool: ProcessPoolExecutor, results:
 
 
 def write(path: Path, part: str, rows: Sequence[Row], seconds: float) -> None:
-    """One row a line; figures to five digits."""
+    """Rows of the same keys as one table, a row a line; figures to five digits."""
     from device.evaluate_data import machine, versions
 
     head = {"part": part, "machine": machine(), "versions": versions(), "seconds": round(seconds)}
-    body = ",\n".join(json.dumps(_short(row)) for row in rows)
-    text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + body + "\n]}\n"
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        tables.setdefault(tuple(row), []).append(json.dumps([_short(v) for v in row.values()], separators=(",", ":")))
+    body = ",\n".join(
+        f'{{"columns": {json.dumps(columns)}, "rows": [\n' + ",\n".join(lines) + "\n]}"
+        for columns, lines in tables.items()
+    )
+    text = json.dumps(head, indent=1)[:-2] + ',\n "tables": [\n' + body + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(text)
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def rows_of(content: dict[str, Any]) -> list[Row]:
+    """The rows of a file that `write` wrote, table by table."""
+    return [dict(zip(t["columns"], row, strict=True)) for t in content["tables"] for row in t["rows"]]
 
 
 def _short(value: object) -> object:

@@ -279,7 +279,8 @@ def test_ours_ahead_everywhere_is_said_too() -> None:
 def test_results_are_written_whole_with_short_figures(tmp_path: Path) -> None:
     science.write(tmp_path / "science-x.json", "x", [{"seed": 0, "value": 0.123456789, "list": [1.00000001]}], 2.0)
     found = json.loads((tmp_path / "science-x.json").read_text())
-    assert found["rows"] == [{"seed": 0, "value": 0.12346, "list": [1.0]}]
+    assert science.rows_of(found) == [{"seed": 0, "value": 0.12346, "list": [1.0]}]
+    assert page.read(tmp_path)["science-x"]["rows"] == science.rows_of(found)
     assert [p.name for p in tmp_path.iterdir()] == ["science-x.json"]
 
 
