@@ -71,7 +71,7 @@ bench-shift: $(STAMP) | $(RESULTS) $(DATA) ## stated bounds against measured rat
 	$(BIN)/python -m benchmarks.shift --data "$(DATA)" --seeds 5 --json $(RESULTS)/shift.json
 
 bench-routing: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## routing and its time among 1, 8 and 50 real domains
-	$(BIN)/python benchmarks/routing.py --pacs "$(DATA)" --digits "$(DIGITS)" --json $(RESULTS)/routing.json
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.routing --pacs "$(DATA)" --digits "$(DIGITS)" --json $(RESULTS)/routing.json
 
 bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## adaptation without labels, on PACS and on digits never tuned on
 	$(BIN)/python benchmarks/labelfree.py --data "$(DATA)" --domains photo,art_painting,cartoon,sketch \

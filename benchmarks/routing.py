@@ -1,6 +1,6 @@
 """Routing among 1, 8 and 50 real domains: accuracy, and time of a sample beside the encoder's.
 
-    .venv/bin/python benchmarks/routing.py --pacs DIR --digits DIR --json benchmarks/results/routing.json
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.routing --pacs DIR --digits DIR --json FILE
 
 The fifty are ten folders of images (four of PACS, six of handwritten and printed digits), each plain, turned, blurred,
 noisy and faded. A domain has 60 images to learn and 30 to test, drawn anew for every variant; all of it by one seed.
@@ -12,34 +12,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before numpy is loaded
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageEnhance, ImageFilter  # noqa: E402
-
-from device.encoder import OnnxEncoder  # noqa: E402
-from device.evaluate_data import CACHE_BYTES, machine, pooled_taps, versions  # noqa: E402
-from device.export import default_encoder_path  # noqa: E402
-from device.feature_cache import FeatureCache  # noqa: E402
-from device.featurise import featurise  # noqa: E402
-from device.folder import read_folder, split  # noqa: E402
-from device.paths import cache_dir, write_whole  # noqa: E402
-from edgeear.flow import judge  # noqa: E402
-from edgeear.incremental import refit  # noqa: E402
-from edgeear.memory import learn, rounded  # noqa: E402
-from edgeear.novelty import calibrate  # noqa: E402
-from edgeear.recognition import recognise  # noqa: E402
-from edgeear.space import HypervectorSpace  # noqa: E402
-from edgeear.system import Domain, System  # noqa: E402
-from edgeear.types import F32  # noqa: E402
+from device.encoder import OnnxEncoder
+from device.evaluate_data import CACHE_BYTES, machine, pooled_taps, versions
+from device.export import default_encoder_path
+from device.feature_cache import FeatureCache
+from device.featurise import featurise
+from device.folder import read_folder, split
+from device.paths import cache_dir, write_whole
+from edgeear.flow import judge
+from edgeear.incremental import refit
+from edgeear.learned import learned
+from edgeear.memory import learn, rounded
+from edgeear.recognition import recognise
+from edgeear.space import HypervectorSpace
+from edgeear.system import System
+from edgeear.types import F32
 
 COUNTS = (1, 8, 50)
 IMAGES, TESTED = 90, 1 / 3
@@ -88,7 +86,7 @@ def write_domains(sources: list[Path], target: Path, seed: int) -> None:
                 folder.with_suffix(".partial").rename(folder)
 
 
-def learned(folder: Path, encoder: OnnxEncoder, seed: int) -> tuple[System, list[F32]]:
+def grown(folder: Path, encoder: OnnxEncoder, seed: int) -> tuple[System, list[F32]]:
     """A system without domains, the domains, and the test hypervectors of each; put together by `chosen`."""
     data = read_folder(folder)
     space = HypervectorSpace(pooled_taps(encoder))
@@ -102,11 +100,8 @@ def learned(folder: Path, encoder: OnnxEncoder, seed: int) -> tuple[System, list
             tests.append(space.encode(featurise(test, encoder, taps, cache=cache)))
             own, labels = np.unique([item.label for item in train], return_inverse=True)
             classes = tuple(data.classes[c] for c in own)
-            memory = rounded(learn(h, labels, classes, m))
-            head, growth = refit(memory)
-            kept = np.random.default_rng(seed).permutation(len(h))[: empty.policy.codes]
-            calibration = calibrate(h, labels, classes, m, seed=seed)
-            domains.append(Domain(name, head, memory, calibration, h[kept, :m].astype(np.float16), growth))
+            head, growth = refit(rounded(learn(h, labels, classes, m)))
+            domains.append(learned(empty, name, h, labels, classes, head, growth, seed))
     return System(encoder.digest, space, empty.policy, tuple(domains)), tests
 
 
@@ -148,6 +143,10 @@ def _origin(name: str) -> str:
     return name.replace("mnist_5k-", "mnist-")
 
 
+def _judged(system: System, flat: F32, order: NDArray[np.int64], i: int) -> object:
+    return judge(system, flat[order[i % len(order)]][None])
+
+
 def times(systems: dict[int, System], tests: list[F32], encoder: OnnxEncoder) -> dict[str, dict[str, float]]:
     """Quantiles of milliseconds of the encoder, the hypervector, and route and verdict at each count. The fastest tenth
     is what other work on the machine spoils least."""
@@ -161,7 +160,7 @@ def times(systems: dict[int, System], tests: list[F32], encoder: OnnxEncoder) ->
         "hypervector": lambda _: systems[COUNTS[0]].space.encode(features),
     }
     for count, system in systems.items():
-        calls[str(count)] = lambda i, s=system: judge(s, flat[order[i % len(order)]][None])  # type: ignore[misc]
+        calls[str(count)] = partial(_judged, system, flat, order)
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(-10, ROUNDS):
         for name, call in calls.items():
@@ -176,7 +175,7 @@ def times(systems: dict[int, System], tests: list[F32], encoder: OnnxEncoder) ->
 def measure(folder: Path, seed: int) -> dict[str, Any]:
     """The whole record."""
     encoder = OnnxEncoder(default_encoder_path(cache_dir()))
-    whole, tests = learned(folder, encoder, seed)
+    whole, tests = grown(folder, encoder, seed)
     if len(whole.domains) < max(COUNTS):
         raise SystemExit(f"{folder} has {len(whole.domains)} domains, {max(COUNTS)} are needed: give other folders")
     rng, rows, timed = np.random.default_rng(seed), [], {}

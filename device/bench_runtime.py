@@ -60,23 +60,19 @@ def _write_generation(encoder: Path, folder: Path, count: int) -> None:
     """A system of `count` domains learned from random hypervectors, each with its own head."""
     from device.codec import to_files
     from device.encoder import OnnxEncoder
-    from edgeear.memory import learn, rounded
-    from edgeear.novelty import calibrate
+    from edgeear.learned import learned
     from edgeear.space import HypervectorSpace
-    from edgeear.system import Domain, System
+    from edgeear.system import System
 
     frozen = OnnxEncoder(encoder)
     space = HypervectorSpace([t for t in frozen.taps if not t.spatial and t.name != "logits"])
     system = System(frozen.digest, space)
-    m, classes = system.policy.memory_dimensions, tuple("abcdefg")
+    classes = tuple("abcdefg")
     rng = np.random.default_rng(0)
     for k in range(count):
         h = rng.standard_normal((140, space.dimensions)).astype(np.float32) + k
         labels = np.arange(140) % 7
-        memory = rounded(learn(h, labels, classes, m))
-        calibration = calibrate(h, labels, classes, m, folds=2, seed=0)
-        domain = Domain(f"domain-{k}", _head(space, classes, k), memory, calibration, h[:96, :m].astype(np.float16))
-        system = system.grown(domain)
+        system = system.grown(learned(system, f"domain-{k}", h, labels, classes, _head(space, classes, k), {}, 0))
     folder.mkdir()
     for name, data in to_files(system).items():
         (folder / name).write_bytes(data)

@@ -16,16 +16,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from adaptors.archive import HeadArchive, pack
-from adaptors.spec import cost
+from adaptors.archive import HeadArchive
 from device.engine import OrtEngine
 from device.evaluate_data import I64, DomainData, EvalData, Progress
 from device.evaluate_run import Clock, EvalOptions, Laps, Run, growth_figures, head_scores, named, predict
 from edgeear.errors import DataError, UsageError
-from edgeear.incremental import Readout, head_spec, readout
+from edgeear.incremental import refit
+from edgeear.learned import learned
 from edgeear.memory import DomainMemory, learn, merge
-from edgeear.novelty import calibrate
-from edgeear.system import HYPERVECTOR, Domain, System
+from edgeear.system import System
 from edgeear.types import Encoder
 
 
@@ -42,10 +41,9 @@ def learn_steps(options: EvalOptions, data: EvalData, encoder: Encoder, on_progr
         new = _learned(step, data.classes, policy.memory_dimensions)
         memory = new if memory is None else merge(memory, new)
         laps("train", 0, 1)
-        fitted = readout(memory)
-        head = pack(head_spec(), {HYPERVECTOR: (memory.m,)}, memory.classes, fitted.weights(), options.seed)
+        head, fitted = refit(memory, options.seed)
         laps("memory", 1, 2)
-        system = _grown(system, step, new, head, fitted, options.seed)
+        system = _grown(system, step, data.classes, head, fitted, options.seed)
         laps.finish()
         growth.append(growth_figures(system.domains[-1], step, laps.seconds))
         systems.append(system)
@@ -88,26 +86,11 @@ def _learned(step: DomainData, classes: Sequence[str], m: int) -> DomainMemory:
 
 
 def _grown(
-    system: System, step: DomainData, memory: DomainMemory, head: HeadArchive, fitted: Readout, seed: int
+    system: System, step: DomainData, classes: Sequence[str], head: HeadArchive, growth: dict[str, object], seed: int
 ) -> System:
     """The system after a step: one domain more, and the new head in all of them."""
-    m, h = memory.m, step.train_h
-    labels = np.unique(step.train_labels, return_inverse=True)[1].astype(np.int64)
-    calibration = calibrate(h, labels, memory.classes, m, seed=seed)
-    kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
-    price = cost(head_spec(), {HYPERVECTOR: (m,)}, len(head.classes))
-    growth: dict[str, object] = {
-        "spec": head_spec().to_dict(),
-        "explanation": f"refitted from the sums of {len(head.classes)} classes, no image kept",
-        "parameters": price.parameters,
-        "bytes": len(head.onnx),
-        "macs": price.macs,
-        "latency_ms_predicted": price.latency_ms,
-        "specs_scored": 1,
-        "validation_accuracy": None,
-        "chosen_by": f"ridge strength {fitted.strength:g} by generalised cross-validation",
-    }
-    domain = Domain(step.name, head, memory, calibration, h[kept, :m].astype(np.float16), growth)
+    own = step.samples(classes)
+    domain = learned(system, step.name, step.train_h, own.labels, own.classes, head, growth, seed)
     grown = system.grown(domain)
     return replace(grown, domains=tuple(replace(d, head=head) for d in grown.domains))
 
