@@ -24,9 +24,7 @@ class SearchPolicy:
     """How long and on what the search looks: `specs` scored, `samples` of the new domain shown to the proxy.
 
     `tie` is the relative loss of score (of the best score) that a cheaper head may cost. Where the domain has more than
-    `samples`, the `finalists` best are scored a second time, on up to `closer` of them; 0 for none. `nearby` is the
-    share of `specs` that are neighbours of the `parents` best of the others, which are drawn at random: none, since
-    with few samples a closer look at the best follows the proxy's noise (PACS, 20 images a class: one point worse)."""
+    `samples`, the `finalists` best are scored a second time, on up to `closer` of them; 0 for none."""
 
     specs: int = 1000
     samples: int = 210
@@ -35,8 +33,6 @@ class SearchPolicy:
     tie: float = 0.0
     finalists: int = 8
     closer: int = 1500
-    nearby: float = 0.0
-    parents: int = 40
 
 
 @dataclass(frozen=True)
@@ -72,10 +68,9 @@ def search(
 
     Raises EmptyBudget when nothing fits, KeyError on an unknown proxy."""
     proxy = PROXIES[policy.proxy]
-    near = int(policy.nearby * policy.specs)
-    candidates = space.sample(policy.specs - near, budget, policy.seed)
+    candidates = space.sample(policy.specs, budget, policy.seed)
     again = min(policy.finalists, len(candidates)) if len(labels) > policy.samples else 0
-    total, done = len(candidates) + near + again, 0
+    done = 0
 
     def scored(those: list[tuple[HeadSpec, Cost]], samples: int) -> list[Scored]:
         nonlocal done
@@ -87,34 +82,14 @@ def search(
             found.append(Scored(spec, price, score if score is not None and np.isfinite(score) else None))
             done += 1
             if on_progress:
-                on_progress(done, total)
+                on_progress(done, len(candidates) + again)
         return sorted(found, key=_order)
 
     with single_thread():
         first = scored(candidates, policy.samples)
-        nearby = _nearby(space, budget, [s.spec for s in first], near, policy.parents)
-        total = len(candidates) + len(nearby) + again  # a small space has fewer neighbours than were asked for
-        first = sorted([*first, *scored(nearby, policy.samples)], key=_order)
         closer = scored([(s.spec, s.cost) for s in first[:again]], policy.closer)
     ranking = (*_cheap_first(closer, policy.tie), *first[again:]) if again else _cheap_first(first, policy.tie)
     return SearchResult(ranking, _explain(ranking, policy))
-
-
-def _nearby(
-    space: SearchSpace, budget: Budget, ranked: list[HeadSpec], n: int, parents: int
-) -> list[tuple[HeadSpec, Cost]]:
-    """Up to `n` new specs: one neighbour of each of the `parents` best in turn, then the next of each."""
-    known = set(ranked)
-    queues = [space.neighbours(spec, budget) for spec in ranked[:parents]]
-    found: dict[HeadSpec, Cost] = {}
-    while queues and len(found) < n:
-        for queue in list(queues):
-            item = next((i for i in queue if i[0] not in known and i[0] not in found), None)
-            if item is None:
-                queues.remove(queue)
-            elif len(found) < n:
-                found.setdefault(*item)
-    return list(found.items())
 
 
 @contextmanager

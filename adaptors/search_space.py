@@ -7,7 +7,7 @@ being held in memory. Quick specs (pooled taps, linear) are part of it: search c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
@@ -98,24 +98,6 @@ class SearchSpace:
     def __len__(self) -> int:
         return sum(_size(f) for f in self._families())
 
-    def neighbours(self, spec: HeadSpec, budget: Budget) -> Iterator[tuple[HeadSpec, Cost]]:
-        """All specs within the budget that differ from `spec` in one choice, those nearest in their axis first."""
-        for family in self._families():
-            if spec.operator not in {
-                c[names.index("operator")] for names, c in _choices(family) if "operator" in names
-            }:
-                continue
-            moves = []
-            for names, choices in family:
-                own = tuple(getattr(spec, name) for name in names)
-                at = choices.index(own)
-                moves += [(abs(i - at), names, choice) for i, choice in enumerate(choices) if i != at]
-            for _, names, choice in sorted(moves, key=lambda move: move[0]):
-                other = replace(spec, **dict(zip(names, choice, strict=True)))  # type: ignore[arg-type]
-                price = cost(other, self.shapes, self.classes)
-                if budget.admits(price):
-                    yield other, price
-
     def sample(self, n: int, budget: Budget, seed: int) -> list[tuple[HeadSpec, Cost]]:
         """Up to `n` different specs within the budget, in a seeded order, families in equal shares.
 
@@ -160,13 +142,6 @@ def _spec(family: Family, values: tuple[tuple[object, ...], ...]) -> HeadSpec:
     for (names, _), chosen in zip(family, values, strict=True):
         fields.update(zip(names, chosen, strict=True))
     return HeadSpec(**fields)  # type: ignore[arg-type]
-
-
-def _choices(family: Family) -> Iterator[tuple[tuple[str, ...], tuple[object, ...]]]:
-    """Every axis's fields with each of their choices."""
-    for names, choices in family:
-        for choice in choices:
-            yield names, choice
 
 
 def _size(family: Family) -> int:

@@ -240,32 +240,9 @@ def test_search_tells_its_progress_and_its_reasons() -> None:
         assert word in result.explanation
 
 
-def test_part_of_the_search_stays_near_its_best() -> None:
-    taps, labels = labelled(60)
-    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=60, samples=60, nearby=0.5, parents=9)
-    drawn = {spec for spec, _ in space.sample(30, ANYTHING, policy.seed)}
-    result = search(space, ANYTHING, taps, labels, policy)
-    assert len(result.ranking) == 60 and drawn <= {s.spec for s in result.ranking}
-    parents = [s.spec for s in result.ranking if s.spec in drawn][:9]
-    around = {spec for parent in parents for spec, _ in space.neighbours(parent, ANYTHING)}
-    assert {s.spec for s in result.ranking} - drawn <= around
-
-
-def test_neighbours_differ_in_one_choice_and_are_of_the_space() -> None:
-    space = SearchSpace({"a.mean": (8,), "a.std": (8,), "b.map": (4, 4, 4)}, 3)
-    every = list(space)
-    known_specs = set(every)
-    for spec in every[:: len(every) // 60]:
-        around = [other for other, _ in space.neighbours(spec, ANYTHING)]
-        assert len(set(around)) == len(around) > 3 and spec not in around
-        assert all(other in known_specs and other.operator in (spec.operator, "conv", "depthwise") for other in around)
-    small = Budget(parameters=60)
-    assert all(price.parameters <= 60 for _, price in space.neighbours(every[0], small))
-
-
 def test_the_finalists_are_scored_again_on_more_samples() -> None:
     taps, labels = labelled(90)
-    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=30, samples=15, finalists=5, nearby=0)
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=30, samples=15, finalists=5)
     once = search(space, ANYTHING, taps, labels, replace(policy, finalists=0))
     twice = search(space, ANYTHING, taps, labels, policy)
     closer = {s.spec: s.score for s in search(space, ANYTHING, taps, labels, replace(policy, samples=90)).ranking}
