@@ -42,8 +42,9 @@ class DataOptions:
     """Which images, and how they are read.
 
     `order` None takes all domains, sorted. `shots` is the number of training images a class, None for all. `spatial`
-    adds the encoder's last spatial tap: off, because closed-form heads on the pooled taps do better on these data and
-    reading maps multiplies the memory. `cache` is the feature cache's file, None for the default one. `on_bad` says
+    is how many of the encoder's last spatial taps are read: none, because closed-form heads on the pooled taps do
+    better on these data and maps multiply the memory. `test_on_rest` adds the training images that `shots` left out to
+    the test images. `cache` is the feature cache's file, None for the default one. `on_bad` says
     whether an undecodable file stops the run or is left out.
     """
 
@@ -51,7 +52,8 @@ class DataOptions:
     order: tuple[str, ...] | None = None
     shots: int | None = None
     seed: int = 0
-    spatial: bool = False
+    spatial: int = 0
+    test_on_rest: bool = False
     workers: int = 2
     encoder: Path | None = None
     cache: Path | None = None
@@ -137,7 +139,7 @@ def read_domains(
     folder = read_folder(options.data, options.order)
     space = HypervectorSpace(pooled_taps(encoder))
     taps = [t.name for t in space.taps]
-    taps += [t.name for t in encoder.taps if t.spatial][-1:] if options.spatial else []
+    taps += [t.name for t in encoder.taps if t.spatial][-options.spatial :] if options.spatial else []
     with FeatureCache(options.cache or cache_dir() / "features.sqlite", CACHE_BYTES) as cache:
         reader = _Reader(options, encoder, taps, cache, on_progress)
         domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
@@ -158,7 +160,9 @@ class _Reader:
     def domain(self, folder: FolderData, name: str, space: HypervectorSpace, views: Sequence[str]) -> DomainData:
         train, test = split(folder.items[name])
         if self.options.shots is not None:
-            train = shots(train, self.options.shots, self.options.seed)
+            every, train = train, shots(train, self.options.shots, self.options.seed)
+            if self.options.test_on_rest:
+                test = (*test, *sorted(set(every) - set(train), key=lambda item: item.relative))
         tested, test_features = self._features(test, name, "plain")
         if not tested:
             raise DataError(f"domain {name!r} has no test image: {len(train)} images, a fifth is tested, add some")
