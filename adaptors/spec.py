@@ -88,6 +88,11 @@ class HeadSpec:
         return self.operator in ("linear", "fourier") and self.reconfigurator != "linear"
 
     @property
+    def solved(self) -> bool:
+        """Whether ridge regression on fixed codes fits it: the optimum, not where a descent ends."""
+        return self.closed_form and self.reconfigurator == "ridge"
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """All taps that the head reads."""
         return self.taps if self.spatial is None else (*self.taps, self.spatial)

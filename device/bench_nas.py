@@ -1,141 +1,223 @@
-"""`edgeear bench nas`: do training-free proxies find good heads? Random heads are trained fully, once, and kept.
+"""`edgeear bench nas`: do training-free scores find good heads? Every proxy and the search against trained heads.
 
-The table of trained accuracies is cached under the digest of the encoder, the data and the specification, so that
-further proxies are scored against it in seconds. Accuracy is measured on the test split, by the fp32 or int8 head as
-its specification says.
+Rules of this file:
+
+1. What is trained is trained once (nas_table.py); proxies and search see training images only.
+2. The combination of proxies is learned from the tables of other domains, never from the one that it is judged on.
+3. Figures are means over the seeds of the sample and of the random heads.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from adaptors.modules import Head
-from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe
-from adaptors.search import balanced, single_thread
+from adaptors import transfer
+from adaptors.proxies import PROXIES, Probe, Sample
+from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, cheap_first, search, single_thread
 from adaptors.search_space import Budget, SearchSpace
-from adaptors.spec import Cost, HeadSpec
-from adaptors.train import TrainPolicy, train
-from device.paths import write_whole
+from adaptors.spec import HeadSpec, cost
+from adaptors.transfer import Ranker
+from device.nas_table import (
+    CHEAP,
+    F64,
+    FULL,
+    Images,
+    Progress,
+    Regime,
+    Truth,
+    draw,
+    examples,
+    measure,
+    trained_accuracy,
+)
 
-F32 = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
+TRAINING_SEEDS = (0, 1)
+TIE = 0.003
+"""Accuracy, fraction of one, that the thrifty picks may cost by the search's own estimate."""
+QUICK = 300
+"""Specifications scored by the search whose time is held against one training."""
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Features and labels of one domain: training views and the test split; `identity` names encoder and files."""
-
-    views: Sequence[Mapping[str, F32]]
-    labels: NDArray[np.int64]
-    test: Mapping[str, F32]
-    test_labels: NDArray[np.int64]
-    classes: int
-    identity: str
-
-
-def bench_nas(
-    table: Table,
+def make_truth(
+    domain: str,
+    images: Images,
+    encoder: str,
     budget: Budget,
     cache: Path,
     *,
-    heads: int = 120,
-    seed: int = 0,
-    samples: int = 210,
+    heads: int,
+    seeds: Sequence[int],
+    regime: Regime = CHEAP,
+    samples: int = SearchPolicy.samples,
     on_progress: Progress = lambda *_: None,
-) -> dict[str, Any]:
-    """The JSON of DESIGN section 7 for `heads` random specifications within the budget."""
-    shapes = {t: tuple(x.shape[1:]) for t, x in table.views[0].items()}
-    space = SearchSpace(shapes, table.classes)
-    specs = space.sample(heads, budget, seed)
-    accuracies = np.array(_trained(specs, shapes, table, cache, seed, on_progress))
-    scores, seconds = _scores(specs, table, samples, seed, on_progress)
-    best_of_8 = np.random.default_rng(seed).choice(accuracies, (1000, min(8, len(accuracies)))).max(axis=1).mean()
-    return {
-        "heads": len(specs),
-        "default_proxy": DEFAULT_PROXY,
-        "proxies": [_figures(name, scores[name], seconds[name], accuracies) for name in PROXIES],
-        "best_accuracy": float(accuracies.max()),
-        "mean_accuracy": float(accuracies.mean()),
-        "random_of_8_accuracy": float(best_of_8),
-        "specs_per_s": len(specs) / max(seconds[DEFAULT_PROXY], 1e-9),
-        "seed": seed,
-        "table": [
-            {"spec": spec.to_dict(), "cost": asdict(price), "accuracy": float(a)}
-            for (spec, price), a in zip(specs, accuracies, strict=True)
-        ],
-    }
+) -> Truth:
+    """Train the domain's draw of `heads` specifications and score them by every proxy, once a seed."""
+    specs = draw(SearchSpace(images.shapes, images.classes), budget, domain, heads)
+    accuracy = measure(specs, images, regime, TRAINING_SEEDS, cache, on_progress)
+    scores, _ = score(specs, images, samples, seeds, on_progress)
+    return Truth(domain, specs, accuracy, scores, regime, encoder, images.classes, len(images.test_labels))
 
 
-def _trained(
-    specs: Sequence[tuple[HeadSpec, Cost]],
-    shapes: dict[str, tuple[int, ...]],
-    table: Table,
-    cache: Path,
-    seed: int,
-    on_progress: Progress,
-) -> list[float]:
-    """Test accuracy of every specification, trained once and then read from the cache."""
-    out = []
-    for i, (spec, _) in enumerate(specs):
-        word = f"{table.identity}/{seed}/{json.dumps(spec.to_dict(), sort_keys=True)}"
-        place = cache / f"{hashlib.sha256(word.encode()).hexdigest()}.json"
-        if not place.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(_accuracy(spec, shapes, table, seed)).encode())
-        out.append(float(json.loads(place.read_text())))
-        on_progress("train", i + 1, len(specs))
-    return out
-
-
-def _accuracy(spec: HeadSpec, shapes: dict[str, tuple[int, ...]], table: Table, seed: int) -> float:
-    fitted = train(spec, shapes, table.views, table.labels, table.classes, TrainPolicy(seed=seed))
-    head = Head(spec, shapes, table.classes, seed)
-    head.load(fitted.weights)
-    with torch.no_grad():
-        scores = head({t: torch.from_numpy(np.ascontiguousarray(table.test[t])) for t in spec.inputs})
-    return float((scores.argmax(1).numpy() == table.test_labels).mean())
-
-
-def _scores(
-    specs: Sequence[tuple[HeadSpec, Cost]], table: Table, samples: int, seed: int, on_progress: Progress
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
-    """Per proxy: the scores (NaN where undefined) and the seconds that scoring all specifications took."""
-    index = balanced(table.labels, samples, seed)
-    taps = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in table.views[0].items()}
-    labels = torch.from_numpy(table.labels[index])
-    scores: dict[str, NDArray[np.float64]] = {}
-    seconds: dict[str, float] = {}
-    with single_thread():
+def score(
+    specs: Sequence[HeadSpec], images: Images, samples: int, seeds: Sequence[int], on_progress: Progress
+) -> tuple[dict[str, F64], dict[str, float]]:
+    """Scores `(seeds, specs)` by every proxy, NaN where it is undefined, and the seconds that each took a seed."""
+    scores = {name: np.full((len(seeds), len(specs)), np.nan) for name in PROXIES}
+    seconds = dict.fromkeys(PROXIES, 0.0)
+    for k, seed in enumerate(seeds):
+        index = balanced(images.labels, samples, seed)
+        taps = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in images.views[0].items()}
+        labels = torch.from_numpy(images.labels[index])
         for done, (name, proxy) in enumerate(PROXIES.items()):
+            sample = Sample(taps, labels, images.classes, seed)
             begun = time.perf_counter()
-            values = [proxy(Probe(s, c, taps, labels, table.classes, seed)) for s, c in specs]
-            seconds[name] = time.perf_counter() - begun
-            scores[name] = np.array([np.nan if v is None else v for v in values])
-            on_progress(f"proxy {name}", done + 1, len(PROXIES))
+            with single_thread():
+                for i, spec in enumerate(specs):
+                    value = proxy(Probe(spec, cost(spec, images.shapes, images.classes), sample))
+                    scores[name][k, i] = np.nan if value is None else value
+            seconds[name] += (time.perf_counter() - begun) / len(seeds)
+            on_progress(f"proxies, seed {seed}", done + 1, len(PROXIES))
     return scores, seconds
 
 
-def _figures(name: str, scores: NDArray[np.float64], seconds: float, accuracies: NDArray[np.float64]) -> dict[str, Any]:
-    """Rank correlations over the heads where the proxy is defined, and the accuracy of its pick."""
+def bench_nas(
+    truth: Truth,
+    others: Sequence[Truth],
+    images: Images,
+    budget: Budget,
+    cache: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    specs: int = 2000,
+    on_progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """The JSON of DESIGN section 7. `others` are the tables that the combination is learned from; with none of them
+    it is the built-in one, which may have seen this domain."""
+    ranker = transfer.fit([e for o in others for e in examples(o)]) if others else transfer.built_in()
+    scores, seconds = score(truth.specs, images, SearchPolicy.samples, seeds, on_progress)
+    combined = np.stack([_combined(ranker, truth.specs, {n: scores[n][k] for n in scores}) for k in range(len(seeds))])
+    scores = {COMBINED: combined, **scores, "family": np.tile(_family(ranker, truth.specs), (len(seeds), 1))}
+    seconds = {COMBINED: sum(seconds[n] for n in transfer.INPUTS), **seconds, "family": 0.0}
+    searches = [
+        found
+        for done, seed in enumerate(seeds)
+        for found in _searches(replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, budget, cache)
+        if on_progress("searches", done, len(seeds)) is None
+    ]
+    best_of_8 = np.random.default_rng(seeds[0]).choice(truth.mean, (1000, min(8, len(truth.mean)))).max(axis=1).mean()
+    timed = [s for s in searches if s["search"] == "default"]
+    return {
+        "heads": len(truth.specs),
+        "default_proxy": DEFAULT_PROXY,
+        "learned_on": list(ranker.learned_on),
+        "proxies": [_figures(name, scores[name], seconds[name], truth.mean) for name in scores],
+        "best_accuracy": float(truth.mean.max()),
+        "mean_accuracy": float(truth.mean.mean()),
+        "random_of_8_accuracy": float(best_of_8),
+        "specs_per_s": float(np.mean([s["specs_scored"] / s["seconds"] for s in timed])),
+        "searches": searches,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seeds": list(seeds),
+        "regime": asdict(truth.regime),
+        "test_images": truth.test_images,
+    }
+
+
+_POLICY = SearchPolicy()
+
+
+def _searches(policy: SearchPolicy, truth: Truth, images: Images, budget: Budget, cache: Path) -> list[dict[str, Any]]:
+    """Several searches of one seed, and the thrifty picks of the default one, each with the accuracy of its pick."""
+    space = SearchSpace(images.shapes, images.classes)
+    plain = images.views[0]
+    rows = []
+
+    def row(name: str, pick: Scored, seconds: float, scored: int) -> None:
+        accuracy = measure([pick.spec], images, truth.regime, TRAINING_SEEDS, cache).mean()
+        rows.append(
+            {
+                "search": name,
+                "seed": policy.seed,
+                "accuracy": float(accuracy),
+                "estimate": pick.score,
+                "seconds": seconds,
+                "specs_filtered": policy.filtered,
+                "specs_scored": scored,
+                "spec": pick.spec.to_dict(),
+                "cost": asdict(pick.cost),
+            }
+        )
+
+    for name, own in {
+        "default": policy,
+        "quick": replace(policy, specs=QUICK, reference=QUICK // 2),
+        "halving": replace(policy, halving=8),
+        "spectral": replace(policy, proxy="spectral"),
+    }.items():
+        begun = time.perf_counter()
+        found = search(space, budget, plain, images.labels, own)
+        seconds = time.perf_counter() - begun
+        row(name, found.best, seconds, len(found.ranking))
+        if name == "default":
+            for price in ("latency_ms", "bytes"):
+                thrifty = cheap_first(found.ranking, TIE / float(found.best.score or 1.0), price)
+                row(f"least {price}", thrifty[0], seconds, len(found.ranking))
+    return rows
+
+
+def fidelity(domain: str, truth: Truth, full: Images, cache: Path, heads: int, on_progress: Progress) -> dict[str, Any]:
+    """Does the regime keep the ranking? Kendall's tau between the table and full training of its first heads, and the
+    seconds that one full training takes."""
+    from scipy.stats import kendalltau
+
+    specs = truth.specs[:heads]
+    accuracy = measure(specs, full, FULL, TRAINING_SEEDS, cache, on_progress).mean(axis=1)
+    begun = time.perf_counter()
+    for spec in specs[:4]:  # one of each operator: families are drawn in turn
+        trained_accuracy(spec, full, FULL, 2)
+    return {
+        "domain": domain,
+        "heads": len(specs),
+        "kendall_tau": float(kendalltau(truth.mean[:heads], accuracy)[0]),
+        "full_training_s": (time.perf_counter() - begun) / 4,
+        "full": asdict(FULL),
+        "accuracy": accuracy.tolist(),
+    }
+
+
+def _combined(ranker: Ranker, specs: Sequence[HeadSpec], columns: dict[str, F64]) -> F64:
+    return ranker.score(specs, columns, columns)
+
+
+def _family(ranker: Ranker, specs: Sequence[HeadSpec]) -> F64:
+    """Control: what the combination knows of a head's family alone."""
+    return np.array([ranker.weights.get(transfer.family(s), 0.0) for s in specs])
+
+
+def _figures(name: str, scores: F64, seconds: float, accuracy: F64) -> dict[str, Any]:
+    """Rank correlations over the heads where the proxy is defined, and the accuracy of its pick; means over seeds."""
     from scipy.stats import kendalltau, spearmanr
 
-    defined = np.isfinite(scores)
-    enough = defined.sum() > 2 and np.ptp(scores[defined]) > 0
+    taus, rhos, picks = [], [], []
+    for row in scores:
+        defined = np.isfinite(row)
+        if defined.sum() > 2 and np.ptp(row[defined]) > 0:
+            taus.append(kendalltau(row[defined], accuracy[defined])[0])
+            rhos.append(spearmanr(row[defined], accuracy[defined])[0])
+            picks.append(accuracy[int(np.nanargmax(row))])
     return {
         "name": name,
-        "defined": int(defined.sum()),
-        "kendall_tau": float(kendalltau(scores[defined], accuracies[defined])[0]) if enough else None,
-        "spearman": float(spearmanr(scores[defined], accuracies[defined])[0]) if enough else None,
-        "ms_per_spec": 1e3 * seconds / len(scores),
-        "picked_accuracy": float(accuracies[np.nanargmax(scores)]) if defined.any() else None,
+        "defined": int(np.isfinite(scores).sum(axis=1).mean()),
+        "kendall_tau": float(np.mean(taus)) if taus else None,
+        "spearman": float(np.mean(rhos)) if rhos else None,
+        "ms_per_spec": 1e3 * seconds / scores.shape[1],
+        "picked_accuracy": float(np.mean(picks)) if picks else None,
     }

@@ -29,7 +29,6 @@ from edgeear.errors import DeviceError, EdgeearError, UsageError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from device.bench_nas import Table
     from device.maintenance import Changed
     from device.simulate import SimulateOptions
     from edgeear.system import Rejected
@@ -246,23 +245,32 @@ def bench_nas(
     data: Data,
     domain: Annotated[str, typer.Option("--domain", help="The domain to train the heads on.", show_default=False)],
     json: Json,
-    heads: Annotated[int, typer.Option("--heads", min=2, help="Random heads to train fully.")] = 120,
+    heads: Annotated[int, typer.Option("--heads", min=4, help="Random heads to train.")] = 120,
+    tables: Annotated[
+        Path | None,
+        typer.Option("--tables", help="Folder of tables heads-DOMAIN.json: this domain's is read or made there."),
+    ] = None,
+    only_table: Annotated[bool, typer.Option("--only-table", help="Make this domain's table and stop.")] = False,
+    fidelity: Annotated[int, typer.Option("--fidelity", min=0, help="Heads trained in full beside the table.")] = 0,
+    specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that a search scores.")] = 2000,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Train random heads fully, once, and correlate every training-free proxy with their accuracies."""
+    """Train random heads, once, and hold every training-free proxy and the search against their accuracies.
+
+    With `--tables` the combination of proxies is learned from the tables of the other domains in that folder."""
     _need(_LEARN if encoder is None else _TRAIN)
     from adaptors.search_space import BUDGETS
-    from device.bench_nas import bench_nas as run
-    from device.paths import cache_dir
+    from device.nas_run import NasOptions, run
 
     _check_target(json)
+    options = NasOptions(
+        data, domain, heads, tables, only_table, fidelity, specs, encoder, BUDGETS[budget], seed, _today()
+    )
     with _bars(quiet) as show:
-        table = _table(data, domain, encoder, seed, show)
-        folder = cache_dir() / "nas"
-        result = run(table, BUDGETS[budget], folder, heads=heads, seed=seed, on_progress=show)
+        result = run(options, show)
     _save(json, _dumped(result))
     typer.echo(str(json))
 
@@ -443,26 +451,6 @@ def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> N
     for what, where in (("report", options.report), ("record", options.json), ("store", options.store)):
         if where is not None:
             typer.echo(f"{what}: {where}")
-
-
-def _table(data: Path, domain: str, encoder: Path | None, seed: int, show: Show) -> Table:
-    """One domain's features and labels for `bench nas`."""
-    import numpy as np
-
-    from device.bench_nas import Table
-    from device.evaluate_data import DataOptions, open_encoder, read_domains
-
-    options = DataOptions(data=data, order=(domain,), seed=seed, spatial=True, encoder=encoder)
-    network, _ = open_encoder(options)
-    read = read_domains(options, network, show)
-    found = read.domains[0]
-    given = found.samples(read.classes)
-    own = [read.classes.index(name) for name in given.classes]
-    keep = np.flatnonzero(np.isin(found.test_labels, own))
-    test = {tap: x[keep] for tap, x in found.test.items()}
-    test_labels = np.searchsorted(own, found.test_labels[keep]).astype(np.int64)
-    identity = f"{network.digest} {domain} {given.labels.tobytes().hex()} {[p.name for p in found.test_paths]}"
-    return Table(given.views, given.labels, test, test_labels, len(own), identity)
 
 
 @contextmanager

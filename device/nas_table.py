@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,13 @@ from adaptors.search import single_thread
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes
 from adaptors.train import TrainPolicy, train
+from adaptors.transfer import INPUTS, Example
 from device.paths import write_whole
+from edgeear.errors import DataError
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 CHUNK = 256
 
@@ -38,7 +42,7 @@ class Regime:
     """How the heads of a table are trained: `shots` images a class (None for all), `epochs` at most of gradient
     descent. Heads in closed form are solved as always."""
 
-    shots: int | None = 100
+    shots: int | None = 200
     epochs: int = 12
 
 
@@ -65,20 +69,22 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Measured heads: `accuracy (heads, seeds)`, fractions of one, on `test_images` images."""
+    """Measured heads: `accuracy (heads, seeds)`, fractions of one, on `test_images` images; `scores[proxy] (seeds,
+    heads)`, NaN where the proxy is undefined, whose seeds are other ones: those of the sample and the random heads."""
 
     domain: str
     specs: tuple[HeadSpec, ...]
-    accuracy: NDArray[np.float64]
+    accuracy: F64
+    scores: Mapping[str, F64]
     regime: Regime
     encoder: str
     classes: int
     test_images: int
 
     @property
-    def mean(self) -> NDArray[np.float64]:
+    def mean(self) -> F64:
         """Accuracy over the seeds, `(heads,)`."""
-        mean: NDArray[np.float64] = self.accuracy.mean(axis=1)
+        mean: F64 = self.accuracy.mean(axis=1)
         return mean
 
 
@@ -95,7 +101,7 @@ def measure(
     seeds: Sequence[int],
     cache: Path,
     on_progress: Progress = lambda *_: None,
-) -> NDArray[np.float64]:
+) -> F64:
     """Test accuracy `(heads, seeds)` of every specification, trained once and then read from the folder `cache`."""
     found = np.zeros((len(specs), len(seeds)))
     for i, spec in enumerate(specs):
@@ -137,25 +143,35 @@ def to_json(truth: Truth) -> dict[str, object]:
         "regime": asdict(truth.regime),
         "specs": {name: [row[name] for row in rows] for name in rows[0]},
         "accuracy": np.round(truth.accuracy, 5).tolist(),
+        "scores": {name: [[_short(v) for v in row] for row in rows] for name, rows in truth.scores.items()},
     }
 
 
-def from_json(content: Mapping[str, object]) -> Truth:
-    """Inverse of `to_json`; raises KeyError, TypeError or InvalidSpec where the content is none."""
-    columns = content["specs"]
-    assert isinstance(columns, dict)
-    specs = tuple(
-        HeadSpec.from_dict(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
-    )
-    regime = content["regime"]
-    assert isinstance(regime, dict)
-    accuracy = np.asarray(content["accuracy"], np.float64)
-    return Truth(
-        str(content["domain"]),
-        specs,
-        accuracy,
-        Regime(**regime),
-        str(content["encoder"]),
-        int(str(content["classes"])),
-        int(str(content["test_images"])),
-    )
+def _short(value: float) -> float | None:
+    """Five digits: more would be noise."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
+
+
+def from_json(content: Mapping[str, Any]) -> Truth:
+    """Inverse of `to_json`; raises DataError where the content is none."""
+    try:
+        columns = content["specs"]
+        rows = zip(*columns.values(), strict=True)
+        return Truth(
+            domain=content["domain"],
+            specs=tuple(HeadSpec.from_dict(dict(zip(columns, row, strict=True))) for row in rows),
+            accuracy=np.asarray(content["accuracy"], np.float64),
+            scores={name: np.array(rows, np.float64) for name, rows in content["scores"].items()},
+            regime=Regime(**content["regime"]),
+            encoder=content["encoder"],
+            classes=content["classes"],
+            test_images=content["test_images"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"not a table of trained heads ({error!r}): make it again with `edgeear bench nas`") from error
+
+
+def examples(truth: Truth) -> list[Example]:
+    """What the ranker learns from: one example a seed of the scores."""
+    seeds = range(len(truth.scores[INPUTS[0]]))
+    return [Example(truth.domain, truth.specs, {n: truth.scores[n][k] for n in INPUTS}, truth.mean) for k in seeds]
