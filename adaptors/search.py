@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe
+from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe, Sample
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import Cost, HeadSpec
 
@@ -75,10 +75,11 @@ def search(
     def scored(those: list[tuple[HeadSpec, Cost]], samples: int) -> list[Scored]:
         nonlocal done
         index = balanced(labels, samples, policy.seed)
-        sample = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in taps.items()}
-        y, found = torch.from_numpy(labels[index].astype(np.int64)), []
+        tensors = {t: torch.from_numpy(np.ascontiguousarray(x[index])) for t, x in taps.items()}
+        sample = Sample(tensors, torch.from_numpy(labels[index].astype(np.int64)), space.classes, policy.seed)
+        found = []
         for spec, price in those:
-            score = proxy(Probe(spec, price, sample, y, space.classes, policy.seed))
+            score = proxy(Probe(spec, price, sample))
             found.append(Scored(spec, price, score if score is not None and np.isfinite(score) else None))
             done += 1
             if on_progress:

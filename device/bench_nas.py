@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from adaptors.modules import Head
-from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe
+from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe, Sample
 from adaptors.search import balanced, single_thread
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import Cost, HeadSpec
@@ -118,7 +118,8 @@ def _scores(
     with single_thread():
         for done, (name, proxy) in enumerate(PROXIES.items()):
             begun = time.perf_counter()
-            values = [proxy(Probe(s, c, taps, labels, table.classes, seed)) for s, c in specs]
+            sample = Sample(taps, labels, table.classes, seed)  # a new one, so that each proxy's seconds are its own
+            values = [proxy(Probe(s, c, sample)) for s, c in specs]
             seconds[name] = time.perf_counter() - begun
             scores[name] = np.array([np.nan if v is None else v for v in values])
             on_progress(f"proxy {name}", done + 1, len(PROXIES))
