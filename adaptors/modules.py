@@ -52,11 +52,22 @@ def pool_map(x: Tensor, how: str) -> Tensor:
     return torch.cat([x[:, :, r, c].mean((2, 3)) for r in (top, bottom) for c in (left, right)], 1)
 
 
+def normaliser(mean: Tensor, deviation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """`(shift, scale)` that give a vector of these moments mean zero and mean squared norm about one.
+
+    Scales never fall below a hundredth of the average one, so that a dead channel is not blown up."""
+    if kind == "unit":
+        deviation = deviation.pow(2).mean().sqrt().expand_as(deviation)
+    floor = 1e-2 * deviation.mean() + 1e-6
+    return mean, 1.0 / ((deviation + floor) * len(mean) ** 0.5)
+
+
 class Head(nn.Module):
     """One head. `forward(taps)` maps tap tensors `(samples, *shape)` to class scores `(samples, classes)`.
 
     The vector input is normalised by `shift` and `scale` (fitted by `fit_normalisation`), which are data and not
-    learned; a random head has a random reconfigurator too."""
+    learned; a random head has a random reconfigurator too. Every activation appends its input to `trace`, if that is
+    a list."""
 
     shift: Tensor
     scale: Tensor
@@ -65,6 +76,7 @@ class Head(nn.Module):
         super().__init__()
         check_taps(spec, shapes)
         self.spec, self.classes, self.seed = spec, classes, seed
+        self.trace: list[Tensor] | None = None
         vector, adapted = vector_width(spec, shapes), adapted_width(spec, shapes)
         self.register_buffer("shift", torch.zeros(vector))
         self.register_buffer("scale", torch.ones(vector))
@@ -129,18 +141,13 @@ class Head(nn.Module):
         return torch.cat(parts, 1)
 
     def fit_normalisation(self, taps: TapTensors) -> None:
-        """Set `shift` and `scale` from data so that the vector input has mean zero and mean squared norm about one.
-
-        Scales never fall below a hundredth of the average one, so that a dead channel is not blown up."""
+        """Set `shift` and `scale` from data by `normaliser`."""
         x = self.vector(taps)
         if x.shape[1] == 0:
             return
-        deviation: Tensor = x.std(0, unbiased=False)
-        if self.spec.normalisation == "unit":
-            deviation = deviation.pow(2).mean().sqrt().expand_as(deviation)
-        floor = 1e-2 * deviation.mean() + 1e-6
-        self.shift.copy_(x.mean(0))
-        self.scale.copy_(1.0 / ((deviation + floor) * x.shape[1] ** 0.5))
+        shift, scale = normaliser(x.mean(0), x.std(0, unbiased=False), self.spec.normalisation)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
 
     def adapted(self, taps: TapTensors) -> Tensor:
         """The operator's output `(samples, adapted width)`."""
@@ -151,11 +158,14 @@ class Head(nn.Module):
         if spec.operator == "fourier":
             return self._fourier(x)
         if spec.operator == "mlp":
-            return self._mlp(x * x.shape[1] ** 0.5)
+            return self.layers(x * x.shape[1] ** 0.5)
         assert spec.spatial is not None
-        return torch.cat([pool_map(self._conv(taps[spec.spatial]), spec.pool), x * x.shape[1] ** 0.5], 1)
+        maps = self.blocks(self.stem(taps[spec.spatial]))
+        return torch.cat([pool_map(maps, spec.pool), x * x.shape[1] ** 0.5], 1)
 
     def _act(self, x: Tensor) -> Tensor:
+        if self.trace is not None:
+            self.trace.append(x)
         return F.relu(x) if self.spec.activation == "relu" else F.hardswish(x)
 
     def _fourier(self, x: Tensor) -> Tensor:
@@ -169,15 +179,21 @@ class Head(nn.Module):
         code: Tensor = torch.cos(y * gain + phase) * (2.0 / self.spec.width) ** 0.5
         return code
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def layers(self, x: Tensor) -> Tensor:
+        """The bottleneck layers of `mlp`, from inputs of mean squared one a channel."""
         for i in range(self.spec.depth):
             y = self._act(F.linear(x, self.matrices[f"layer{i}"], self.biases[f"layer{i}"]))
             x = x + y if self.spec.residual and i else y
         return x
 
-    def _conv(self, x: Tensor) -> Tensor:
+    def stem(self, x: Tensor) -> Tensor:
+        """The first convolution of a spatial tap `(samples, channels, height, width)`, before its activation."""
+        return F.conv2d(x, self.matrices["stem"], self.biases["stem"])
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """The convolutions after the stem, from the stem's result."""
         spec, m, b = self.spec, self.matrices, self.biases
-        x = self._act(F.conv2d(x, m["stem"], b["stem"]))
+        x = self._act(x)
         for i in range(spec.depth):
             y = x
             if spec.operator == "depthwise":

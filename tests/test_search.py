@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe, kernel_loo
+from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe, Sample, kernel_loo
 from adaptors.quantise import F32
 from adaptors.search import Scored, SearchPolicy, balanced, search, single_thread
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget, SearchSpace
@@ -48,7 +48,7 @@ def labelled(samples: int, seed: int = 0, informative: str = "b.mean") -> tuple[
 def probe(spec: HeadSpec, seed: int = 0, informative: str = "b.mean") -> Probe:
     taps, labels = labelled(60, 0, informative)
     tensors = {t: torch.from_numpy(x) for t, x in taps.items()}
-    return Probe(spec, cost(spec, SHAPES, 3), tensors, torch.from_numpy(labels), 3, seed)
+    return Probe(spec, cost(spec, SHAPES, 3), Sample(tensors, torch.from_numpy(labels), 3, seed))
 
 
 def test_the_space_counts_what_it_enumerates_and_repeats_nothing() -> None:
@@ -123,10 +123,10 @@ def test_a_proxy_is_seeded_finite_and_leaves_its_input_alone(name: str) -> None:
     proxy, scores = PROXIES[name], []
     for spec in HEADS:
         first = probe(spec)
-        before = {t: x.clone() for t, x in first.taps.items()}
+        before = {t: x.clone() for t, x in first.sample.taps.items()}
         score = proxy(first)
-        assert all(torch.equal(x, before[t]) for t, x in first.taps.items())
-        assert torch.equal(first.labels, probe(spec).labels)
+        assert all(torch.equal(x, before[t]) for t, x in first.sample.taps.items())
+        assert torch.equal(first.sample.labels, probe(spec).sample.labels)
         assert score == proxy(probe(spec)) == proxy(first)
         if score is not None:
             assert np.isfinite(score)
@@ -138,8 +138,8 @@ def test_a_proxy_is_seeded_finite_and_leaves_its_input_alone(name: str) -> None:
 def test_a_proxy_survives_constant_taps(name: str) -> None:
     for spec in HEADS:
         dead = probe(spec)
-        dead.taps = {t: torch.ones_like(x) for t, x in dead.taps.items()}
-        score = PROXIES[name](dead)
+        taps = {t: torch.ones_like(x) for t, x in dead.sample.taps.items()}
+        score = PROXIES[name](Probe(spec, dead.cost, Sample(taps, dead.sample.labels, 3)))
         assert score is None or isinstance(score, float)
 
 

@@ -1,0 +1,70 @@
+"""Ours: leave-one-out error of kernel ridge, through the spectrum of the kernel that the head's codes span.
+
+    score = -min over l of mean((y_i - f_i(x_i; l))^2), f_i fitted without sample i
+
+With the centred Gram matrix K = U S U' of the codes, the hat matrix is U diag(s / (s + l)) U', and leave-one-out
+residuals follow without refitting (Allen's PRESS): r_i / (1 - H_ii), where centring adds 1/n to H_ii. Directions of
+large eigenvalue that align with the labels lower the error; directions that only spread the spectrum raise H_ii and
+with it the price of noise.
+
+Random features. Where K is the limit of m random features (`fourier`), their scatter K_m - K has covariance
+(K_ii K_jj + K_ij^2) / m for Gaussian features of covariance K; carried through (K + l)^-1 to first order it adds
+mean((R K R)_ii / R_ii^2) * tr(Y' R K R Y) / (m c) with R = (K + l)^-1 and c classes.
+
+Assumptions: the operator's layers stay near their draw, the reconfigurator does the learning; class prototypes are the
+limit of infinite ridge strength, so they are scored at the strongest one only. Undefined where the codes are constant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptors.proxies.probe import Probe
+
+STRENGTHS = np.geomspace(1e-4, 1.0, 9)
+"""Ridge strengths, in tenths of the kernel's trace."""
+
+
+def spectral(probe: Probe) -> float | None:
+    """Minus the leave-one-out error of ridge on the head's codes at initialisation."""
+    if probe.spectrum is None:
+        return None
+    values, vectors = probe.spectrum
+    targets = probe.sample.targets.to(vectors.dtype)
+    prototypes = probe.spec.reconfigurator == "prototypes"
+    strengths = STRENGTHS[-1:] if prototypes else STRENGTHS
+    features = float("inf") if prototypes else probe.random_features
+    return -spectrum_loo(values, vectors, targets - targets.mean(0), strengths, features)
+
+
+def kernel_loo(gram: Tensor, targets: Tensor, strengths: NDArray[np.float64]) -> float:
+    """Least leave-one-out mean squared error of kernel ridge over a grid of ridge strengths; centred `gram (n, n)`,
+    centred `targets (n, c)`."""
+    values, vectors = torch.linalg.eigh(gram)
+    return spectrum_loo(values, vectors, targets, strengths)
+
+
+def spectrum_loo(
+    values: Tensor,
+    vectors: Tensor,
+    targets: Tensor,
+    strengths: NDArray[np.float64],
+    features: float = float("inf"),
+) -> float:
+    """`kernel_loo` from eigenvalues `(k,)` and eigenvectors `(n, k)`; `features` random ones stand behind them."""
+    values = values.clamp_min(0)
+    ridge = torch.from_numpy(strengths * max(float(values.sum()) / 10, 1e-12)).to(values.dtype)[:, None]
+    keep = values / (values + ridge)  # (strengths, k)
+    aligned = vectors.T @ targets
+    squares = vectors.square()
+    free = 1 - (squares @ keep.T + 1 / len(targets)).clamp(0, 1 - 1e-6)  # (n, strengths)
+    fitted = vectors @ (keep[:, :, None] * aligned)  # (strengths, n, c)
+    error = ((targets - fitted) / free.T[:, :, None]).square().mean((1, 2))
+    if np.isfinite(features):
+        shaken = keep * (1 - keep) / ridge  # eigenvalues of R K R
+        spread = (squares @ shaken.T / (free / ridge.T).square()).mean(0)
+        error = error + spread * (shaken @ aligned.square().sum(1)) / (features * targets.shape[1])
+    return float(error.min())
