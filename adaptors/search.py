@@ -43,7 +43,7 @@ class SearchPolicy:
     """How long and on what the search looks.
 
     `filtered` specifications are drawn and held against the budget; `specs` of them are scored on `samples` of the new
-    domain, of which the first `reference` are a random draw. `tie` is the relative loss of score (of the best score)
+    domain, of which the first `reference`, and at most half, are a random draw. `tie` is the relative loss of score (of the best score)
     that a head of a lower `price` may cost. Where the domain has more than `samples`, the `finalists` best are scored a
     second time, on up to `closer` of them; 0 for none. `halving` heads go through successive halving in the end; each
     costs a few steps of training, 0 for none. `ranker` None takes the built-in one.
@@ -126,7 +126,7 @@ class _Run:
         for name in self.names:
             PROXIES[name]  # an unknown one is told before anything is computed
         self.ranker = policy.ranker or transfer.built_in()
-        self.on_progress, self.done, self.total = on_progress, 0, 0
+        self.on_progress, self.done, self.total, self.reference = on_progress, 0, 0, 0
         self.exact: dict[HeadSpec, float] = {}
 
     def pruned(self, drawn: Candidates) -> Candidates:
@@ -134,9 +134,10 @@ class _Run:
 
         Families take turns, since which of them wins depends on how much data there is, and the prior does not know."""
         wanted = self.policy.specs
+        self.reference = min(self.policy.reference, max(wanted // 2, 1))
         if not self.combined or len(drawn) <= wanted:
             return drawn[:wanted]
-        reference, rest = drawn[: self.policy.reference], drawn[self.policy.reference :]
+        reference, rest = drawn[: self.reference], drawn[self.reference :]
         prior = self.ranker.prior([spec for spec, _ in rest])
         families: dict[str, list[tuple[HeadSpec, Cost]]] = {}
         for i in np.argsort(-prior, kind="stable"):
@@ -146,14 +147,15 @@ class _Run:
 
     def ranked(self, candidates: Candidates) -> tuple[Scored, ...]:
         """The candidates with their scores, best first."""
-        looked_closer = self.policy.finalists if len(self.labels) > self.policy.samples else 0
-        self.total = len(candidates) + min(looked_closer, len(candidates))
+        able = sum(spec.solved for spec, _ in candidates) if self.combined else len(candidates)
+        again = len(self.labels) > self.policy.samples
+        self.total = len(candidates) + (min(self.policy.finalists, able) if again else 0)
         columns = self._columns(candidates, self.names, self.policy.samples)
         values = columns[self.names[0]]
         if self.combined:
             solved = [spec.solved for spec, _ in candidates]
             self.exact = {s: v for (s, _), v, ok in zip(candidates, values, solved, strict=True) if ok}
-            values = transfer.estimates([s for s, _ in candidates], columns, self.policy.reference, self.ranker)
+            values = transfer.estimates([s for s, _ in candidates], columns, self.reference, self.ranker)
         return tuple(sorted((_scored(s, c, v) for (s, c), v in zip(candidates, values, strict=True)), key=_order))
 
     def closer(self, ranking: tuple[Scored, ...]) -> tuple[Scored, ...]:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe, Sample, kernel_loo
+from adaptors.halving import halve
+from adaptors.proxies import PROXIES, Probe, Sample, kernel_loo
 from adaptors.quantise import F32
-from adaptors.search import Scored, SearchPolicy, balanced, search, single_thread
+from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, search, single_thread
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes, cost
+from adaptors.transfer import Ranker, family
 
 SHAPES = {"a.mean": (8,), "b.mean": (16,), "m": (6, 5, 5)}
 CHANNELS = (32, 16, 24, 40, 80, 112, 192, 320, 1280)
@@ -153,7 +155,7 @@ def test_spectral_prefers_the_informative_tap(operator: HeadSpec) -> None:
 
 
 def test_the_default_proxy_exists() -> None:
-    assert DEFAULT_PROXY in PROXIES
+    assert DEFAULT_PROXY in (COMBINED, *PROXIES)
     assert SearchPolicy().proxy == DEFAULT_PROXY
 
 
@@ -225,7 +227,7 @@ def test_search_picks_the_informative_tap(informative: str) -> None:
 def test_search_tells_its_progress_and_its_reasons() -> None:
     taps, labels = labelled(60)
     calls: list[tuple[int, int]] = []
-    policy = SearchPolicy(specs=12, samples=30)
+    policy = SearchPolicy(specs=12, samples=30, proxy="spectral")
     result = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, policy, lambda i, n: calls.append((i, n)))
     assert calls == [(i, 20) for i in range(1, 21)]  # all 12, and 8 of them again
     best = result.best
@@ -242,7 +244,7 @@ def test_search_tells_its_progress_and_its_reasons() -> None:
 
 def test_the_finalists_are_scored_again_on_more_samples() -> None:
     taps, labels = labelled(90)
-    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=30, samples=15, finalists=5)
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=30, samples=15, finalists=5, proxy="spectral")
     once = search(space, ANYTHING, taps, labels, replace(policy, finalists=0))
     twice = search(space, ANYTHING, taps, labels, policy)
     closer = {s.spec: s.score for s in search(space, ANYTHING, taps, labels, replace(policy, samples=90)).ranking}
@@ -254,6 +256,103 @@ def test_the_finalists_are_scored_again_on_more_samples() -> None:
         search(space, ANYTHING, taps, labels, everything).ranking
         == search(space, ANYTHING, taps, labels, replace(everything, finalists=0)).ranking
     )
+
+
+def test_combined_the_heads_that_ridge_solves_are_ordered_by_a_closer_look_at_their_error() -> None:
+    taps, labels = labelled(90)
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=40, samples=15, finalists=5)
+    calls: list[tuple[int, int]] = []
+    result = search(space, ANYTHING, taps, labels, policy, lambda i, n: calls.append((i, n)))
+    assert calls[-1] == (45, 45) and [done for done, _ in calls] == list(range(1, 46))
+    once = search(space, ANYTHING, taps, labels, replace(policy, finalists=0))
+    solved = [s.spec for s in result.ranking if s.spec.solved]
+    assert [s.spec for s in result.ranking if not s.spec.solved] == [s.spec for s in once.ranking if not s.spec.solved]
+    assert [s.score for s in result.ranking] == [s.score for s in once.ranking], "places keep their estimates"
+    near = {spec: closer_error(spec, taps, labels) for spec in solved[:5]}
+    assert solved[:5] == sorted(near, key=lambda s: -near[s])
+    far = {s: spectral_of(s, taps, labels, 15) for s in solved}
+    assert set(solved[:5]) == set(sorted(solved, key=lambda s: -far[s])[:5])
+
+
+def spectral_of(spec: HeadSpec, taps: dict[str, F32], labels: NDArray[np.int64], samples: int) -> float:
+    index = balanced(labels, samples, 0)
+    sample = Sample({t: torch.from_numpy(x[index]) for t, x in taps.items()}, torch.from_numpy(labels[index]), 3)
+    score = PROXIES["spectral"](Probe(spec, cost(spec, SHAPES, 3), sample))
+    assert score is not None
+    return score
+
+
+def closer_error(spec: HeadSpec, taps: dict[str, F32], labels: NDArray[np.int64]) -> float:
+    return spectral_of(spec, taps, labels, 1500)
+
+
+def test_the_prior_prunes_within_each_family_and_leaves_a_random_draw() -> None:
+    taps, labels = labelled(60)
+    space, ranker = SearchSpace(SHAPES, 3), Ranker({"int8": 1.0}, ("nowhere",))
+    policy = SearchPolicy(specs=40, samples=30, reference=20, finalists=0, ranker=ranker)
+    drawn = [spec for spec, _ in space.sample(20_000, ANYTHING, 0)]
+    found = {s.spec for s in search(space, ANYTHING, taps, labels, policy).ranking}
+    assert set(drawn[:20]) <= found and len(found) == 40
+    pruned = found - set(drawn[:20])
+    assert {s.bits for s in pruned} == {8}
+    assert {family(s) for s in pruned} == {family(s) for s in drawn}
+
+
+def test_the_first_finalists_go_through_successive_halving() -> None:
+    taps, labels = labelled(90)
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=20, samples=30, halving=4)
+    plain = search(space, ANYTHING, taps, labels, replace(policy, halving=0))
+    halved = search(space, ANYTHING, taps, labels, policy)
+    order = halve([s.spec for s in plain.ranking[:4]], taps, labels, 3, 0)
+    assert [s.spec for s in halved.ranking[:4]] == [plain.ranking[i].spec for i in order]
+    assert halved.ranking[4:] == plain.ranking[4:]
+
+
+def test_halving_keeps_the_head_that_learns() -> None:
+    taps, labels = labelled(120)
+    specs = [HeadSpec((t,), "mlp", 16, reconfigurator="linear") for t in ("a.mean", "b.mean")]
+    assert halve(specs, taps, labels, 3, seed=0) == [1, 0] and halve(specs[::-1], taps, labels, 3, seed=0) == [0, 1]
+    assert halve(specs[:1], taps, labels, 3, seed=0) == [0]
+
+
+def test_the_front_holds_what_nothing_better_undercuts() -> None:
+    taps, labels = labelled(60)
+    found = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, SearchPolicy(specs=60, samples=30, finalists=0))
+    front = found.front
+    assert front[0] is found.best and len(front) > 1
+
+    def beaten(s: Scored, by: Scored) -> bool:
+        return (
+            known(by) >= known(s)
+            and by.cost.bytes <= s.cost.bytes
+            and by.cost.latency_ms <= s.cost.latency_ms
+            and (by.cost != s.cost or by.score != s.score)
+        )
+
+    assert not any(beaten(s, by) for s in front for by in found.ranking)
+    for s in found.ranking:
+        assert s in front or any(beaten(s, by) or (by.cost, by.score) == (s.cost, s.score) for by in front)
+
+
+def test_an_interrupt_stops_the_scoring() -> None:
+    taps, labels = labelled(60)
+
+    def stop(done: int, _total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, SearchPolicy(specs=40, samples=30), stop)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    taps, labels = labelled(60)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, SearchPolicy(specs=60, samples=30)))
+    torch.set_num_threads(before)
+    assert results[0] == results[1]
 
 
 def test_where_the_proxy_is_undefined_the_smallest_head_is_taken() -> None:

@@ -52,6 +52,5 @@ PROXIES: dict[str, Proxy] = {
     "macs": macs,
     "random": random,
 }
-DEFAULT_PROXY = "spectral"
 
-__all__ = ["DEFAULT_PROXY", "PROXIES", "Probe", "Proxy", "Sample", "kernel_loo"]
+__all__ = ["PROXIES", "Probe", "Proxy", "Sample", "kernel_loo"]
