@@ -26,6 +26,7 @@ from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
 """The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
 Progress = Callable[[int, int], None]
+Solver = Callable[[float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -104,44 +105,52 @@ def _accuracy(head: Head, codes: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def _codes(head: Head, views: list[dict[str, Tensor]]) -> list[Tensor]:
-    """Codes of every view `(samples, width)`, in chunks so that memory stays bounded."""
+def _codes(head: Head, views: list[dict[str, Tensor]]) -> Tensor:
+    """Codes of all samples, view after view, `(views * samples, width)`: filled in chunks, and never held twice."""
     n = len(next(iter(views[0].values())))
-    pieces = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    return [torch.cat([head.code(head.adapted({t: x[list(p)] for t, x in v.items()})) for p in pieces]) for v in views]
+    out: Tensor | None = None
+    for k, view in enumerate(views):
+        for start in range(0, n, 256):
+            part = slice(start, min(start + 256, n))
+            some = head.code(head.adapted({t: x[part] for t, x in view.items()}))
+            if out is None:
+                out = some.new_empty(len(views) * n, some.shape[1])
+            out[k * n + part.start : k * n + part.stop] = some
+    assert out is not None
+    return out
 
 
 @torch.no_grad()
 def _closed_form(
     head: Head, views: list[dict[str, Tensor]], y: Tensor, fit: Tensor, held: Tensor, policy: TrainPolicy
 ) -> tuple[float, str]:
-    codes = _codes(head, views)
+    codes, n = _codes(head, views), len(y)
+    every = torch.cat([fit + k * n for k in range(len(views))])
     if head.spec.reconfigurator == "prototypes":
-        _set_prototypes(head, torch.cat([c[fit] for c in codes]), y[fit].repeat(len(codes)))
-        score = _accuracy(head, codes[0][held], y[held])
-        _set_prototypes(head, torch.cat(codes), y.repeat(len(codes)))
+        _set_prototypes(head, codes[every], y[fit].repeat(len(views)))
+        score = _accuracy(head, codes[held], y[held])
+        _set_prototypes(head, codes, y.repeat(len(views)))
         return score, "class means"
-    some = torch.from_numpy(np.random.default_rng(policy.seed).permutation(len(y))[: policy.spectrum])
-    strength, score = left_out(codes[0][some], y[some], head.classes, policy.strengths)
-    if len(y) > policy.spectrum:
-        strength, score = _stronger(head, codes, y, fit, held, strength)
-    _set_readout(head, *_ridge(torch.cat(codes), y.repeat(len(codes)), head.classes)(strength))
+    some = torch.from_numpy(np.random.default_rng(policy.seed).permutation(n)[: policy.spectrum])
+    strength, score = left_out(codes[some], y[some], head.classes, policy.strengths)
+    if n > policy.spectrum:
+        solve = _ridge(codes[every], y[fit].repeat(len(views)), head.classes)
+        strength, score = _stronger(head, solve, codes[held], y[held], strength)
+        del solve  # its Gram matrix, before the next one is made
+    _set_readout(head, *_ridge(codes, y.repeat(len(views)), head.classes)(strength))
     return score, f"ridge strength {strength:g}"
 
 
 @torch.no_grad()
-def _stronger(
-    head: Head, codes: list[Tensor], y: Tensor, fit: Tensor, held: Tensor, strength: float
-) -> tuple[float, float]:
+def _stronger(head: Head, solve: Solver, codes: Tensor, y: Tensor, strength: float) -> tuple[float, float]:
     """The best of `strength`, three and ten times as much on the held-out samples, and its accuracy there.
 
     What was right for some samples is too weak where all of them, seen in several ways, come near the number of random
     features: there a ridge solution has its peak of variance (Belkin et al., 2019)."""
-    solve = _ridge(torch.cat([c[fit] for c in codes]), y[fit].repeat(len(codes)), head.classes)
     found = []
     for factor in (1.0, 3.0, 10.0):
         _set_readout(head, *solve(factor * strength))
-        found.append((_accuracy(head, codes[0][held], y[held]), -factor))
+        found.append((_accuracy(head, codes, y), -factor))
     score, factor = max(found)
     return -factor * strength, score
 
@@ -166,23 +175,27 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
     return best[1], best[2]
 
 
-def _ridge(codes: Tensor, y: Tensor, classes: int) -> Callable[[float], tuple[Tensor, Tensor]]:
+def _ridge(codes: Tensor, y: Tensor, classes: int) -> Solver:
     """Solver of centred ridge regression onto one-hot targets: strength -> (weight `(classes, width)`, bias).
 
-    Primal or dual, whichever system is smaller; the Gram matrix is computed once for all strengths."""
+    Primal or dual, whichever system is smaller; the Gram matrix is computed once for all strengths. `codes` are centred
+    in place, since they are what fills the memory."""
     mean = codes.mean(0)
-    z = codes - mean
+    z = codes.sub_(mean)
     targets = F.one_hot(y, classes).to(z)
     offset = targets.mean(0)
     dual = z.shape[0] < z.shape[1]
     gram = z @ z.T if dual else z.T @ z
-    unit = float(z.pow(2).sum() / len(z)) + 1e-12
+    unit = float(gram.diagonal().sum() / len(z)) + 1e-12
     right = targets - offset if dual else z.T @ (targets - offset)
+    factor = torch.empty_like(gram)
 
     def solve(strength: float) -> tuple[Tensor, Tensor]:
-        system = gram.clone()
-        system.diagonal().add_(strength * unit)
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        diagonal = gram.diagonal().clone()
+        gram.diagonal().add_(strength * unit)
+        torch.linalg.cholesky(gram, out=factor)
+        gram.diagonal().copy_(diagonal)
+        solution = torch.cholesky_solve(right, factor)
         weight = (z.T @ solution if dual else solution).T
         return weight, offset - weight @ mean
 
@@ -228,7 +241,7 @@ def _descend(
             optimiser.step()
             schedule.step()
         watched = held if len(held) else fit
-        score = _accuracy(head, _codes(head, [{t: x[watched] for t, x in views[0].items()}])[0], y[watched])
+        score = _accuracy(head, _codes(head, [{t: x[watched] for t, x in views[0].items()}]), y[watched])
         if score >= best:
             best, best_epoch, state = score, epoch, copy.deepcopy(head.state_dict())
         if on_progress:

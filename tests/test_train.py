@@ -100,7 +100,7 @@ def test_the_closed_form_is_ridge_regression(samples: int) -> None:
 def test_primal_and_dual_agree(samples: int, width: int) -> None:
     rng = np.random.default_rng(samples + width)
     z, labels = rng.normal(2, 1, (samples, width)), rng.integers(0, 3, samples)
-    solve = training._ridge(torch.from_numpy(z), torch.from_numpy(labels), 3)
+    solve = training._ridge(torch.tensor(z), torch.from_numpy(labels), 3)
     for strength in (0.03, 3.0):
         weight, bias = solve(strength)
         expected, offset = ridge(z, labels, strength)
