@@ -61,8 +61,15 @@ bench-pacs: $(STAMP) | $(RESULTS) $(DATA) ## the continual protocol on PACS: 5 s
 bench-runtime: $(STAMP) | $(RESULTS) ## the whole path against the bare encoder, for 1, 8 and 64 domains
 	$(BIN)/edgeear bench runtime --domains 1,8,64 --json $(RESULTS)/runtime.json
 
-bench-nas: $(STAMP) | $(RESULTS) $(DATA) ## the proxies against trained accuracies, on sketch
-	$(BIN)/edgeear bench nas --data "$(DATA)" --domain sketch --json $(RESULTS)/nas.json
+NAS_DOMAINS := $(PACS):art_painting $(PACS):cartoon $(PACS):sketch $(DIGITS):mnist_m $(DIGITS):synfont
+bench-nas: $(STAMP) | $(RESULTS) $(PACS) $(DIGITS) ## proxies and search against trained heads, five domains; tables are kept
+	@for pair in $(NAS_DOMAINS); do (set -x; $(BIN)/edgeear bench nas --data "$${pair%:*}" --domain "$${pair##*:}" \
+	  --tables benchmarks/data --only-table --json /dev/null); done
+	$(BIN)/python -m benchmarks.ranker
+	@for pair in $(NAS_DOMAINS); do (set -x; domain="$${pair##*:}"; \
+	  $(BIN)/edgeear bench nas --data "$${pair%:*}" --domain "$$domain" --tables benchmarks/data \
+	    $$([ "$$domain" != art_painting ] || echo --fidelity 20) --json $(RESULTS)/nas-$$domain.json); done
+	$(BIN)/python -m benchmarks.page
 
 bench-ood: $(STAMP) | $(RESULTS) $(DATA) ## the novelty score against published ones, every pair of domains
 	$(BIN)/edgeear bench ood --data "$(DATA)" --json $(RESULTS)/ood.json

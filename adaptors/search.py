@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice, zip_longest
 from typing import Literal
 
@@ -43,10 +44,10 @@ class SearchPolicy:
     """How long and on what the search looks.
 
     `filtered` specifications are drawn and held against the budget; `specs` of them are scored on `samples` of the new
-    domain, of which the first `reference`, and at most half, are a random draw. `tie` is the relative loss of score (of the best score)
-    that a head of a lower `price` may cost. Where the domain has more than `samples`, the `finalists` best are scored a
-    second time, on up to `closer` of them; 0 for none. `halving` heads go through successive halving in the end; each
-    costs a few steps of training, 0 for none. `ranker` None takes the built-in one.
+    domain, of which the first `reference`, and at most half, are a random draw. `tie` is the relative loss of score (of
+    the best score) that a head of a lower `price` may cost. Where the domain has more than `samples`, the `finalists`
+    best are scored a second time, on up to `closer` of them; 0 for none. `halving` heads go through successive halving
+    in the end; each costs a few steps of training, 0 for none. `ranker` None takes the built-in one.
     """
 
     filtered: int = 20_000
@@ -83,7 +84,7 @@ class SearchResult:
     def best(self) -> Scored:
         return self.ranking[0]
 
-    @property
+    @cached_property
     def front(self) -> tuple[Scored, ...]:
         """The Pareto front, best score first: no other head has as good a score in fewer bytes and less time."""
         return pareto(self.ranking)

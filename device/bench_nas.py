@@ -106,12 +106,11 @@ def bench_nas(
     combined = np.stack([_combined(ranker, truth.specs, {n: scores[n][k] for n in scores}) for k in range(len(seeds))])
     scores = {COMBINED: combined, **scores, "family": np.tile(_family(ranker, truth.specs), (len(seeds), 1))}
     seconds = {COMBINED: sum(seconds[n] for n in transfer.INPUTS), **seconds, "family": 0.0}
-    searches = [
-        found
-        for done, seed in enumerate(seeds)
-        for found in _searches(replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, budget, cache)
-        if on_progress("searches", done, len(seeds)) is None
-    ]
+    searches: list[dict[str, Any]] = []
+    for done, seed in enumerate(seeds):
+        on_progress("searches", done, len(seeds))
+        searches += _searches(replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, budget, cache)
+    on_progress("searches", len(seeds), len(seeds))
     best_of_8 = np.random.default_rng(seeds[0]).choice(truth.mean, (1000, min(8, len(truth.mean)))).max(axis=1).mean()
     timed = [s for s in searches if s["search"] == "default"]
     return {

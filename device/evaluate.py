@@ -113,7 +113,7 @@ def _adapt_policy(options: EvalOptions) -> AdaptPolicy:
     from adaptors.search import SearchPolicy
 
     search = SearchPolicy(specs=options.specs, seed=options.seed)
-    return AdaptPolicy(budget=BUDGETS[options.budget], search=search, spatial=options.spatial)
+    return AdaptPolicy(budget=BUDGETS[options.budget], search=search, spatial=bool(options.spatial))
 
 
 def _oracle(system: System, engine: OrtEngine, classes: Sequence[str], domain: DomainData) -> I64:
@@ -161,7 +161,7 @@ def _figures(options: EvalOptions, run: Run, path: Path | None, on_progress: Pro
         test_samples=tuple(len(d.test_labels) for d in domains),
         encoder_digest=run.encoder.digest,
         budget=options.budget,
-        spatial=options.spatial,
+        spatial=bool(options.spatial),
         classes_per_step=options.classes_per_step,
         timings_s={},
         warnings=data.warnings,

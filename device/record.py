@@ -112,11 +112,15 @@ class Stream(_Part):
 
 
 class CandidatePoint(_Part):
-    """One spec that the search scored; `proxies` holds the single proxies behind `score`."""
+    """One spec that the search scored; `proxies` holds the single proxies behind `score`. `front`: no spec of as good a
+    score takes fewer bytes and less time."""
 
     parameters: Count
+    bytes: Count | None = None
+    latency_ms: Measure = None
     score: Measure
     chosen: bool = False
+    front: bool = False
     proxies: dict[Name, Measure] = Field(default_factory=dict, max_length=64)
 
 

@@ -221,7 +221,10 @@ def _shifts(record: RunRecord) -> str:
 
 
 def _search(record: RunRecord) -> str:
-    note = "Every point is a head specification that was scored without training; the star is the one chosen."
+    note = (
+        "Every point is a head specification that was scored without training; the star is the one chosen. Dark points "
+        "are the Pareto front: no other is as good in fewer bytes and less time."
+    )
     searched = [(number, growth) for number, growth in enumerate(record.growth) if growth.candidates]
     figures = "".join(_search_figure(record, number, growth) for number, growth in searched)
     body = f'<div class="grid">{figures}</div>' if figures else _nothing("No search was recorded.")
@@ -237,12 +240,14 @@ def _search_figure(record: RunRecord, number: int, growth: Growth) -> str:
             f"{candidate.parameters:,}",
             _number(candidate.score),
             *(_number(candidate.proxies.get(name)) for name in names),
-            "chosen" if candidate.chosen else "",
+            NONE if candidate.bytes is None else _bytes(candidate.bytes),
+            NONE if candidate.latency_ms is None else f"{candidate.latency_ms:.3f} ms",
+            "chosen" if candidate.chosen else "front" if candidate.front else "",
         )
         for candidate in growth.candidates
     )
-    columns = ("Parameters", "Score", *(text(name) for name in names), "")
-    table = _table(columns, rows, numeric=set(range(2 + len(names))))
+    columns = ("Parameters", "Score", *(text(name) for name in names), "Size", "Latency", "")
+    table = _table(columns, rows, numeric=set(range(4 + len(names))))
     shown = f"{len(growth.candidates)} of {max(growth.specs_scored, len(growth.candidates))} shown"
     return (
         f'<figure><figcaption><h3>{_name(record, growth.domain)}</h3><span class="note">{shown}</span></figcaption>'

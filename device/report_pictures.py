@@ -149,11 +149,13 @@ def _draw_strips(axes: Axes, record: RunRecord) -> None:
 
 def draw_search(figure: Figure, growth: Growth) -> list[str]:
     axes = figure.subplots()
-    points = [(point.parameters, point.score, point.chosen) for point in growth.candidates]
-    scored = [(max(size, 1), score, chosen) for size, score, chosen in points if score is not None]
-    others = [(size, score) for size, score, chosen in scored if not chosen]
-    best = [(size, score) for size, score, chosen in scored if chosen]
+    points = [(point, (max(point.parameters, 1), point.score)) for point in growth.candidates]
+    scored = [(point, (size, score)) for point, (size, score) in points if score is not None]
+    others = [at for point, at in scored if not point.chosen and not point.front]
+    front = [at for point, at in scored if point.front and not point.chosen]
+    best = [at for point, at in scored if point.chosen]
     axes.scatter(*_columns(others), s=11, color=_MUTED, alpha=0.55, linewidths=0)
+    axes.scatter(*_columns(front), s=26, color=_INK, linewidths=0, zorder=2)
     axes.scatter(*_columns(best), s=190, marker="*", color=_ACCENT, zorder=3)
     if scored:  # a log axis without a point has no limits
         axes.set_xscale("log")

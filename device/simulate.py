@@ -58,6 +58,7 @@ from edgeear.unlabelled import UnlabelledPolicy
 
 FIRST_LABELS = 200
 """Labels of the first domain when nobody labels later ones; as many frames are then collected after a shift."""
+CANDIDATE = ("parameters", "bytes", "latency_ms", "score", "chosen", "front")
 GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_predicted", "specs_scored")
 """Figures that a grown domain carries and the record takes as they are."""
 
@@ -338,7 +339,7 @@ def _growth(domain: str, growth: Mapping[str, object], times: Mapping[str, float
             **{key: growth[key] for key in GROWTH},
             "search_s": times.get("search", 0.0),
             "train_s": times.get("train", 0.0),
-            "candidates": [{key: point[key] for key in ("parameters", "score", "chosen")} for point in points],
+            "candidates": [{key: point[key] for key in CANDIDATE} for point in points],
         }
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptors.archive import HeadArchive, pack
-from adaptors.search import Scored, SearchPolicy, search
+from adaptors.search import Scored, SearchPolicy, SearchResult, search
 from adaptors.search_space import BUDGETS, SearchSpace
 from adaptors.train import TrainPolicy, train
 from edgeear.errors import DataError, UsageError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeear.flow import AdaptPolicy, Progress, Samples
 
 PICTURE_POINTS = 400
-"""Specifications kept of a search for the report's picture."""
+"""Specifications kept of a search for the report's picture, beside the Pareto front."""
 
 
 def check(samples: Samples) -> None:
@@ -81,15 +81,25 @@ def grow_head(
         "specs_scored": len(found.ranking),
         "validation_accuracy": None if np.isnan(fitted.validation_accuracy) else fitted.validation_accuracy,
         "chosen_by": fitted.chosen,
-        "candidates": [_point(s, s is found.best) for s in _thinned(found.ranking)],
+        "candidates": [_point(s, found) for s in _shown(found)],
     }
     return head, growth
 
 
-def _thinned(ranking: tuple[Scored, ...]) -> tuple[Scored, ...]:
-    step = max(1, -(-len(ranking) // PICTURE_POINTS))
-    return ranking[::step]
+def _shown(found: SearchResult) -> list[Scored]:
+    """The chosen head, the Pareto front, and every so many of the others, best first."""
+    step = max(1, -(-len(found.ranking) // PICTURE_POINTS))
+    wanted = {id(s) for s in (found.best, *found.front, *found.ranking[::step])}
+    return [s for s in found.ranking if id(s) in wanted]
 
 
-def _point(s: Scored, chosen: bool) -> dict[str, object]:
-    return {"parameters": s.cost.parameters, "score": s.score, "chosen": chosen, "operator": s.spec.operator}
+def _point(s: Scored, found: SearchResult) -> dict[str, object]:
+    return {
+        "parameters": s.cost.parameters,
+        "bytes": s.cost.bytes,
+        "latency_ms": s.cost.latency_ms,
+        "score": s.score,
+        "chosen": s is found.best,
+        "front": any(s is f for f in found.front),
+        "operator": s.spec.operator,
+    }

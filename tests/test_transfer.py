@@ -101,7 +101,7 @@ def test_words_tell_every_axis_of_the_space_apart() -> None:
         {"operator": "conv"},
         {"reconfigurator": "prototypes"},
     ):
-        a, b = learned.prior([base, replace(base, **change)])  # type: ignore[arg-type]
+        a, b = learned.prior([base, replace(base, **change)])
         assert a != b, change
 
 
