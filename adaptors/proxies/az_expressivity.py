@@ -17,7 +17,7 @@ from adaptors.proxies.probe import Probe
 
 def az_expressivity(probe: Probe) -> float | None:
     """Entropy of the normalised principal variances of the codes, in nats."""
-    if probe.spectrum is None:
+    if probe.constant:
         return None
     values = probe.spectrum[0].clamp_min(0)
     share = values / values.sum()
