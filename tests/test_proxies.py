@@ -193,14 +193,13 @@ def test_hidden_units_of_residual_and_hardswish_heads_count() -> None:
     assert [x.shape for x in depthwise.hidden] == [(60, 8, 5, 5)] * 2
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_synflow_of_an_mlp_is_a_product_of_sizes(depth: int) -> None:
-    p = on(replace(MLP, depth=depth, activation="hardswish"), sample())
-    flow = np.ones(8) * 8**0.5
-    names = [f"layer{i}" for i in range(depth)] + ["readout"]
-    for name in names:
-        flow = np.abs(weight(p, name)) @ flow
-    assert score("synflow", p) == pytest.approx(np.log1p(len(names) * flow.sum()), rel=1e-5)
+@pytest.mark.parametrize("spec", [MLP, replace(MLP, depth=2), replace(CONV, taps=())], ids=str)
+def test_synflow_is_a_product_of_sizes(spec: HeadSpec) -> None:
+    p = on(replace(spec, activation="hardswish"), sample())
+    flow = np.ones(6) if spec.convolutional else np.ones(8) * 8**0.5
+    for name in p.head.matrices:
+        flow = np.abs(weight(p, name).reshape(-1, len(flow))) @ flow
+    assert score("synflow", p) == pytest.approx(np.log1p(len(p.head.matrices) * flow.sum()), rel=1e-5)
 
 
 def test_proxies_of_the_gradient_equal_their_formulas() -> None:
