@@ -41,7 +41,8 @@ def score(name: str, p: Probe) -> float:
 
 
 def weight(p: Probe, name: str) -> F64:
-    return p.head.matrices[name].detach().numpy().astype(np.float64)
+    found: F64 = p.head.matrices[name].detach().numpy().astype(np.float64)
+    return found
 
 
 def inputs(p: Probe) -> F64:
@@ -49,7 +50,8 @@ def inputs(p: Probe) -> F64:
     head = p.head
     with torch.no_grad():
         x = (head.vector(p.sample.taps) - head.shift) * head.scale
-    return x.numpy().astype(np.float64) * x.shape[1] ** 0.5
+    read: F64 = x.numpy().astype(np.float64) * x.shape[1] ** 0.5
+    return read
 
 
 def before_activations(p: Probe) -> list[F64]:
@@ -271,8 +273,8 @@ def test_few_random_features_cost_what_the_correction_says() -> None:
         z = z - z.mean(0)
         drawn.append(kernel_loo(z @ z.T, y - y.mean(0), strength))
     centred = kernel - kernel.mean(0)
-    spectrum = torch.linalg.eigh(centred - centred.mean(1, keepdim=True))
-    plain, corrected = (spectrum_loo(*spectrum, y - y.mean(0), strength, m) for m in (np.inf, 400))
+    values, vectors = torch.linalg.eigh(centred - centred.mean(1, keepdim=True))
+    plain, corrected = (spectrum_loo(values, vectors, y - y.mean(0), strength, m) for m in (np.inf, 400))
     gap = float(np.mean(drawn)) - plain
     assert gap > 0.02 * plain and abs(float(np.mean(drawn)) - corrected) < 0.5 * gap
 

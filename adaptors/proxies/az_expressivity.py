@@ -1,5 +1,5 @@
 """Expressivity of AZ-NAS: Lee and Ham, "AZ-NAS: Assembling Zero-Cost Proxies for Network Architecture Search",
-CVPR 2024, section 3.2.
+CVPR 2024.
 
     score = -sum p_k log p_k, p the eigenvalues of the features' covariance, divided by their sum
 
