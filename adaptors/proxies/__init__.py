@@ -9,14 +9,14 @@ at random initialisation on a small labelled `Sample` of the new domain. A new p
 | spectral        | ours: leave-one-out error of kernel ridge on the codes | all |
 | class_means     | ours: leave-one-out accuracy of the nearest class mean of the codes | all |
 | naswot          | Mellor et al., ICML 2021, eq. 2 | hidden units |
-| swap            | Peng et al., ICLR 2024, def. 3.3 | hidden units |
+| swap            | Peng et al., ICLR 2024 | hidden units |
 | synflow         | Tanaka et al., NeurIPS 2020, eq. 1 | learned layers |
 | snip            | Lee et al., ICLR 2019, eq. 5 | gradient descent |
 | grad_norm       | Abdelfattah et al., ICLR 2021, section 3.1 | gradient descent |
 | zico            | Li et al., ICLR 2023, eq. 15 | gradient descent |
 | meco            | Jiang et al., NeurIPS 2023, eq. 5 | hidden units |
-| az_expressivity | Lee and Ham, CVPR 2024, section 3.2 | all |
-| te_nas          | Chen et al., ICLR 2021, eq. 4 | gradient descent |
+| az_expressivity | Lee and Ham, CVPR 2024 | all |
+| te_nas          | Chen et al., ICLR 2021 | gradient descent |
 | parameters, macs, random | controls | all |
 """
 

@@ -1,5 +1,5 @@
 """Expressivity of AZ-NAS: Lee and Ham, "AZ-NAS: Assembling Zero-Cost Proxies for Network Architecture Search",
-CVPR 2024, section 3.2.
+CVPR 2024.
 
     score = -sum p_k log p_k, p the eigenvalues of the features' covariance, divided by their sum
 
@@ -17,7 +17,7 @@ from adaptors.proxies.probe import Probe
 
 def az_expressivity(probe: Probe) -> float | None:
     """Entropy of the normalised principal variances of the codes, in nats."""
-    if probe.spectrum is None:
+    if probe.constant:
         return None
     values = probe.spectrum[0].clamp_min(0)
     share = values / values.sum()

@@ -1,5 +1,5 @@
-"""MeCo: Jiang et al., "MeCo: Zero-Shot NAS with One Data and Single Forward Pass via Minimum Eigenvalue of Correlation",
-NeurIPS 2023, eq. 5.
+"""MeCo: Jiang et al., "MeCo: Zero-Shot NAS with One Data and Single Forward Pass via Minimum Eigenvalue of
+Correlation", NeurIPS 2023, eq. 5.
 
     score = sum over layers of the least eigenvalue of the channels' correlation matrix
 

@@ -191,21 +191,23 @@ class Probe:
         return gram
 
     @cached_property
+    def centred(self) -> Tensor:
+        """`gram` of the codes less their mean."""
+        gram = self.gram - self.gram.mean(0)
+        return gram.sub_(gram.mean(1, keepdim=True))
+
+    @cached_property
     def constant(self) -> bool:
         """Whether the codes of all samples are the same, as far as single precision tells."""
         total = float(self.gram.diagonal().sum())
         return total - float(self.gram.sum()) / len(self.gram) <= max(1e-6 * total, 1e-12)
 
     @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor] | None:
-        """`(values (k,), vectors (samples, k))` of the centred Gram matrix, ascending; None where the codes are
-        constant."""
-        if self.constant:
-            return None
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """`(values (k,), vectors (samples, k))` of `centred`, ascending; needs codes that are not constant."""
         if self.narrow is None:
-            gram = self.gram - self.gram.mean(0)
-            gram -= gram.mean(1, keepdim=True)
-            return cast(Moments, tuple(torch.linalg.eigh(gram)))
+            values, vectors = torch.linalg.eigh(self.centred)
+            return values, vectors
         x = (self.narrow - self.narrow.mean(0)).double()
         values, axes = torch.linalg.eigh(x.T @ x)
         alive = values > 1e-10 * values[-1]

@@ -30,21 +30,30 @@ STRENGTHS = np.geomspace(1e-4, 1.0, 9)
 
 def spectral(probe: Probe) -> float | None:
     """Minus the leave-one-out error of ridge on the head's codes at initialisation."""
-    if probe.spectrum is None:
+    if probe.constant:
         return None
-    values, vectors = probe.spectrum
-    targets = probe.sample.targets.to(vectors.dtype)
+    targets = probe.sample.targets - probe.sample.targets.mean(0)
     prototypes = probe.spec.reconfigurator == "prototypes"
+    if prototypes and probe.narrow is None:
+        return -kernel_loo(probe.centred, targets, STRENGTHS[-1:])
     strengths = STRENGTHS[-1:] if prototypes else STRENGTHS
     features = float("inf") if prototypes else probe.random_features
-    return -spectrum_loo(values, vectors, targets - targets.mean(0), strengths, features)
+    values, vectors = probe.spectrum
+    return -spectrum_loo(values, vectors, targets.to(vectors.dtype), strengths, features)
 
 
 def kernel_loo(gram: Tensor, targets: Tensor, strengths: NDArray[np.float64]) -> float:
     """Least leave-one-out mean squared error of kernel ridge over a grid of ridge strengths; centred `gram (n, n)`,
-    centred `targets (n, c)`."""
-    values, vectors = torch.linalg.eigh(gram)
-    return spectrum_loo(values, vectors, targets, strengths)
+    centred `targets (n, c)`. One strength needs no eigenvectors: r = l (K + l)^-1 y and 1 - H_ii = l (K + l)^-1_ii."""
+    if len(strengths) > 1:
+        values, vectors = torch.linalg.eigh(gram)
+        return spectrum_loo(values, vectors, targets, strengths)
+    ridge = float(strengths[0]) * max(float(gram.diagonal().sum()) / 10, 1e-12)
+    shifted = gram.clone()
+    shifted.diagonal().add_(ridge)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)) * ridge
+    free = (inverse.diagonal() - 1 / len(gram)).clamp_min(1e-6)
+    return float((inverse @ targets / free[:, None]).square().mean())
 
 
 def spectrum_loo(

@@ -1,4 +1,4 @@
-"""SWAP-Score: Peng et al., "SWAP-NAS: Sample-Wise Activation Patterns for Ultra-fast NAS", ICLR 2024, def. 3.2 and 3.3.
+"""SWAP-Score: Peng et al., "SWAP-NAS: Sample-Wise Activation Patterns for Ultra-fast NAS", ICLR 2024.
 
     score = |{ (1[v_u(x_1) > 0], ..., 1[v_u(x_n) > 0]) : u a hidden unit }|
 

@@ -1,4 +1,4 @@
-"""Trainability of TE-NAS: Chen et al., "Neural Architecture Search on ImageNet in Four GPU Hours", ICLR 2021, eq. 4.
+"""Trainability of TE-NAS: Chen et al., "Neural Architecture Search on ImageNet in Four GPU Hours", ICLR 2021.
 
     score = -log(largest / least eigenvalue of the NTK), NTK_ij = <df(x_i)/dw, df(x_j)/dw>, f the sum of the outputs
 
