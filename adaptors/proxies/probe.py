@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Protocol, cast
 
 import torch
@@ -33,17 +34,22 @@ class Kept:
     """Results by key, the least recently used forgotten first beyond `limit` bytes."""
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
-        self.limit, self.bytes = limit, 0
+        self.limit, self.bytes, self._lock = limit, 0, Lock()
         self._held: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        made = self._held[key] = make()
-        self.bytes += _bytes(made)
-        while self.bytes > self.limit:
-            self.bytes -= _bytes(self._held.popitem(last=False)[1])
+        """What `make` gives, made once; two threads that ask at the same time may both make it."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        made = make()
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = made
+                self.bytes += _bytes(made)
+            while self.bytes > self.limit:
+                self.bytes -= _bytes(self._held.popitem(last=False)[1])
         return made
 
 
