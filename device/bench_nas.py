@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adaptors.latency import DEFAULT, LatencyModel
 from adaptors.modules import Head
 from adaptors.proxies import DEFAULT_PROXY, PROXIES, Probe
 from adaptors.search import balanced, single_thread
@@ -51,11 +52,12 @@ def bench_nas(
     heads: int = 120,
     seed: int = 0,
     samples: int = 210,
+    latency: LatencyModel = DEFAULT,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """The JSON of DESIGN section 7 for `heads` random specifications within the budget."""
     shapes = {t: tuple(x.shape[1:]) for t, x in table.views[0].items()}
-    space = SearchSpace(shapes, table.classes)
+    space = SearchSpace(shapes, table.classes, latency)
     specs = space.sample(heads, budget, seed)
     accuracies = np.array(_trained(specs, shapes, table, cache, seed, on_progress))
     scores, seconds = _scores(specs, table, samples, seed, on_progress)

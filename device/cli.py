@@ -86,6 +86,9 @@ EncoderPath = Annotated[
     Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
 ]
 Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
+ProfilePath = Annotated[
+    Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as this board has it.")
+]
 Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
 StorePath = Annotated[
     Path, typer.Argument(help="Folder of `simulate --store` or `Ear.save`; its board is stopped.", show_default=False)
@@ -150,6 +153,7 @@ def simulate(
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 300,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     report: Annotated[Path, typer.Option("--report", help="The HTML report.")] = Path("edgeear-report.html"),
     json: Annotated[Path | None, typer.Option("--json", help="The run's record, for programs.")] = None,
@@ -163,6 +167,7 @@ def simulate(
     """
     _need(_LEARN if encoder is None else _TRAIN)
     from adaptors.search_space import BUDGETS
+    from device.profile import read_latency
     from device.simulate import SimulateOptions
 
     options = SimulateOptions(
@@ -178,6 +183,7 @@ def simulate(
         specs=specs,
         seed=seed,
         budget=BUDGETS[budget],
+        latency=read_latency(profile),
     )
     _simulated(options, encoder, quiet)
 
@@ -197,6 +203,7 @@ def evaluate(
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 1000,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -204,6 +211,7 @@ def evaluate(
     _need(_LEARN if encoder is None else _TRAIN)
     from device.evaluate import evaluate as run
     from device.evaluate_run import EvalOptions
+    from device.profile import read_latency
 
     _check_target(json)
     options = EvalOptions(
@@ -217,11 +225,39 @@ def evaluate(
         specs=specs,
         classes_per_step=classes_per_step,
         date=_today(),
+        latency=read_latency(profile),
     )
     with _bars(quiet) as show:
         result = run(options, show)
     _save(json, result.to_json())
     typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
+
+
+@app.command(
+    "profile", epilog="Example: `edgeear profile`, then `edgeear eval --profile ~/.cache/edgeear/profile.json`"
+)
+def profile_board(
+    encoder: EncoderPath = None,
+    heads: Annotated[int, typer.Option("--heads", min=5, help="Random heads to measure.")] = 150,
+    json: Annotated[Path | None, typer.Option("--json", help="File for the result; default: in the cache.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Measure once how long heads take on this board, so that the search predicts their latency. Takes a minute."""
+    _need(_PACK)
+    from device.encoder import OnnxEncoder
+    from device.paths import cache_dir
+    from device.profile import profile, to_json
+
+    target = json or cache_dir() / "profile.json"
+    _check_target(target)
+    taps = OnnxEncoder(encoder or _default_encoder()).taps
+    shapes = {tap.name: tap.shape for tap in taps if tap.name != "logits"}
+    with _bars(quiet) as show:
+        found = profile(shapes, heads, seed, on_progress=show)
+    _save(target, to_json(found))
+    close, error = found.within_20_percent, found.median_error
+    typer.echo(f"{close:.0%} of {found.heads_validated} heads within 20 %, median error {error:.1%}; {target}")
 
 
 @bench.command("runtime", epilog="Example: `edgeear bench runtime --domains 1,8,64 --json runtime.json`")
@@ -249,20 +285,24 @@ def bench_nas(
     heads: Annotated[int, typer.Option("--heads", min=2, help="Random heads to train fully.")] = 120,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train random heads fully, once, and correlate every training-free proxy with their accuracies."""
     _need(_LEARN if encoder is None else _TRAIN)
+    from adaptors.latency import DEFAULT
     from adaptors.search_space import BUDGETS
     from device.bench_nas import bench_nas as run
     from device.paths import cache_dir
+    from device.profile import read_latency
 
     _check_target(json)
+    latency = read_latency(profile) or DEFAULT
     with _bars(quiet) as show:
         table = _table(data, domain, encoder, seed, show)
         folder = cache_dir() / "nas"
-        result = run(table, BUDGETS[budget], folder, heads=heads, seed=seed, on_progress=show)
+        result = run(table, BUDGETS[budget], folder, heads=heads, seed=seed, latency=latency, on_progress=show)
     _save(json, _dumped(result))
     typer.echo(str(json))
 

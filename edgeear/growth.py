@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptors.archive import HeadArchive, pack
+from adaptors.latency import DEFAULT
 from adaptors.search import Scored, SearchPolicy, search
 from adaptors.search_space import BUDGETS, SearchSpace
 from adaptors.train import TrainPolicy, train
@@ -49,7 +50,7 @@ def grow_head(
     budget = policy.budget or BUDGETS["medium"]
     plain = samples.views[0]
     shapes = {t: tuple(x.shape[1:]) for t, x in plain.items() if policy.spatial or x.ndim == 2}
-    space = SearchSpace(shapes, len(samples.classes))
+    space = SearchSpace(shapes, len(samples.classes), policy.latency or DEFAULT)
     found = search(
         space,
         budget,
