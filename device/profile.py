@@ -80,7 +80,7 @@ def profile(
     heads: int = 150,
     seed: int = 0,
     *,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     clock: Clock = time.perf_counter,
     on_progress: Progress = lambda *_: None,
 ) -> Profile:
@@ -95,7 +95,7 @@ def profile(
     for i, spec in enumerate(specs):
         calls.append(opened(spec, shapes, seed))
         on_progress("open heads", i + 1, len(specs))
-    ms = measure(calls, rounds, seed, clock, on_progress)
+    ms = measure(calls, rounds or ROUNDS, seed, clock, on_progress)
     works = [work(spec, shapes, CLASSES) for spec in specs]
     order = np.random.default_rng(seed).permutation(len(specs))
     held, kept = np.split(order, [max(1, int(VALIDATED * len(specs)))])
