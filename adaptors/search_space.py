@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 
+from adaptors.latency import DEFAULT, LatencyModel
 from adaptors.spec import Cost, HeadSpec, TapShapes, cost
 
 Axis = tuple[tuple[str, ...], list[tuple[object, ...]]]
@@ -51,10 +52,14 @@ class EmptyBudget(ValueError):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All specifications over the given taps, for a number of classes."""
+    """All specifications over the given taps, for a number of classes; `latency` predicts for the board."""
 
     shapes: TapShapes
     classes: int
+    latency: LatencyModel = DEFAULT
+
+    def cost(self, spec: HeadSpec) -> Cost:
+        return cost(spec, self.shapes, self.classes, self.latency)
 
     def tap_sets(self) -> list[tuple[str, ...]]:
         """The last k pooled taps for every k, and the same for each kind (`.mean`, `.std`) alone."""
@@ -121,12 +126,12 @@ class SearchSpace:
         for index in rng.permutation(_size(family)):
             places = np.unravel_index(int(index), sizes)
             spec = _spec(family, tuple(c[int(i)] for (_, c), i in zip(family, places, strict=True)))
-            price = cost(spec, self.shapes, self.classes)
+            price = self.cost(spec)
             if budget.admits(price):
                 yield spec, price
 
     def _advice(self, budget: Budget) -> str:
-        least = min((cost(s, self.shapes, self.classes) for s in self), key=lambda c: (c.parameters, c.macs))
+        least = min((self.cost(s) for s in self), key=lambda c: (c.parameters, c.macs))
         return (
             f"no head fits {budget}; the smallest has {least.parameters} parameters, {least.bytes} bytes, "
             f"{least.macs} MACs and {least.latency_ms:.2f} ms: raise the limits to at least these"

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from adaptors.latency import LatencyModel
 
 Operator = Literal["linear", "fourier", "mlp", "conv", "depthwise"]
 Pool = Literal["average", "max", "gem", "pyramid"]
@@ -21,10 +24,6 @@ Reconfigurator = Literal["ridge", "linear", "prototypes"]
 PROTOTYPE_DIMENSIONS = 1024
 PROTOTYPE_SCALE = 16.0
 """Inverse temperature of the cosine similarities to the class prototypes, fixed."""
-MACS_PER_MS = 1.5e7
-"""Multiply-accumulates one modest core does in a millisecond on such small operators (conservative)."""
-CALL_MS = 0.05
-"""Fixed price of one ONNX Runtime call."""
 
 TapShapes = Mapping[str, tuple[int, ...]]
 
@@ -178,10 +177,13 @@ def weight_shapes(spec: HeadSpec, shapes: TapShapes, classes: int) -> dict[str, 
     return stored | {"shift": (vector,), "scale": (vector,)}
 
 
-def cost(spec: HeadSpec, shapes: TapShapes, classes: int) -> Cost:
+def cost(spec: HeadSpec, shapes: TapShapes, classes: int, latency: LatencyModel | None = None) -> Cost:
     """Cost of `spec` over taps of the given shapes for a number of classes; raises InvalidSpec on unknown taps.
 
-    Parameters are exact; bytes leave out the description of the graph, a few KiB; MACs leave out elementwise work."""
+    Parameters are exact; bytes leave out the description of the graph, a few KiB; MACs leave out elementwise work.
+    `latency` is the model of a board, None the built-in one."""
+    from adaptors.latency import DEFAULT  # which counts the work of specifications
+
     check_taps(spec, shapes)
     stored = weight_shapes(spec, shapes, classes)
     matrices = [shape for name, shape in stored.items() if name.startswith("matrix.")]
@@ -193,17 +195,22 @@ def cost(spec: HeadSpec, shapes: TapShapes, classes: int) -> Cost:
         n = next_power_of_two(max(adapted, PROTOTYPE_DIMENSIONS))
         macs, seeded = macs + transform_macs(n, adapted, PROTOTYPE_DIMENSIONS), seeded + adapted
     macs += readout
-    return Cost(total, size + seeded, macs, CALL_MS + macs / MACS_PER_MS)
+    return Cost(total, size + seeded, macs, (latency or DEFAULT).predict_ms(spec, shapes, classes))
 
 
 def transform_macs(n: int, inputs: int, outputs: int) -> int:
     """Work of a Walsh-Hadamard transform whose inputs beyond `inputs` are zero, as two products of matrices.
 
     The `(a, b)` matrix of the inputs is cut to the rows that matter before, and of the outputs after."""
-    a = 1 << (n.bit_length() - 1) // 2
-    b = n // a
+    _, b = transform_factors(n)
     before, after = -(-inputs // b), -(-outputs // b)
     return before * after * b + min(before, after) * b * b
+
+
+def transform_factors(n: int) -> tuple[int, int]:
+    """(a, b), a <= b, a * b = n: the transform of n numbers is made of one of a and one of b."""
+    a: int = 1 << (n.bit_length() - 1) // 2
+    return a, n // a
 
 
 def check_taps(spec: HeadSpec, shapes: TapShapes) -> None:

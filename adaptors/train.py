@@ -81,6 +81,23 @@ def train(
     return Trained(head.weights(), score, chosen[1])
 
 
+@torch.no_grad()
+def accuracy(
+    spec: HeadSpec,
+    shapes: TapShapes,
+    weights: Weights,
+    view: Mapping[str, NDArray[np.float32]],
+    labels: NDArray[np.int64],
+    classes: int,
+    seed: int,
+) -> float:
+    """Fraction of one that a head answers right on `view`, with its weights as `spec.bits` stores them."""
+    head = Head(spec, shapes, classes, seed)
+    head.load(dequantised(weights, spec.bits))
+    taps = {t: torch.from_numpy(np.ascontiguousarray(view[t])) for t in spec.inputs}
+    return _accuracy(head, _codes(head, [taps])[0], torch.from_numpy(labels.astype(np.int64)))
+
+
 def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Stratified (fit, held-out) index tensors; a class with one sample stays in fit, and held may be empty."""
     rng = np.random.default_rng(seed)

@@ -50,6 +50,7 @@ def make_truth(
     domain: str,
     images: Images,
     encoder: str,
+    space: SearchSpace,
     budget: Budget,
     cache: Path,
     *,
@@ -60,7 +61,7 @@ def make_truth(
     on_progress: Progress = lambda *_: None,
 ) -> Truth:
     """Train the domain's draw of `heads` specifications and score them by every proxy, once a seed."""
-    specs = draw(SearchSpace(images.shapes, images.classes), budget, domain, heads)
+    specs = draw(space, budget, domain, heads)
     accuracy = measure(specs, images, regime, TRAINING_SEEDS, cache, on_progress)
     scores, _ = score(specs, images, samples, seeds, on_progress)
     return Truth(domain, specs, accuracy, scores, regime, encoder, images.classes, len(images.test_labels))
@@ -92,6 +93,7 @@ def bench_nas(
     truth: Truth,
     others: Sequence[Truth],
     images: Images,
+    space: SearchSpace,
     budget: Budget,
     cache: Path,
     *,
@@ -109,7 +111,9 @@ def bench_nas(
     searches: list[dict[str, Any]] = []
     for done, seed in enumerate(seeds):
         on_progress("searches", done, len(seeds))
-        searches += _searches(replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, budget, cache)
+        searches += _searches(
+            replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, space, budget, cache
+        )
     on_progress("searches", len(seeds), len(seeds))
     best_of_8 = np.random.default_rng(seeds[0]).choice(truth.mean, (1000, min(8, len(truth.mean)))).max(axis=1).mean()
     timed = [s for s in searches if s["search"] == "default"]
@@ -133,9 +137,10 @@ def bench_nas(
 _POLICY = SearchPolicy()
 
 
-def _searches(policy: SearchPolicy, truth: Truth, images: Images, budget: Budget, cache: Path) -> list[dict[str, Any]]:
+def _searches(
+    policy: SearchPolicy, truth: Truth, images: Images, space: SearchSpace, budget: Budget, cache: Path
+) -> list[dict[str, Any]]:
     """Several searches of one seed, and the thrifty picks of the default one, each with the accuracy of its pick."""
-    space = SearchSpace(images.shapes, images.classes)
     plain = images.views[0]
     rows = []
 

@@ -85,6 +85,9 @@ EncoderPath = Annotated[
     Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
 ]
 Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
+ProfilePath = Annotated[
+    Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as this board has it.")
+]
 Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
 StorePath = Annotated[
     Path, typer.Argument(help="Folder of `simulate --store` or `Ear.save`; its board is stopped.", show_default=False)
@@ -149,6 +152,7 @@ def simulate(
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 300,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     report: Annotated[Path, typer.Option("--report", help="The HTML report.")] = Path("edgeear-report.html"),
     json: Annotated[Path | None, typer.Option("--json", help="The run's record, for programs.")] = None,
@@ -162,6 +166,7 @@ def simulate(
     """
     _need(_LEARN if encoder is None else _TRAIN)
     from adaptors.search_space import BUDGETS
+    from device.profile import read_latency
     from device.simulate import SimulateOptions
 
     options = SimulateOptions(
@@ -177,6 +182,7 @@ def simulate(
         specs=specs,
         seed=seed,
         budget=BUDGETS[budget],
+        latency=read_latency(profile),
     )
     _simulated(options, encoder, quiet)
 
@@ -196,6 +202,7 @@ def evaluate(
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 1000,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -203,6 +210,7 @@ def evaluate(
     _need(_LEARN if encoder is None else _TRAIN)
     from device.evaluate import evaluate as run
     from device.evaluate_run import EvalOptions
+    from device.profile import read_latency
 
     _check_target(json)
     options = EvalOptions(
@@ -216,11 +224,39 @@ def evaluate(
         specs=specs,
         classes_per_step=classes_per_step,
         date=_today(),
+        latency=read_latency(profile),
     )
     with _bars(quiet) as show:
         result = run(options, show)
     _save(json, result.to_json())
     typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
+
+
+@app.command(
+    "profile", epilog="Example: `edgeear profile`, then `edgeear eval --profile ~/.cache/edgeear/profile.json`"
+)
+def profile_board(
+    encoder: EncoderPath = None,
+    heads: Annotated[int, typer.Option("--heads", min=5, help="Random heads to measure.")] = 150,
+    json: Annotated[Path | None, typer.Option("--json", help="File for the result; default: in the cache.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Measure once how long heads take on this board, so that the search predicts their latency. Takes a minute."""
+    _need(_PACK)
+    from device.encoder import OnnxEncoder
+    from device.paths import cache_dir
+    from device.profile import profile, to_json
+
+    target = json or cache_dir() / "profile.json"
+    _check_target(target)
+    taps = OnnxEncoder(encoder or _default_encoder()).taps
+    shapes = {tap.name: tap.shape for tap in taps if tap.name != "logits"}
+    with _bars(quiet) as show:
+        found = profile(shapes, heads, seed, on_progress=show)
+    _save(target, to_json(found))
+    close, error = found.within_20_percent, found.median_error
+    typer.echo(f"{close:.0%} of {found.heads_validated} heads within 20 %, median error {error:.1%}; {target}")
 
 
 @bench.command("runtime", epilog="Example: `edgeear bench runtime --domains 1,8,64 --json runtime.json`")
@@ -255,6 +291,7 @@ def bench_nas(
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that a search scores.")] = 2000,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
+    profile: ProfilePath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -262,12 +299,15 @@ def bench_nas(
 
     With `--tables` the combination of proxies is learned from the tables of the other domains in that folder."""
     _need(_LEARN if encoder is None else _TRAIN)
+    from adaptors.latency import DEFAULT
     from adaptors.search_space import BUDGETS
     from device.nas_run import NasOptions, run
+    from device.profile import read_latency
 
     _check_target(json)
+    latency = read_latency(profile) or DEFAULT
     options = NasOptions(
-        data, domain, heads, tables, only_table, fidelity, specs, encoder, BUDGETS[budget], seed, _today()
+        data, domain, heads, tables, only_table, fidelity, specs, encoder, BUDGETS[budget], latency, seed, _today()
     )
     with _bars(quiet) as show:
         result = run(options, show)

@@ -41,10 +41,13 @@ class OrtEngine:
 
 
 def open_session(onnx: bytes) -> ort.InferenceSession:
-    """One-threaded session without spinning: predictions must not steal the other cores of a small board."""
+    """One-threaded session without spinning: predictions must not steal the other cores of a small board.
+
+    Int8 weights are unfolded once, here, and not in every call."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])

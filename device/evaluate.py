@@ -113,7 +113,9 @@ def _adapt_policy(options: EvalOptions) -> AdaptPolicy:
     from adaptors.search import SearchPolicy
 
     search = SearchPolicy(specs=options.specs, seed=options.seed)
-    return AdaptPolicy(budget=BUDGETS[options.budget], search=search, spatial=bool(options.spatial))
+    return AdaptPolicy(
+        budget=BUDGETS[options.budget], search=search, spatial=bool(options.spatial), latency=options.latency
+    )
 
 
 def _oracle(system: System, engine: OrtEngine, classes: Sequence[str], domain: DomainData) -> I64:

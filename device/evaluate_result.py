@@ -63,6 +63,7 @@ class GrowthFigures(_Part):
     explanation: str
     chosen_by: str
     latency_ms_predicted: float | None = None
+    quantised: str | None = None
     validation_accuracy: Fraction | None
     domain_bytes: Count
     training_samples: Count

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from adaptors.latency import LatencyModel
 from adaptors.search_space import BUDGETS
 from device.engine import OrtEngine
 from device.evaluate_data import I64, DataOptions, DomainData, EvalData, Progress
@@ -38,6 +39,7 @@ class EvalOptions(DataOptions):
 
     `budget` names one of the search room's budgets. `specs` is how many heads a search scores. `classes_per_step` runs
     the class-incremental protocol on the one domain of `order`, with `step_dimensions` of second-order memory.
+    `latency` is the model of a profiled board.
     """
 
     budget: str = "medium"
@@ -46,6 +48,7 @@ class EvalOptions(DataOptions):
     step_dimensions: int = 1024
     policy: SystemPolicy = field(default_factory=SystemPolicy)
     date: str | None = None
+    latency: LatencyModel | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptors.search_space import Budget
+from adaptors.latency import LatencyModel
+from adaptors.search_space import Budget, SearchSpace
 from device.bench_nas import bench_nas, fidelity, make_truth
 from device.evaluate_data import DataOptions, machine, open_encoder, read_domains, versions
 from device.nas_table import CHEAP, FULL, Images, Progress, Regime, Truth, from_json, to_json
@@ -34,6 +35,7 @@ class NasOptions:
     specs: int
     encoder: Path | None
     budget: Budget
+    latency: LatencyModel
     seed: int
     date: str | None
 
@@ -46,6 +48,7 @@ def run(options: NasOptions, on_progress: Progress) -> dict[str, Any]:
     encoder, _ = open_encoder(DataOptions(options.data, encoder=options.encoder))
     cache, seeds = cache_dir() / "nas", tuple(range(options.seed, options.seed + 3))
     images = read_images(options, encoder, CHEAP, on_progress)
+    space = SearchSpace(images.shapes, images.classes, options.latency)
     place = options.tables / f"heads-{options.domain}.json" if options.tables else None
     if place and place.exists():
         truth = read_table(place, encoder)
@@ -54,6 +57,7 @@ def run(options: NasOptions, on_progress: Progress) -> dict[str, Any]:
             options.domain,
             images,
             encoder.digest,
+            space,
             options.budget,
             cache,
             heads=options.heads,
@@ -68,7 +72,7 @@ def run(options: NasOptions, on_progress: Progress) -> dict[str, Any]:
         return {**facts, "heads": len(truth.specs), "best_accuracy": float(truth.mean.max())}
     others = [read_table(p, encoder) for p in sorted(place.parent.glob("heads-*.json")) if p != place] if place else []
     result = bench_nas(
-        truth, others, images, options.budget, cache, seeds=seeds, specs=options.specs, on_progress=on_progress
+        truth, others, images, space, options.budget, cache, seeds=seeds, specs=options.specs, on_progress=on_progress
     )
     if options.fidelity:
         full = read_images(options, encoder, FULL, on_progress)

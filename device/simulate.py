@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
+from adaptors.latency import LatencyModel
 from adaptors.search import SearchPolicy
 from adaptors.search_space import BUDGETS, Budget
 from device.board import Board, BoardPolicy
@@ -69,7 +70,7 @@ class SimulateOptions:
 
     `labels` at most per shift, 0 for a labelled first domain and nobody who labels after it; `samples` streamed of
     each domain, `tests` of its test images at most; `specs` scored by each search; `fps` frames a second of the made-up
-    clock. `report`, `json` and `store` None: not written, or thrown
+    clock; `latency` the model of a profiled board. `report`, `json` and `store` None: not written, or thrown
     away at the end. Raises `UsageError` for numbers out of range.
     """
 
@@ -86,6 +87,7 @@ class SimulateOptions:
     seed: int = 0
     fps: float = 30.0
     budget: Budget = field(default_factory=lambda: BUDGETS["medium"])
+    latency: LatencyModel | None = None
 
     def __post_init__(self) -> None:
         least_labels = 5 if self.labels else 0
@@ -311,7 +313,7 @@ class _Run:
 
 def _board_policy(options: SimulateOptions, policy: BoardPolicy) -> BoardPolicy:
     search = SearchPolicy(specs=options.specs, seed=options.seed)
-    adapt = replace(policy.adapt, budget=options.budget, search=search)
+    adapt = replace(policy.adapt, budget=options.budget, search=search, latency=options.latency)
     if options.labels:
         return replace(policy, labels=options.labels, adapt=adapt)
     return replace(policy, labels=FIRST_LABELS, adapt=adapt, unlabelled=policy.unlabelled or UnlabelledPolicy())

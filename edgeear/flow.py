@@ -27,6 +27,7 @@ from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, Sys
 from edgeear.types import F32, U8, Features
 
 if TYPE_CHECKING:
+    from adaptors.latency import LatencyModel
     from adaptors.search import SearchPolicy
     from adaptors.search_space import Budget
     from adaptors.train import TrainPolicy
@@ -74,12 +75,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class AdaptPolicy:
-    """What an adaptation may cost: None stands for the defaults of the search room."""
+    """What an adaptation may cost, and the board's `latency`: None stands for the defaults of the search room."""
 
     budget: Budget | None = None
     search: SearchPolicy | None = None
     train: TrainPolicy | None = None
     spatial: bool = field(default=True)
+    latency: LatencyModel | None = None
 
 
 def judge(system: System, h: F32) -> Judgement:

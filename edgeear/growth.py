@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptors.archive import HeadArchive, pack
+from adaptors.latency import DEFAULT
+from adaptors.modules import Weights
 from adaptors.search import Scored, SearchPolicy, SearchResult, search
-from adaptors.search_space import BUDGETS, SearchSpace
-from adaptors.train import TrainPolicy, train
+from adaptors.search_space import BUDGETS, Budget, SearchSpace
+from adaptors.spec import HeadSpec
+from adaptors.train import TrainPolicy, accuracy, train
 from edgeear.errors import DataError, UsageError
 from edgeear.novelty import MINIMUM
 
 if TYPE_CHECKING:
     from edgeear.flow import AdaptPolicy, Progress, Samples
 
+QUANTISATION_LOSS = 0.005
+"""Accuracy on the labelled samples, fraction of one, that int8 weights may lose; a head that loses more stays fp32."""
 PICTURE_POINTS = 400
 """Specifications kept of a search for the report's picture, beside the Pareto front."""
 
@@ -49,7 +54,7 @@ def grow_head(
     budget = policy.budget or BUDGETS["medium"]
     plain = samples.views[0]
     shapes = {t: tuple(x.shape[1:]) for t, x in plain.items() if policy.spatial or x.ndim == 2}
-    space = SearchSpace(shapes, len(samples.classes))
+    space = SearchSpace(shapes, len(samples.classes), policy.latency or DEFAULT)
     found = search(
         space,
         budget,
@@ -58,10 +63,10 @@ def grow_head(
         replace(policy.search or SearchPolicy(), seed=seed),
         lambda i, n: on_progress("search", i, n),
     )
-    spec = found.best.spec
+    picked = found.best.spec
     on_progress("train", 0, 1)
     fitted = train(
-        spec,
+        replace(picked, bits=32),  # bits round the weights that training gives, and play no part in it
         shapes,
         samples.views,
         samples.labels,
@@ -70,20 +75,42 @@ def grow_head(
         lambda i, n: on_progress("train", i, n),
     )
     on_progress("train", 1, 1)
+    spec, quantised = _quantised(picked, fitted.weights, samples, space, budget, seed)
+    price = space.cost(spec)
     head = pack(spec, {t: shapes[t] for t in spec.inputs}, samples.classes, fitted.weights, seed)
     growth: dict[str, object] = {
         "spec": spec.to_dict(),
         "explanation": found.explanation,
-        "parameters": found.best.cost.parameters,
+        "parameters": price.parameters,
         "bytes": len(head.onnx),
-        "macs": found.best.cost.macs,
-        "latency_ms_predicted": found.best.cost.latency_ms,
+        "macs": price.macs,
+        "latency_ms_predicted": price.latency_ms,
+        "quantised": quantised,
         "specs_scored": len(found.ranking),
         "validation_accuracy": None if np.isnan(fitted.validation_accuracy) else fitted.validation_accuracy,
         "chosen_by": fitted.chosen,
         "candidates": [_point(s, found) for s in _shown(found)],
     }
     return head, growth
+
+
+def _quantised(
+    spec: HeadSpec, weights: Weights, samples: Samples, space: SearchSpace, budget: Budget, seed: int
+) -> tuple[HeadSpec, str | None]:
+    """The specification to store a fitted head by, and what was found: a head of int8 whose answers suffer stays fp32,
+    if the budget has room for it. The same samples, plain, go through both."""
+    if spec.bits == 32:
+        return spec, None
+    full = replace(spec, bits=32)
+    both = [
+        accuracy(s, space.shapes, weights, samples.views[0], samples.labels, space.classes, seed) for s in (full, spec)
+    ]
+    loss = both[0] - both[1]
+    if loss <= QUANTISATION_LOSS:
+        return spec, f"int8: loses {max(0.0, 100 * loss):.1f} points"
+    if not budget.admits(space.cost(full)):
+        return spec, f"kept int8: loses {100 * loss:.1f} points, but fp32 exceeds the budget"
+    return full, f"kept fp32: int8 loses {100 * loss:.1f} points"
 
 
 def _shown(found: SearchResult) -> list[Scored]:

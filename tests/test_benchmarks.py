@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import page, science
+from benchmarks import page, science, tables
 from benchmarks.ablation import LEVELS_ALONE, bundled, rounded, unprojected, variants
 from benchmarks.anchor_detectors import (
     LinearHead,
@@ -273,7 +273,7 @@ def test_the_page_shows_what_other_benches_wrote_and_nothing_without_files(tmp_p
 
 
 def test_ours_ahead_everywhere_is_said_too() -> None:
-    assert page.lost([("AUROC", {"edgeear": 0.9, "other": 0.8}, True)]).startswith("Ours is ahead")
+    assert tables.lost([("AUROC", {"edgeear": 0.9, "other": 0.8}, True)]).startswith("Ours is ahead")
 
 
 def test_results_are_written_whole_with_short_figures(tmp_path: Path) -> None:

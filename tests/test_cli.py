@@ -20,6 +20,7 @@ from tests.tiny_models import saved, sound
 COMMANDS: tuple[list[str], ...] = (
     [],
     ["demo"],
+    ["profile"],
     ["simulate"],
     ["eval"],
     ["bench"],
