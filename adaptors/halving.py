@@ -1,8 +1,9 @@
 """Successive halving (Jamieson & Talwalkar, AISTATS 2016): a few steps of training for the last candidates.
 
-Each round trains every head that is left, keeps the better half by its accuracy on samples that it was not fitted to,
-and doubles samples and epochs. With n heads that is log2(n) rounds of about n * `SAMPLES` * `EPOCHS` sample-epochs
-each: for 8 heads some seconds, against the milliseconds of a proxy.
+Each round fits every head that is left, keeps the better half by its accuracy on samples that it was not fitted to, and
+doubles the samples. With n heads that is log2(n) rounds of at most n * `SAMPLES` * `EPOCHS` sample-epochs each: for 8
+heads 10 to 20 seconds, where a proxy takes milliseconds. It pays where a descent may beat what ridge regression solves,
+which no proxy tells.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptors.spec import HeadSpec
-from adaptors.train import TrainPolicy, train
+from adaptors.train import Trained, TrainPolicy, train
 
-SAMPLES = 200
-EPOCHS = 3
+SAMPLES = 400
+EPOCHS = 10
 
 
 def halve(
@@ -33,8 +34,19 @@ def halve(
     while len(left) > 1:
         chosen = order[: SAMPLES * scale]
         views, y = [{t: x[chosen] for t, x in taps.items()}], labels[chosen]
-        policy = TrainPolicy(seed=seed, epochs=EPOCHS * scale)
-        scores = [train(specs[i], shapes, views, y, classes, policy).validation_accuracy for i in left]
-        ranked = [left[j] for j in np.argsort(-np.nan_to_num(scores), kind="stable")]
-        left, lost, scale = ranked[: len(ranked) // 2], [*ranked[len(ranked) // 2 :], *lost], 2 * scale
+        policy = TrainPolicy(seed=seed, epochs=EPOCHS)
+        held = max(1, int(len(y) * policy.validation_fraction))
+        scores = [merit(train(specs[i], shapes, views, y, classes, policy), specs[i], held) for i in left]
+        ranked = [left[j] for j in np.argsort(-np.array(scores), kind="stable")]
+        keep = -(-len(ranked) // 2)
+        left, lost, scale = ranked[:keep], [*ranked[keep:], *lost], 2 * scale
     return [*left, *lost]
+
+
+def merit(fitted: Trained, spec: HeadSpec, held: int) -> float:
+    """Accuracy on samples not fitted to, fraction of one; 0 where there are none.
+
+    A descent chooses its epoch by the `held` samples that it is judged on, which flatters: one standard error is taken
+    off. Ridge regression leaves out each of its samples in turn."""
+    accuracy = float(np.nan_to_num(fitted.validation_accuracy))
+    return accuracy if spec.closed_form else accuracy - (accuracy * (1 - accuracy) / held) ** 0.5

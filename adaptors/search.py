@@ -104,9 +104,7 @@ def search(
     run = _Run(space, taps, labels, policy, on_progress)
     drawn = space.sample(max(policy.filtered, policy.specs), budget, policy.seed)
     ranking = run.closer(run.ranked(run.pruned(drawn)))
-    if policy.halving:
-        ranking = run.halved(ranking)
-    ranking = cheap_first(ranking, policy.tie, policy.price)
+    ranking = run.halved(ranking) if policy.halving else cheap_first(ranking, policy.tie, policy.price)
     return SearchResult(ranking, _explain(ranking, policy, len(drawn)))
 
 
@@ -181,10 +179,13 @@ class _Run:
         return tuple(replace(next(solved), score=s.score) if s.spec in self.exact else s for s in ranking)
 
     def halved(self, ranking: tuple[Scored, ...]) -> tuple[Scored, ...]:
-        """The ranking with its first heads in the order of successive halving."""
-        first = ranking[: self.policy.halving]
-        order = halve([s.spec for s in first], self.taps, self.labels, self.space.classes, self.policy.seed)
-        return (*(replace(first[i], score=s.score) for i, s in zip(order, first, strict=True)), *ranking[len(first) :])
+        """The ranking with the winner of successive halving in front: the best head of each of the best families."""
+        best: dict[str, Scored] = {}
+        for s in ranking:
+            best.setdefault(transfer.family(s.spec), s)
+        pool = list(best.values())[: self.policy.halving]
+        winner = pool[halve([s.spec for s in pool], self.taps, self.labels, self.space.classes, self.policy.seed)[0]]
+        return (winner, *(s for s in ranking if s is not winner))
 
     def _columns(self, candidates: Candidates, names: Sequence[str], samples: int) -> dict[str, F64]:
         """Scores `(candidates,)` by each proxy, NaN where it is undefined: on every core, in the candidates' order."""

@@ -95,7 +95,7 @@ def accuracy(
     head = Head(spec, shapes, classes, seed)
     head.load(dequantised(weights, spec.bits))
     taps = {t: torch.from_numpy(np.ascontiguousarray(view[t])) for t in spec.inputs}
-    return _accuracy(head, _codes(head, [taps])[0], torch.from_numpy(labels.astype(np.int64)))
+    return _accuracy(head, _codes(head, [taps]), torch.from_numpy(labels.astype(np.int64)))
 
 
 def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[Tensor, Tensor]:

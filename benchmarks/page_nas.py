@@ -17,7 +17,6 @@ SEARCHES = {
     "least latency_ms": "default, fastest within 0.3 points",
     "least bytes": "default, smallest within 0.3 points",
     "halving": "default, then successive halving of 8",
-    "spectral": "by our spectral proxy alone",
 }
 
 INTRO = """## Search: which head, without training any?

@@ -164,7 +164,6 @@ def _searches(
         "default": policy,
         "quick": replace(policy, specs=QUICK, reference=QUICK // 2),
         "halving": replace(policy, halving=8),
-        "spectral": replace(policy, proxy="spectral"),
     }.items():
         begun = time.perf_counter()
         found = search(space, budget, plain, images.labels, own)

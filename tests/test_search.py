@@ -9,12 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from adaptors.halving import halve
+from adaptors.halving import halve, merit
 from adaptors.proxies import PROXIES, Probe, Sample, kernel_loo
 from adaptors.quantise import F32
 from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, search, single_thread
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes, cost
+from adaptors.train import Trained
 from adaptors.transfer import Ranker, family
 
 SHAPES = {"a.mean": (8,), "b.mean": (16,), "m": (6, 5, 5)}
@@ -298,14 +299,25 @@ def test_the_prior_prunes_within_each_family_and_leaves_a_random_draw() -> None:
     assert {family(s) for s in pruned} == {family(s) for s in drawn}
 
 
-def test_the_first_finalists_go_through_successive_halving() -> None:
+def test_the_best_of_each_of_the_best_families_goes_through_successive_halving() -> None:
     taps, labels = labelled(90)
-    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=20, samples=30, halving=4)
-    plain = search(space, ANYTHING, taps, labels, replace(policy, halving=0))
-    halved = search(space, ANYTHING, taps, labels, policy)
-    order = halve([s.spec for s in plain.ranking[:4]], taps, labels, 3, 0)
-    assert [s.spec for s in halved.ranking[:4]] == [plain.ranking[i].spec for i in order]
-    assert halved.ranking[4:] == plain.ranking[4:]
+    space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=40, samples=30, halving=4)
+    plain = search(space, ANYTHING, taps, labels, replace(policy, halving=0)).ranking
+    halved = search(space, ANYTHING, taps, labels, policy).ranking
+    names = [family(s.spec) for s in plain]
+    pool = [s.spec for i, s in enumerate(plain) if names[i] not in names[:i]][:4]
+    assert len(pool) == 4
+    winner = pool[halve(pool, taps, labels, 3, 0)[0]]
+    assert halved[0].spec == winner
+    assert halved[1:] == tuple(s for s in plain if s.spec != winner)
+
+
+def test_a_descent_is_judged_a_standard_error_lower() -> None:
+    fitted = Trained({}, 0.8, "")
+    solved, descended = HeadSpec(("a.mean",)), HeadSpec(("a.mean",), "mlp", 8, reconfigurator="linear")
+    assert merit(fitted, solved, 100) == 0.8
+    assert merit(fitted, descended, 100) == pytest.approx(0.8 - 0.04)
+    assert merit(replace(fitted, validation_accuracy=float("nan")), descended, 100) == 0.0
 
 
 def test_halving_keeps_the_head_that_learns() -> None:
