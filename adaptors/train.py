@@ -26,7 +26,7 @@ from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
 """The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
 Progress = Callable[[int, int], None]
-Solver = Callable[[float], tuple[Tensor, Tensor]]
+Solver = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ def _closed_form(
     some = torch.from_numpy(np.random.default_rng(policy.seed).permutation(n)[: policy.spectrum])
     strength, score = left_out(codes[some], y[some], head.classes, policy.strengths)
     if n > policy.spectrum:
-        solve = _ridge(codes[every], y[fit].repeat(len(views)), head.classes)
+        solve = _ridge(codes, y[fit].repeat(len(views)), head.classes, every)
         strength, score = _stronger(head, solve, codes[held], y[held], strength)
         del solve  # its Gram matrix, before the next one is made
-    _set_readout(head, *_ridge(codes, y.repeat(len(views)), head.classes)(strength))
+    _set_readout(head, *_ridge(codes, y.repeat(len(views)), head.classes)(strength, last=True))
     return score, f"ridge strength {strength:g}"
 
 
@@ -192,28 +192,41 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
     return best[1], best[2]
 
 
-def _ridge(codes: Tensor, y: Tensor, classes: int) -> Solver:
-    """Solver of centred ridge regression onto one-hot targets: strength -> (weight `(classes, width)`, bias).
+def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -> Solver:
+    """Solver of centred ridge regression onto one-hot targets: (strength, last) -> (weight `(classes, width)`, bias).
 
-    Primal or dual, whichever system is smaller; the Gram matrix is computed once for all strengths. `codes` are centred
-    in place, since they are what fills the memory."""
-    mean = codes.mean(0)
-    z = codes.sub_(mean)
-    targets = F.one_hot(y, classes).to(z)
+    `y` are the labels of `rows` of the codes, None for all. Primal or dual, whichever system is smaller; the Gram matrix
+    is computed once for all strengths, in chunks, and the `last` solution takes its place: it fills the memory."""
+    rows = torch.arange(len(codes)) if rows is None else rows
+    parts = rows.tensor_split(-(-len(rows) // 512))
+    mean = torch.stack([codes[part].sum(0) for part in parts]).sum(0) / len(rows)
+    targets = F.one_hot(y, classes).to(codes)
     offset = targets.mean(0)
-    dual = z.shape[0] < z.shape[1]
-    gram = z @ z.T if dual else z.T @ z
-    unit = float(gram.diagonal().sum() / len(z)) + 1e-12
-    right = targets - offset if dual else z.T @ (targets - offset)
-    factor = torch.empty_like(gram)
+    dual = len(rows) < codes.shape[1]
+    if dual:
+        gram, start = codes.new_empty(len(rows), len(rows)), 0
+        for part in parts:
+            gram[start : start + len(part)] = ((codes[part] - mean) @ codes.T)[:, rows]
+            start += len(part)
+        gram.sub_(gram.mean(1, keepdim=True))
+        right = targets - offset
+    else:
+        gram, right = codes.new_zeros(codes.shape[1], codes.shape[1]), codes.new_zeros(codes.shape[1], classes)
+        for part, target in zip(parts, (targets - offset).tensor_split(len(parts)), strict=True):
+            z = codes[part] - mean
+            gram.addmm_(z.T, z)
+            right.addmm_(z.T, target)
+    unit = float(gram.diagonal().sum() / len(rows)) + 1e-12
 
-    def solve(strength: float) -> tuple[Tensor, Tensor]:
-        diagonal = gram.diagonal().clone()
-        gram.diagonal().add_(strength * unit)
-        torch.linalg.cholesky(gram, out=factor)
-        gram.diagonal().copy_(diagonal)
-        solution = torch.cholesky_solve(right, factor)
-        weight = (z.T @ solution if dual else solution).T
+    def solve(strength: float, last: bool = False) -> tuple[Tensor, Tensor]:
+        system = gram if last else gram.clone()
+        system.diagonal().add_(strength * unit)
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system, out=system))
+        if dual:
+            full = codes.new_zeros(len(codes), classes).index_add_(0, rows, solution)
+            weight = (codes.T @ full - mean[:, None] * solution.sum(0)).T
+        else:
+            weight = solution.T
         return weight, offset - weight @ mean
 
     return solve
