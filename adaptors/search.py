@@ -155,6 +155,7 @@ class _Run:
             solved = [spec.solved for spec, _ in candidates]
             self.exact = {s: v for (s, _), v, ok in zip(candidates, values, solved, strict=True) if ok}
             values = transfer.estimates([s for s, _ in candidates], columns, self.reference, self.ranker)
+            values = guarded(values, np.array(solved))
         return tuple(sorted((_scored(s, c, v) for (s, c), v in zip(candidates, values, strict=True)), key=_order))
 
     def closer(self, ranking: tuple[Scored, ...]) -> tuple[Scored, ...]:
@@ -217,6 +218,16 @@ class _Run:
         return {name: values[:, i] for i, name in enumerate(names)}
 
 
+def guarded(values: F64, solved: NDArray[np.bool_]) -> F64:
+    """Estimates `(specs,)` in which no guess is above what is known.
+
+    Of heads that ridge regression solves, `solved (specs,)`, the leave-one-out error is known; the best of many guesses
+    is overrated (the winner's curse). A descent may win against them by training, in successive halving, only."""
+    if not solved.any():
+        return values
+    return np.where(solved, values, np.minimum(values, np.nextafter(values[solved].max(), 0)))
+
+
 @contextmanager
 def single_thread() -> Iterator[int]:
     """Scoring is thousands of tiny operations: handing each to a thread pool costs more than it saves.
@@ -250,11 +261,15 @@ def _order(s: Scored) -> tuple[float, int, str]:
 
 
 def cheap_first(ranking: Sequence[Scored], tie: float, price: Price) -> tuple[Scored, ...]:
-    """The best-first `ranking`, with the one of lowest price of those that tie with its head moved to the front."""
+    """The best-first `ranking`, with the one of lowest price of those that tie with its head moved to the front.
+
+    A guess does not tie with what is known (see `guarded`)."""
     top = ranking[0].score
     if top is None:
         return tuple(ranking)
-    tied = [s for s in ranking if s.score is not None and s.score >= top - tie * abs(top)]
+    known = ranking[0].spec.solved
+    near = [s for s in ranking if s.score is not None and s.score >= top - tie * abs(top)]
+    tied = [s for s in near if s.spec.solved or not known]
     pick = min(tied, key=lambda s: float(getattr(s.cost, price)))
     return (pick, *(s for s in ranking if s is not pick))
 

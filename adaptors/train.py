@@ -195,8 +195,8 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
 def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -> Solver:
     """Solver of centred ridge regression onto one-hot targets: (strength, last) -> (weight `(classes, width)`, bias).
 
-    `y` are the labels of `rows` of the codes, None for all. Primal or dual, whichever system is smaller; the Gram matrix
-    is computed once for all strengths, in chunks, and the `last` solution takes its place: it fills the memory."""
+    `y` are the labels of `rows` of the codes, None for all. Primal or dual, whichever system is smaller. What fills the
+    memory is the Gram matrix: computed in chunks, once for all strengths, it gives its place to the `last` solution."""
     rows = torch.arange(len(codes)) if rows is None else rows
     parts = rows.tensor_split(-(-len(rows) // 512))
     mean = torch.stack([codes[part].sum(0) for part in parts]).sum(0) / len(rows)
