@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from adaptors.halving import halve, merit
 from adaptors.proxies import PROXIES, Probe, Sample, kernel_loo
 from adaptors.quantise import F32
-from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, search, single_thread
+from adaptors.search import (
+    COMBINED,
+    DEFAULT_PROXY,
+    Scored,
+    SearchPolicy,
+    balanced,
+    cheap_first,
+    guarded,
+    search,
+    single_thread,
+)
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes, cost
 from adaptors.train import Trained
@@ -344,6 +354,29 @@ def test_the_front_holds_what_nothing_better_undercuts() -> None:
     assert not any(beaten(s, by) for s in front for by in found.ranking)
     for s in found.ranking:
         assert s in front or any(beaten(s, by) or (by.cost, by.score) == (s.cost, s.score) for by in front)
+
+
+def test_no_guess_stands_above_a_head_whose_error_is_known() -> None:
+    values, solved = np.array([0.7, 0.9, 0.8, 0.6]), np.array([False, False, True, True])
+    found = guarded(values, solved)
+    assert found[2:].tolist() == [0.8, 0.6] and found[0] == 0.7 and 0.79999 < found[1] < 0.8
+    assert guarded(values, np.zeros(4, bool)) is values
+    taps, labels = labelled(90)
+    ranker = Ranker({"mlp/linear": 9.0}, ("nowhere",))  # says that a descent wins by far
+    result = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, SearchPolicy(specs=60, samples=30, ranker=ranker))
+    assert result.best.spec.solved
+    assert "mlp" in {s.spec.operator for s in result.ranking[1:30]}
+
+
+def test_thrift_takes_no_guess_for_what_is_known() -> None:
+    price = cost(HEADS[0], SHAPES, 3)
+    small = replace(price, bytes=1)
+    known_best, known_small = Scored(HEADS[0], price, 0.9), Scored(HEADS[2], replace(price, bytes=2), 0.899)
+    guess = Scored(HEADS[3], small, 0.8999)
+    assert HEADS[2].solved and not HEADS[3].solved
+    assert cheap_first([known_best, guess, known_small], 0.01, "bytes")[0] is known_small
+    assert cheap_first([known_best, guess, known_small], 0.0, "bytes")[0] is known_best
+    assert cheap_first([guess, known_small], 0.01, "bytes")[0] is guess
 
 
 def test_an_interrupt_stops_the_scoring() -> None:
