@@ -153,7 +153,8 @@ class _Run:
         values = columns[self.names[0]]
         if self.combined:
             solved = [spec.solved for spec, _ in candidates]
-            self.exact = {s: v for (s, _), v, ok in zip(candidates, values, solved, strict=True) if ok}
+            known = np.nan_to_num(values, nan=-np.inf)
+            self.exact = {s: v for (s, _), v, ok in zip(candidates, known, solved, strict=True) if ok}
             values = transfer.estimates([s for s, _ in candidates], columns, self.reference, self.ranker)
             values = guarded(values, np.array(solved))
         return tuple(sorted((_scored(s, c, v) for (s, c), v in zip(candidates, values, strict=True)), key=_order))
@@ -290,8 +291,9 @@ def _explain(ranking: tuple[Scored, ...], policy: SearchPolicy, drawn: int) -> s
     best, scores = ranking[0], [s.score for s in ranking if s.score is not None]
     if not scores:
         return f"proxy {policy.proxy!r} is undefined for all {len(ranking)} heads; the smallest was taken"
+    how = "winner of successive halving with" if policy.halving else "best"
     return (
         f"{best.spec.operator} head over {len(best.spec.inputs)} tap(s), {best.spec.reconfigurator} reconfigurator: "
-        f"best {policy.proxy} score {best.score:.4g} of {len(ranking)} heads (median {np.median(scores):.4g}) out of "
+        f"{how} {policy.proxy} score {best.score:.4g} of {len(ranking)} heads (median {np.median(scores):.4g}) out of "
         f"{drawn} within the budget, {best.cost.parameters} parameters, {best.cost.latency_ms:.2f} ms predicted"
     )

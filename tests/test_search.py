@@ -313,12 +313,13 @@ def test_the_best_of_each_of_the_best_families_goes_through_successive_halving()
     taps, labels = labelled(90)
     space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=40, samples=30, halving=4)
     plain = search(space, ANYTHING, taps, labels, replace(policy, halving=0)).ranking
-    halved = search(space, ANYTHING, taps, labels, policy).ranking
+    result = search(space, ANYTHING, taps, labels, policy)
+    halved = result.ranking
     names = [family(s.spec) for s in plain]
     pool = [s.spec for i, s in enumerate(plain) if names[i] not in names[:i]][:4]
     assert len(pool) == 4
     winner = pool[halve(pool, taps, labels, 3, 0)[0]]
-    assert halved[0].spec == winner
+    assert halved[0].spec == winner and "successive halving" in result.explanation
     assert halved[1:] == tuple(s for s in plain if s.spec != winner)
 
 
