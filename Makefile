@@ -64,7 +64,7 @@ bench-runtime: $(STAMP) | $(RESULTS) ## the whole path against the bare encoder,
 NAS_DOMAINS := $(PACS):art_painting $(PACS):cartoon $(PACS):sketch $(DIGITS):mnist_m $(DIGITS):synfont
 bench-nas: $(STAMP) | $(RESULTS) $(PACS) $(DIGITS) ## proxies and search against trained heads, five domains; tables are kept
 	@for pair in $(NAS_DOMAINS); do (set -x; $(BIN)/edgeear bench nas --data "$${pair%:*}" --domain "$${pair##*:}" \
-	  --tables benchmarks/data --only-table --json /dev/null); done
+	  --tables benchmarks/data --only-table --json $(RESULTS)/nas-$${pair##*:}.json); done
 	$(BIN)/python -m benchmarks.ranker
 	@for pair in $(NAS_DOMAINS); do (set -x; domain="$${pair##*:}"; \
 	  $(BIN)/edgeear bench nas --data "$${pair%:*}" --domain "$$domain" --tables benchmarks/data \

@@ -116,7 +116,9 @@ def test_a_ranker_needs_a_table() -> None:
 
 
 def test_the_shipped_ranker_is_learned_from_the_tables() -> None:
-    assert shipped.SHIPPED.read_text() == shipped.learned()
+    stored, learned = json.loads(shipped.SHIPPED.read_text()), json.loads(shipped.learned())
+    assert stored["learned_on"] == learned["learned_on"]
+    assert stored["weights"] == pytest.approx(learned["weights"], abs=1e-3), "make it again: benchmarks.ranker"
     again = transfer.built_in()
     assert json.loads(transfer.to_json(again)) == json.loads(shipped.SHIPPED.read_text())
     assert set(again.learned_on) == {t.domain for t in shipped.tables()} and len(again.learned_on) >= 4
