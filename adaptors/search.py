@@ -38,6 +38,13 @@ COMBINED = "transfer"
 """The default: the combination of proxies in transfer.py, whose score is an estimate of the accuracy."""
 DEFAULT_PROXY = COMBINED
 
+PREFERENCES: dict[str, tuple[float, Price]] = {
+    "best": (0.0, "parameters"),
+    "fastest": (0.003, "latency_ms"),
+    "smallest": (0.003, "bytes"),
+}
+"""What a search may prefer: the relative loss of its estimate that it may cost, and the price that counts."""
+
 
 @dataclass(frozen=True)
 class SearchPolicy:

@@ -45,6 +45,14 @@ class Size(StrEnum):
     large = "large"
 
 
+class Prefer(StrEnum):
+    """What counts among heads of nearly the same estimate; adaptors.search says what they mean."""
+
+    best = "best"
+    fastest = "fastest"
+    smallest = "smallest"
+
+
 class Head(StrEnum):
     """Whose head serves a merged domain; edgeear.merging says what they mean."""
 
@@ -200,6 +208,14 @@ def evaluate(
     ] = None,
     spatial: Annotated[bool, typer.Option("--spatial", help="Let heads read the last spatial tap, too.")] = False,
     specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 1000,
+    prefer: Annotated[
+        Prefer,
+        typer.Option("--prefer", help="The fastest or smallest head within 0.3 % of the best estimate."),
+    ] = Prefer.best,
+    halving: Annotated[
+        int,
+        typer.Option("--halving", min=0, help="Train N heads for a few steps, then pick: 10 to 20 s for 8."),
+    ] = 0,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
     profile: ProfilePath = None,
@@ -222,6 +238,8 @@ def evaluate(
         encoder=encoder,
         budget=budget.value,
         specs=specs,
+        prefer=prefer.value,
+        halving=halving,
         classes_per_step=classes_per_step,
         date=_today(),
         latency=read_latency(profile),

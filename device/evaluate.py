@@ -27,6 +27,7 @@ from device.evaluate_result import EvalResult, Memory, OodFigures, Rejection, Wr
 from device.evaluate_run import Clock, EvalOptions, Laps, Run, fingerprint, growth_figures, head_scores, named, predict
 from device.evaluate_steps import learn_steps
 from device.evaluate_stream import false_alarms, shifts
+from edgeear.errors import UsageError
 from edgeear.flow import AdaptPolicy, adapt, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc, bwt, confusion, forgetting, fpr95
@@ -110,9 +111,12 @@ def known(system: System, data: EvalData) -> list[DomainData]:
 
 
 def _adapt_policy(options: EvalOptions) -> AdaptPolicy:
-    from adaptors.search import SearchPolicy
+    from adaptors.search import PREFERENCES, SearchPolicy
 
-    search = SearchPolicy(specs=options.specs, seed=options.seed)
+    if options.prefer not in PREFERENCES:
+        raise UsageError(f"prefer is {options.prefer!r}: choose one of {', '.join(PREFERENCES)}")
+    tie, price = PREFERENCES[options.prefer]
+    search = SearchPolicy(specs=options.specs, seed=options.seed, tie=tie, price=price, halving=options.halving)
     return AdaptPolicy(
         budget=BUDGETS[options.budget], search=search, spatial=bool(options.spatial), latency=options.latency
     )

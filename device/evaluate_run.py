@@ -39,7 +39,8 @@ class EvalOptions(DataOptions):
 
     `budget` names one of the search room's budgets. `specs` is how many heads a search scores. `classes_per_step` runs
     the class-incremental protocol on the one domain of `order`, with `step_dimensions` of second-order memory.
-    `latency` is the model of a profiled board.
+    `latency` is the model of a profiled board. `prefer` names one of the search's preferences; `halving` heads of a
+    search are trained for a few steps before one is picked.
     """
 
     budget: str = "medium"
@@ -49,6 +50,8 @@ class EvalOptions(DataOptions):
     policy: SystemPolicy = field(default_factory=SystemPolicy)
     date: str | None = None
     latency: LatencyModel | None = None
+    prefer: str = "best"
+    halving: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

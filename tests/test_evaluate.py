@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from adaptors import search
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget
 from device import evaluate_stream
 from device.engine import OrtEngine
@@ -296,6 +297,31 @@ def test_a_missing_domain_is_refused_by_name(digits: Path, cache: Path) -> None:
 def test_nan_features_are_refused(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="NaN"):
         evaluate(options(digits, tmp_path / "c.sqlite", "plain"), encoder=Poisoned())
+
+
+@pytest.mark.parametrize(("prefer", "price"), [("smallest", "bytes"), ("fastest", "latency_ms")])
+def test_a_preference_picks_a_head_of_lower_price_among_equals(
+    prefer: str, price: str, digits: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(search.PREFERENCES, prefer, (0.5, search.PREFERENCES[prefer][1]))  # much counts as equal
+    key = {"bytes": "bytes", "latency_ms": "latency_ms_predicted"}[price]
+    best, thrifty = (
+        getattr(
+            evaluate(options(digits, cache, "plain", prefer=p, specs=60), encoder=RandomConvolution()).growth[0], key
+        )
+        for p in ("best", prefer)
+    )
+    assert thrifty < best
+
+
+def test_an_unknown_preference_names_those_there_are(digits: Path, cache: Path) -> None:
+    with pytest.raises(UsageError, match="best, fastest, smallest"):
+        evaluate(options(digits, cache, "plain", prefer="prettiest"), encoder=RandomConvolution())
+
+
+def test_halving_is_told_in_the_explanation(digits: Path, cache: Path) -> None:
+    found = evaluate(options(digits, cache, "plain", halving=3), encoder=RandomConvolution())
+    assert "successive halving" in found.growth[0].explanation
 
 
 def test_a_budget_that_nothing_fits_is_refused(digits: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
