@@ -219,7 +219,7 @@ def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -
     unit = float(gram.diagonal().sum() / len(rows)) + 1e-12
 
     def solve(strength: float, last: bool = False) -> tuple[Tensor, Tensor]:
-        system = gram if last else gram.clone()
+        system = (gram if last else gram.clone()).mT  # columns lie together, as LAPACK wants them: no further copy
         system.diagonal().add_(strength * unit)
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(system, out=system))
         if dual:
