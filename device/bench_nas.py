@@ -105,15 +105,14 @@ def bench_nas(
     it is the built-in one, which may have seen this domain."""
     ranker = transfer.fit([e for o in others for e in examples(o)]) if others else transfer.built_in()
     scores, seconds = score(truth.specs, images, SearchPolicy.samples, seeds, on_progress)
-    combined = np.stack([_combined(ranker, truth.specs, {n: scores[n][k] for n in scores}) for k in range(len(seeds))])
+    columns = [{name: rows[k] for name, rows in scores.items()} for k in range(len(seeds))]
+    combined = np.stack([ranker.score(truth.specs, own, own) for own in columns])
     scores = {COMBINED: combined, **scores, "family": np.tile(_family(ranker, truth.specs), (len(seeds), 1))}
     seconds = {COMBINED: sum(seconds[n] for n in transfer.INPUTS), **seconds, "family": 0.0}
     searches: list[dict[str, Any]] = []
     for done, seed in enumerate(seeds):
         on_progress("searches", done, len(seeds))
-        searches += _searches(
-            replace(_POLICY, seed=seed, specs=specs, ranker=ranker), truth, images, space, budget, cache
-        )
+        searches += _searches(SearchPolicy(seed=seed, specs=specs, ranker=ranker), truth, images, space, budget, cache)
     on_progress("searches", len(seeds), len(seeds))
     best_of_8 = np.random.default_rng(seeds[0]).choice(truth.mean, (1000, min(8, len(truth.mean)))).max(axis=1).mean()
     timed = [s for s in searches if s["search"] == "default"]
@@ -132,9 +131,6 @@ def bench_nas(
         "regime": asdict(truth.regime),
         "test_images": truth.test_images,
     }
-
-
-_POLICY = SearchPolicy()
 
 
 def _searches(
@@ -194,10 +190,6 @@ def fidelity(domain: str, truth: Truth, full: Images, cache: Path, heads: int, o
         "full": asdict(FULL),
         "accuracy": accuracy.tolist(),
     }
-
-
-def _combined(ranker: Ranker, specs: Sequence[HeadSpec], columns: dict[str, F64]) -> F64:
-    return ranker.score(specs, columns, columns)
 
 
 def _family(ranker: Ranker, specs: Sequence[HeadSpec]) -> F64:

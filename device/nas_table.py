@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from adaptors.modules import Head
 from adaptors.search import single_thread
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes
-from adaptors.train import TrainPolicy, train
+from adaptors.train import TrainPolicy, accuracy, train
 from adaptors.transfer import INPUTS, Example
 from device.paths import write_whole
 from edgeear.errors import DataError
@@ -34,7 +32,6 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
-CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -121,15 +118,7 @@ def trained_accuracy(spec: HeadSpec, images: Images, regime: Regime, seed: int) 
     policy = TrainPolicy(seed=seed, epochs=regime.epochs)
     with single_thread():
         fitted = train(spec, images.shapes, images.views, images.labels, images.classes, policy)
-        head = Head(spec, images.shapes, images.classes, seed)
-        head.load(fitted.weights)
-        right = 0
-        for start in range(0, len(images.test_labels), CHUNK):
-            part = slice(start, start + CHUNK)
-            with torch.no_grad():
-                scores = head({t: torch.from_numpy(np.ascontiguousarray(images.test[t][part])) for t in spec.inputs})
-            right += int((scores.argmax(1).numpy() == images.test_labels[part]).sum())
-    return right / len(images.test_labels)
+        return accuracy(spec, images.shapes, fitted.weights, images.test, images.test_labels, images.classes, seed)
 
 
 def to_json(truth: Truth) -> dict[str, object]:

@@ -171,7 +171,7 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"{path}: not text ({error.reason}); {remedy}") from error
     try:
         found = Profile.model_validate_json(content)
-        found.latency  # noqa: B018 -- its prices are checked
+        LatencyModel(found.microseconds)  # refuses prices that cannot be
     except ValidationError as error:
         what = error.errors()[0]
         where = ".".join(map(str, what["loc"])) or "content"
