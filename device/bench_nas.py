@@ -41,7 +41,8 @@ from device.nas_table import (
 
 TRAINING_SEEDS = (0, 1)
 TIE = 0.003
-"""Accuracy, fraction of one, that the thrifty picks may cost by the search's own estimate."""
+"""Accuracy, fraction of one, that the thrifty picks may cost by the search's own estimate: absolute, where
+`adaptors.search.PREFERENCES` are relative."""
 QUICK = SearchPolicy(filtered=2000, specs=150, reference=75, finalists=4, closer=700)
 """The search whose time is held against one training."""
 
