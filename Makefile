@@ -30,7 +30,7 @@ help: ## list the targets
 demo: $(STAMP) ## watch a classifier meet new domains, adapt and keep what it knew
 	$(BIN)/edgeear demo
 
-test: $(STAMP) browser ## run the tests and doctests; ARGS=tests/test_store.py picks
+test: $(STAMP) system ## run the tests and doctests; ARGS=tests/test_store.py picks
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(STAMP) ## style, types and architecture, without running anything
@@ -39,12 +39,17 @@ lint: $(STAMP) ## style, types and architecture, without running anything
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The report is tested in a real browser: installed where that is allowed, asked for where it is not.
-.PHONY: browser
-browser:
-	@command -v chromium >/dev/null || [ -n "$${EDGEEAR_NO_BROWSER:-}" ] || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -qy chromium; \
-	  else echo "the report's test needs a browser: sudo apt-get install chromium (or set EDGEEAR_NO_BROWSER=1)"; exit 1; fi; }
+# Tests use a real browser and a real broker: installed where that is allowed, asked for where it is not.
+.PHONY: system
+system:
+	@export PATH="$$PATH:/usr/sbin:/usr/local/sbin"; missing=; \
+	command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	command -v chromium >/dev/null || [ -n "$${EDGEEAR_NO_BROWSER:-}" ] || missing="$$missing chromium"; \
+	[ -z "$$missing" ] || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy $$missing; \
+	  else echo "the tests need$$missing: sudo apt-get install$$missing (EDGEEAR_NO_BROWSER=1 does without chromium)"; \
+	  exit 1; fi; }
 
 check: lint test ## lint, then test: what has to pass before a change lands
 

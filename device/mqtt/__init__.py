@@ -1,0 +1,1 @@
+"""MQTT at a board: messages, topics, the outbox and the link to a broker. Nothing here imports torch."""
