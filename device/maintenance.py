@@ -42,7 +42,7 @@ def listing(folder: Path) -> dict[str, object]:
     """Generations and the domains of the live one, JSON-able. Raises `UsageError` where no store is, `StoreBusy`."""
     with _opened(folder) as store:
         live = store.live
-        domains = [] if live is None else [_facts(d) for d in from_files(store.read(live)).domains]
+        domains = [] if live is None else [facts(d) for d in from_files(store.read(live)).domains]
         kept = [
             {"generation": m.number, "parent": m.parent, "created": m.created, "note": m.note}
             for m in store.generations()
@@ -106,7 +106,8 @@ def _kept(store: Store, system: System, now: float, note: str) -> int:
     return number
 
 
-def _facts(domain: Domain) -> dict[str, object]:
+def facts(domain: Domain) -> dict[str, object]:
+    """What a listing says of a domain."""
     counts = dict(zip(domain.memory.classes, domain.memory.counts.tolist(), strict=True))
     explanation = str(domain.growth.get("explanation", ""))
     return {"name": domain.name, "samples": counts, "bytes": domain.bytes, "head": explanation}

@@ -273,16 +273,16 @@ class Store:
                 found.append(self._manifest(number))
         return tuple(found)
 
-    def collect(self) -> tuple[int, ...]:
+    def collect(self, keep: int | None = None) -> tuple[int, ...]:
         """Removes old generations and returns their numbers.
 
-        What stays: the newest `keep`, the live one, the confirmed one, and the newest intact one that was
-        confirmed before, which takes over should the confirmed one prove damaged.
+        What stays: the newest `keep` (that of `open` where None), the live one, the confirmed one, and the newest
+        intact one that was confirmed before, which takes over should the confirmed one prove damaged.
         """
         with self._changing():
             numbers = self._numbers()
             spares = (n for n in self._marked() if n != self.confirmed and self._intact(n))
-            held = {*numbers[-self._keep :], self.live, self.confirmed, next(spares, None)}
+            held = {*numbers[-(keep or self._keep) :], self.live, self.confirmed, next(spares, None)}
             doomed = tuple(number for number in numbers if number not in held)
             if doomed:
                 self._remove(doomed)

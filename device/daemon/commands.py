@@ -1,0 +1,201 @@
+"""What a command does: one method each, from a parsed command to an outcome. Nothing here knows of MQTT.
+
+Rules of this file:
+
+1. An outcome is a value. What the operator asked wrongly is "refused", what the machine could not do is "failed"; both
+   leave the serving generation as it was. Only a bug raises.
+2. Each command may be applied twice with the same effect as once, because power may fail between doing and noting it.
+3. `infer` looks at one picture and changes nothing: neither the shift test nor telemetry sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, assert_never
+
+from device.board import Board, BoardPolicy
+from device.board import Event as BoardEvent
+from device.daemon.labels import LabelBook
+from device.folder import decode_bytes
+from device.maintenance import facts
+from device.mqtt import messages
+from device.store import Store
+from edgeear.errors import DeviceError, EdgeearError
+from edgeear.flow import Prediction, infer
+from edgeear.forgetting import forget_class, forget_domain
+from edgeear.shift import ShiftState
+from edgeear.system import Rejected
+from edgeear.unlabelled import UnlabelledPolicy
+
+if TYPE_CHECKING:
+    from device.mqtt.outbox import Outbox
+
+SETTINGS, PAUSED = "settings", "paused"
+"""Keys under which an operator's choices survive a restart."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a command, and the events that it caused."""
+
+    outcome: Literal["ok", "refused", "failed"]
+    result: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    events: Sequence[BoardEvent] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `set-policy` may change; None: as configured."""
+
+    labels: int | None = None
+    probation: int | None = None
+    foreign: float | None = None
+    label_free: bool | None = None
+    label_wait_s: float | None = None
+    telemetry_period_s: float | None = None
+    predictions: bool | None = None
+
+    def applied(self, policy: BoardPolicy) -> BoardPolicy:
+        """`policy` with these choices in it."""
+        changes: dict[str, Any] = {
+            "labels": self.labels,
+            "probation": self.probation,
+            "foreign": self.foreign,
+            "patience": self.label_wait_s,
+        }
+        changed = replace(policy, **{name: value for name, value in changes.items() if value is not None})
+        if self.label_free is None:
+            return changed
+        return replace(changed, unlabelled=(policy.unlabelled or UnlabelledPolicy()) if self.label_free else None)
+
+
+class Commands:
+    """Applies commands to a board. `describe` gives the daemon's part of a report, `now` the time in seconds."""
+
+    def __init__(
+        self,
+        board: Board,
+        store: Store,
+        outbox: Outbox,
+        labels: LabelBook,
+        session: str,
+        now: Callable[[], float],
+        describe: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.board, self.store, self.outbox, self.labels = board, store, outbox, labels
+        self._session, self._now, self._describe = session, now, describe
+        self._configured = board.policy
+        self.settings = Settings(**json.loads(outbox.get(SETTINGS) or "{}"))
+        board.policy = self.settings.applied(board.policy)
+        if outbox.get(PAUSED) == "true":
+            board.pause(True)
+
+    def apply(self, command: messages.Command) -> Outcome:
+        """Do what `command` says."""
+        try:
+            return self._apply(command)
+        except DeviceError as error:
+            return Outcome("failed", reason=str(error))
+        except EdgeearError as error:
+            return Outcome("refused", reason=str(error))
+
+    def _apply(self, command: messages.Command) -> Outcome:
+        match command:
+            case messages.Infer():
+                return self._infer(command)
+            case messages.Label():
+                return self._label(command)
+            case messages.Adapt():
+                return Outcome("ok", events=self.board.adapt_now(command.domain))
+            case messages.Rollback():
+                return self._moved(self.board.rollback())
+            case messages.Confirm():
+                return self._moved(self.board.confirm())
+            case messages.Pause():
+                self.outbox.set(PAUSED, json.dumps(command.paused))
+                return Outcome("ok", {"paused": command.paused}, events=self.board.pause(command.paused))
+            case messages.SetPolicy():
+                return self._set_policy(command)
+            case messages.Report():
+                return Outcome("ok", self.report())
+            case messages.Forget():
+                return self._forget(command)
+            case _:
+                assert_never(command)
+
+    def report(self) -> dict[str, Any]:
+        """All that an operator may want to know at once."""
+        board = self.board
+        return {
+            "generation": board.system.generation,
+            "phase": board.phase,
+            "domains": [facts(domain) for domain in board.system.domains],
+            "encoder": board.system.encoder_digest,
+            "settings": {name: value for name, value in asdict(self.settings).items() if value is not None},
+            "labels_waiting": len(self.labels),
+            **self._describe(),
+        }
+
+    def _infer(self, command: messages.Infer) -> Outcome:
+        frame = decode_bytes(command.picture, self.board.encoder.input_size)
+        prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
+        return Outcome("ok", answer(prediction))
+
+    def _label(self, command: messages.Label) -> Outcome:
+        if command.session != self._session:
+            return Outcome(
+                "refused",
+                reason=f"labels are for session {command.session}, this one is {self._session}: its frames are gone, "
+                "label those that the latest label-wanted event names",
+            )
+        held = set(self.board.held)
+        fitting = {at: label for at, label in command.labels.items() if at in held}
+        self.labels.add(fitting, command.domain)
+        unknown = sorted(command.labels.keys() - held)
+        events = self.board.poll()
+        return Outcome("ok", {"accepted": len(fitting), "unknown_samples": unknown[:100]}, events=events)
+
+    def _moved(self, events: Sequence[BoardEvent]) -> Outcome:
+        return Outcome("ok", {"generation": self.board.system.generation}, events=events)
+
+    def _set_policy(self, command: messages.SetPolicy) -> Outcome:
+        wanted = command.model_dump(exclude_none=True, exclude={"v", "id", "expires"})
+        settings = replace(self.settings, **wanted)
+        self.board.policy = settings.applied(self._configured)
+        self.settings = settings
+        kept = {name: value for name, value in asdict(settings).items() if value is not None}
+        self.outbox.set(SETTINGS, json.dumps(kept))
+        return Outcome("ok", {"settings": kept}, events=(self.board.event("policy", f"set {json.dumps(wanted)}"),))
+
+    def _forget(self, command: messages.Forget) -> Outcome:
+        if self._done_before(command):
+            return Outcome("ok", {"generation": self.board.system.generation})
+        board, label = self.board, command.label
+        domain = board.system.domain(command.domain).name
+        outcome = forget_domain(board.system, domain) if label is None else forget_class(board.system, domain, label)
+        if isinstance(outcome, Rejected):
+            return Outcome("refused", reason="; ".join(outcome.reasons))
+        what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, from the sums alone"
+        # Twice, because the store holds on to one confirmed generation beside the newest: that one must not know it.
+        events = [event for _ in range(2) for event in board.replace(outcome.system, what)]
+        self.store.collect(keep=1)
+        return Outcome("ok", {"generation": board.system.generation, "replay": dict(outcome.replay)}, events=events)
+
+    def _done_before(self, command: messages.Forget) -> bool:
+        """Whether this very command was begun, before power failed, and what it asks for is done."""
+        return command.domain not in self.board.system.names and self.outbox.recall(command.id, self._now()) == BEGUN
+
+
+def answer(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as JSON; a novelty that is not finite (nothing learned) is None."""
+    return {
+        "label": prediction.label,
+        "route": prediction.route,
+        "novelty": prediction.novelty if math.isfinite(prediction.novelty) else None,
+        "p": prediction.p,
+        "ood": prediction.ood,
+    }

@@ -1,0 +1,322 @@
+"""The loop of an edge board: frames in; predictions, events and telemetry out; commands applied once.
+
+Rules of this file:
+
+1. One thread does everything that changes something. Sources and the network only put into bounded queues and wake it.
+   A turn does at most one command and one frame, so neither can starve the other.
+2. A frame is answered first, whatever else is due; learning runs in a process of its own (worker.py).
+3. A command is acknowledged to the broker only when what it did and its answer are on disk. A repeated one gets the
+   answer of the first time.
+4. What must not be lost goes through the outbox, also while no broker is there. Answers to what was no command at all
+   are a courtesy: sent at once or never, so that nonsense cannot fill the disk.
+5. A frame that cannot be encoded, or a disk that fails, is an event and not the end.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from device.board import Board
+from device.board import Event as BoardEvent
+from device.daemon import machine
+from device.daemon.commands import Commands, Outcome, answer
+from device.daemon.frames import Frame, FrameQueue
+from device.daemon.telemetry import Window
+from device.mqtt import messages
+from device.mqtt.outbox import BEGUN, Class, Outbox
+from device.mqtt.topics import Topics
+from edgeear import __version__
+from edgeear.errors import DataError, DeviceError
+
+if TYPE_CHECKING:
+    from device.daemon.metrics import Metrics
+    from device.mqtt.link import Inbound
+
+INBOX = 256
+"""Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
+IDLE_S, LEARNING_S = 5.0, 0.2
+"""Longest sleep with nothing to do, and while a learner runs, seconds."""
+
+
+class Link(Protocol):
+    """What the loop asks of device.mqtt.link.Link."""
+
+    def acknowledge(self, inbound: Inbound) -> None: ...
+
+    def publish_now(self, topic: str, payload: bytes) -> bool: ...
+
+    def wake(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DaemonPolicy:
+    """`period_s` of telemetry, `max_age_s` of a frame that is still answered, both seconds; `predictions`: whether
+    every answer is published; `label_requests`: whether frames that want a label are."""
+
+    period_s: float = 60.0
+    max_age_s: float = 2.0
+    predictions: bool = False
+    label_requests: bool = True
+
+
+@dataclass
+class Counts:
+    """Since the start: frames answered, frames that could not be, commands by outcome, messages that were none."""
+
+    frames: int = 0
+    unusable: int = 0
+    refused_messages: int = 0
+    commands: dict[str, int] = field(default_factory=dict)
+
+
+class Daemon:
+    """One board's loop, a turn at a time. `clock` gives unix seconds, `timer` seconds that never go back."""
+
+    def __init__(
+        self,
+        board: Board,
+        commands: Commands,
+        outbox: Outbox,
+        frames: FrameQueue,
+        topics: Topics,
+        session: str,
+        *,
+        clock: Callable[[], float],
+        timer: Callable[[], float],
+        seed: int = 0,
+        policy: DaemonPolicy | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.board, self.commands, self.outbox, self.frames = board, commands, outbox, frames
+        self.topics, self.session, self.policy = topics, session, policy or DaemonPolicy()
+        self.link: Link | None = None
+        self.counts, self.metrics = Counts(), metrics
+        self._clock, self._timer, self._random = clock, timer, random.Random(seed)
+        self._inbox: deque[Inbound] = deque()
+        self._wake = threading.Event()
+        self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
+
+    # Called by other threads
+
+    def receive(self, inbound: Inbound) -> None:
+        """A command came."""
+        if len(self._inbox) < INBOX:
+            self._inbox.append(inbound)
+            self._wake.set()
+
+    def wake(self) -> None:
+        """Something is there to be done: a frame, the end."""
+        self._wake.set()
+
+    # The loop
+
+    def run(self, stop: threading.Event, progressed: Callable[[], None] = lambda: None) -> None:
+        """Turn until `stop` is set; `progressed` is called after each turn, the proof that predictions go on."""
+        while not stop.is_set():
+            self._wake.clear()
+            busy = self.turn()
+            progressed()
+            if not busy and not stop.is_set():
+                self._wake.wait(self._patience())
+        self._tell(self.board.event("stopped", "the daemon was asked to stop"))
+
+    def turn(self) -> bool:
+        """Do what is due: one command, one frame, the telemetry. False where there was neither command nor frame."""
+        command = self._inbox.popleft() if self._inbox else None
+        if command is not None:
+            self._command(command)
+        frame = self.frames.get(self._clock(), self.policy.max_age_s)
+        if frame is not None:
+            self._serve(frame)
+        elif self.board.waiting:
+            self._guarded(self.board.poll)
+        if self._clock() >= self._window.started + self.period_s:
+            self.report_window()
+        return command is not None or frame is not None
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two telemetry messages."""
+        return self.commands.settings.telemetry_period_s or self.policy.period_s
+
+    def _patience(self) -> float:
+        due = self._window.started + self.period_s - self._clock()
+        return max(0.0, min(due, LEARNING_S if self.board.waiting else IDLE_S))
+
+    def _serve(self, frame: Frame) -> None:
+        begun = self._timer()
+        try:
+            step = self.board.step(frame.pixels)
+        except DataError as error:
+            self.counts.unusable += 1
+            self._tell(self.board.event("refused", f"frame {frame.ref}: {error}"))
+            return
+        except DeviceError as error:
+            self._tell(self.board.event("learning-failed", str(error)))
+            return
+        seconds = self._timer() - begun
+        self.counts.frames += 1
+        self._window.add(step.prediction, seconds)
+        if self.metrics is not None:
+            self.metrics.predicted(step.prediction, seconds)
+        if self._publishes and self.link is not None:
+            body = {**answer(step.prediction), "at": self.board.at, "captured": frame.captured, "ref": frame.ref}
+            self.link.publish_now(self.topics.up("prediction"), self._stamped(messages.PredictionMessage, 0, body))
+        self._tell(*step.events)
+
+    @property
+    def _publishes(self) -> bool:
+        chosen = self.commands.settings.predictions
+        return self.policy.predictions if chosen is None else chosen
+
+    def _guarded(self, what: Callable[[], Iterable[BoardEvent]]) -> None:
+        try:
+            self._tell(*what())
+        except DeviceError as error:
+            self._tell(self.board.event("learning-failed", str(error)))
+
+    # Commands
+
+    def _command(self, inbound: Inbound) -> None:
+        command = messages.parse_command(inbound.name, inbound.payload)
+        if isinstance(command, messages.Refusal):
+            self._turn_away(inbound, command.id or "", command.reason)
+        elif (late := self._late(inbound, command)) is not None:
+            self._turn_away(inbound, command.id, late)
+        else:
+            self._apply_once(inbound, command)
+        if self.link is not None:
+            self.link.acknowledge(inbound)
+            self.link.wake()
+
+    def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
+        ends = [t for t in (inbound.expires, command.expires) if t is not None]
+        now = self._clock()
+        if ends and min(ends) < now:
+            return f"expired {now - min(ends):.1f} s ago: send it again with a later expiry"
+        return None
+
+    def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
+        now, topic = self._clock(), self._reply_topic(inbound)
+        properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
+        recorded = self.outbox.recall(command.id, now)
+        if recorded is not None and recorded != BEGUN:
+            again = recorded.payload
+            self.outbox.put("response", topic, lambda _: again, now, properties=properties)
+            return
+        self.outbox.begin(command.id, now)
+        outcome = self.commands.apply(command)
+        body = self._body(command.id, inbound.name, outcome)
+        self.outbox.finish(
+            command.id,
+            "response",
+            topic,
+            lambda seq: self._stamped(messages.Response, seq, body),
+            now,
+            properties=properties,
+        )
+        self._count(inbound.name, outcome.outcome)
+        self._tell(*outcome.events)
+
+    def _turn_away(self, inbound: Inbound, identity: str, reason: str) -> None:
+        self.counts.refused_messages += 1
+        self._count(inbound.name, "refused")
+        if self.link is not None and (identity or inbound.response_topic):
+            body = self._body(identity, inbound.name, Outcome("refused", reason=reason))
+            self.link.publish_now(self._reply_topic(inbound), self._stamped(messages.Response, 0, body))
+
+    def _count(self, name: str, outcome: str) -> None:
+        if self.metrics is not None:
+            self.metrics.command(name, outcome)
+
+    def _body(self, identity: str, name: str, outcome: Outcome) -> dict[str, Any]:
+        facts = {"outcome": outcome.outcome, "reason": outcome.reason, "result": outcome.result}
+        return {"id": identity, "command": name, **facts}
+
+    def _reply_topic(self, inbound: Inbound) -> str:
+        wanted = inbound.response_topic
+        return wanted if wanted and self.topics.may_answer(wanted) else self.topics.up("response")
+
+    # Events and telemetry
+
+    def _tell(self, *events: BoardEvent) -> None:
+        for event in events:
+            self._put("event", "event", messages.Event, self._event(event))
+            if event.kind == "label-wanted" and self.policy.label_requests:
+                self._ask_labels()
+
+    def _event(self, event: BoardEvent) -> dict[str, Any]:
+        facts = {"kind": event.kind, "text": event.text, "at": event.at, "data": event.data}
+        return {**facts, "generation": self.board.system.generation}
+
+    def _ask_labels(self) -> None:
+        for at, frame, guess in self.board.held_frames():
+            body = {"at": at, "image": picture(frame), "guess": guess}
+            self._put("frame", "label-request", messages.LabelRequest, body)
+
+    def report_window(self) -> None:
+        """Send the figures of the window that ends now, and begin the next."""
+        now, counters, queue = self._clock(), self.outbox.counters(), self.frames.counts
+        body = {
+            "from_time": self._window.started,
+            "to_time": now,
+            "dropped": queue.dropped,
+            "stale": queue.stale,
+            "undecodable": queue.undecodable + self.counts.unusable,
+            "phase": self.board.phase,
+            "generation": self.board.system.generation,
+            "temperature_c": machine.temperature_c(),
+            "rss_mb": machine.rss_mb(),
+            "cpu_share": self._cpu.read(),
+            "outbox": outbox_facts(counters, now),
+            "refused_messages": self.counts.refused_messages,
+            **self._window.facts(),
+        }
+        self._window = Window(now, self._random)
+        self._put("telemetry", "telemetry", messages.Telemetry, body)
+
+    def status(self, state: str) -> bytes:
+        """The birth or last will of this session."""
+        system = self.board.system
+        body = {"state": state, "version": __version__, "encoder": system.encoder_digest}
+        return self._stamped(messages.Status, 0, body | {"generation": system.generation})
+
+    def describe(self) -> dict[str, Any]:
+        """The daemon's part of a report."""
+        return {
+            "session": self.session,
+            "boot": self.outbox.boot,
+            "version": __version__,
+            "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
+            "refused_messages": self.counts.refused_messages,
+            "outbox": outbox_facts(self.outbox.counters(), self._clock()),
+            "rss_mb": machine.rss_mb(),
+        }
+
+    def _put(self, cls: Class, topic: str, model: type[messages.Stamped], body: dict[str, Any]) -> None:
+        now = self._clock()
+        self.outbox.put(cls, self.topics.up(topic), lambda seq: self._stamped(model, seq, body), now)
+        if self.link is not None:
+            self.link.wake()
+
+    def _stamped(self, model: type[messages.Stamped], seq: int, body: dict[str, Any]) -> bytes:
+        stamp = {"session": self.session, "boot": self.outbox.boot, "seq": seq, "time": self._clock()}
+        return model(**stamp, **body).model_dump_json().encode()
+
+
+def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:
+    """What telemetry says of the outbox."""
+    oldest = None if counters.oldest is None else max(0.0, now - counters.oldest)
+    return {"depth": counters.depth, "bytes": counters.bytes, "oldest_s": oldest, "dropped": counters.dropped}
+
+
+def picture(frame: U8) -> str:
+    """A frame as JPEG in base64, as a person would label it."""
+    target = io.BytesIO()
+    Image.fromarray(frame).save(target, "JPEG", quality=85)
+    return base64.b64encode(target.getvalue()).decode("ascii")
