@@ -52,7 +52,7 @@ class Judgement:
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """Answer for one frame. `label` and `route` are None when no head serves (no domain yet, or abstained); `scores`
-    are those of the route's classes, and then of others where two heads answered."""
+    are those of the route's classes, and then of others where two heads answered. `code (D,)`: the hypervector."""
 
     label: str | None
     scores: F32
@@ -60,6 +60,7 @@ class Prediction:
     novelty: float
     p: float
     ood: bool
+    code: F32 | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
     verdict = judge(system, h)
     p_value = float(verdict.conditional_p[0])
     state, shift = observe(state, p_value, system.policy.shift, scene_code(h[0]), system.likeness)
-    facts = (float(verdict.novelty[0]), float(verdict.p[0]), bool(verdict.ood[0]))
+    facts = (float(verdict.novelty[0]), float(verdict.p[0]), bool(verdict.ood[0]), h[0])
     if verdict.p[0] < system.policy.abstain_below:
         return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift
     domain = system.domains[int(verdict.route[0])]

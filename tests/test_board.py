@@ -165,7 +165,7 @@ def test_a_rejection_leaves_the_live_system_and_the_store_alone(
         rig = Rig(store=store)
         rig.show(0, 80)
         live, number = rig.board.live, store.live
-        monkeypatch.setattr("device.board.adapt", lambda *_: Rejected("d1", ("takes too much", "wins too little")))
+        monkeypatch.setattr("device.learner.adapt", lambda *_: Rejected("d1", ("takes too much", "wins too little")))
         rig.show(1, 60, seed=2)
         rejected = next(event for event in rig.events if event.kind == "rejected")
         assert rejected.text == "d1: takes too much; wins too little"

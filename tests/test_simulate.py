@@ -145,7 +145,7 @@ def test_a_rejected_domain_does_not_stop_the_run(tmp_path: Path, monkeypatch: py
         assert isinstance(samples, flow.Samples)
         return Rejected("green", ("steals",)) if samples.name == "green" else flow.adapt(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("device.board.adapt", picky)
+    monkeypatch.setattr("device.learner.adapt", picky)
     record = ran(options(write(tmp_path, (("red", 0), ("green", 1), ("zinc", 2)), 20), order=("red", "green", "zinc")))
     assert [growth.domain for growth in record.growth] == ["red", "zinc"]
     assert any(event.kind == "rejected" and "steals" in event.text for event in record.events)

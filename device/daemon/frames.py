@@ -1,0 +1,113 @@
+"""The frame queue: what a source captured and nobody has served yet.
+
+Rules of this file:
+
+1. At most `limit` frames wait. One more pushes out the oldest, which is counted: a board that cannot keep up sees the
+   present, not a growing past.
+2. A frame older than the reader allows is counted and dropped, never returned. One whose age is no number is stale.
+3. Nothing is lost uncounted: received = served + dropped + stale + waiting, at any time and from any number of threads.
+4. After `close` no frame enters and nobody waits; what is in the queue can still be taken.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Condition
+
+from edgeear.errors import UsageError
+from edgeear.types import U8
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """`pixels (height, width, 3)` uint8 at the encoder's size; `captured` in the queue's clock, seconds; `ref` says
+    where it came from: a file's path, a sequence number."""
+
+    pixels: U8
+    captured: float
+    ref: str
+
+
+@dataclass(frozen=True)
+class FrameCounts:
+    """Since the queue was made. `undecodable` inputs gave no frame, so they are not among the `received`."""
+
+    received: int = 0
+    served: int = 0
+    dropped: int = 0
+    stale: int = 0
+    undecodable: int = 0
+    waiting: int = 0
+
+
+class FrameQueue:
+    """A bounded queue between the threads of sources and the one that predicts; see the module's rules.
+
+    `notify` is called, outside the lock, after each `put` and `close`, so that a loop that waits for more than frames
+    can be woken. Raises `UsageError` for a `limit` below 1.
+    """
+
+    def __init__(self, limit: int, notify: Callable[[], None] = lambda: None) -> None:
+        if limit < 1:
+            raise UsageError(f"a frame queue of {limit}: it must hold at least 1 frame")
+        self._changed = Condition()
+        self._frames: deque[Frame] = deque()
+        self._limit, self._notify, self._closed = limit, notify, False
+        self._received = self._served = self._dropped = self._stale = self._undecodable = 0
+
+    def put(self, frame: U8, captured: float, ref: str) -> bool:
+        """Adds a frame; False when the queue is closed."""
+        with self._changed:
+            if self._closed:
+                return False
+            if len(self._frames) == self._limit:
+                self._frames.popleft()
+                self._dropped += 1
+            self._frames.append(Frame(frame, captured, ref))
+            self._received += 1
+            self._changed.notify_all()
+        self._notify()
+        return True
+
+    def get(self, now: float, max_age_s: float) -> Frame | None:
+        """The oldest frame that is not older than `max_age_s`; None when there is none. Never waits."""
+        with self._changed:
+            while self._frames:
+                frame = self._frames.popleft()
+                if now - frame.captured <= max_age_s:
+                    self._served += 1
+                    return frame
+                self._stale += 1
+            return None
+
+    def wait(self, timeout: float) -> bool:
+        """Whether a frame is there, after waiting for one up to `timeout` seconds; `close` ends the wait."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._frames or self._closed, timeout)
+            return bool(self._frames)
+
+    def undecodable(self) -> None:
+        """A source read something that gives no frame."""
+        with self._changed:
+            self._undecodable += 1
+
+    def close(self) -> None:
+        """Ends all waits, now and later; closing twice is allowed."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._notify()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def counts(self) -> FrameCounts:
+        """All counters at one moment."""
+        with self._changed:
+            return FrameCounts(
+                self._received, self._served, self._dropped, self._stale, self._undecodable, len(self._frames)
+            )
