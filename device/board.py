@@ -135,6 +135,7 @@ class _Seen:
     frame: U8
     p: float
     code: F32 | None
+    route: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +196,34 @@ class Board:
         """The serving generation."""
         return self.live.serving
 
+    @property
+    def encoder(self) -> Encoder:
+        return self.engine.encoder
+
+    @property
+    def at(self) -> int:
+        """The sample number of the latest frame, from 1."""
+        return self._at
+
+    @property
+    def waiting(self) -> bool:
+        """Whether labels or a learner are waited for: `poll` has something to ask."""
+        return self._waiting is not None or self._job is not None
+
+    def wanted(self) -> tuple[tuple[int, U8, str | None], ...]:
+        """The frames whose labels are waited for: sample number, frame, and the route that it took."""
+        return () if self._waiting is None else tuple((s.number, s.frame, s.route) for s in self._waiting.seen)
+
+    def event(self, kind: str, text: str) -> Event:
+        """Something that happened to the board from outside."""
+        return Event(self._at, self._clock(), kind, text)
+
     def step(self, frame: U8) -> Step:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
         self._at += 1
         self._events = []
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
-        self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code))
+        self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code, prediction.route))
         if self.phase == "probation":
             self._watch(prediction)
         elif self.phase == "serving" and not self.paused and (shift or not self.system.domains):
@@ -258,7 +281,7 @@ class Board:
         """Serve an admitted change of an operator's, permanent at once and without a way back: a domain or class
         forgotten, domains merged. A job at work is started again over it. Raises UsageError for another base's.
 
-        It is stored twice and older generations are collected, so that with `Store.open(keep=1)` none is left."""
+        It is stored twice and older generations are collected, so that none is left."""
         self._events = []
         self._allowed("replace")
         live = confirm(commit(self.live, candidate))
@@ -266,7 +289,7 @@ class Board:
             self._write(candidate.system, note)
             self._persist_confirmation()
         if self._store is not None:
-            self._store.collect()
+            self._store.collect(keep=1)
         self.live, job = live, self._job
         self._move("replace")
         self._drop_work()

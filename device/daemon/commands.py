@@ -11,7 +11,6 @@ Rules of this file:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, assert_never
@@ -22,7 +21,6 @@ from device.daemon.labels import LabelBook
 from device.folder import decode_bytes
 from device.maintenance import facts
 from device.mqtt import messages
-from device.store import Store
 from edgeear.errors import DeviceError, EdgeearError
 from edgeear.flow import Prediction, infer
 from edgeear.forgetting import forget_class, forget_domain
@@ -49,7 +47,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `set-policy` may change; None: as configured."""
+    """What `set-policy` changed; None: as configured."""
 
     labels: int | None = None
     probation: int | None = None
@@ -79,14 +77,13 @@ class Commands:
     def __init__(
         self,
         board: Board,
-        store: Store,
         outbox: Outbox,
         labels: LabelBook,
         session: str,
         now: Callable[[], float],
         describe: Callable[[], dict[str, Any]],
     ) -> None:
-        self.board, self.store, self.outbox, self.labels = board, store, outbox, labels
+        self.board, self.outbox, self.labels = board, outbox, labels
         self._session, self._now, self._describe = session, now, describe
         self._configured = board.policy
         self.settings = Settings(**json.loads(outbox.get(SETTINGS) or "{}"))
@@ -141,7 +138,7 @@ class Commands:
         }
 
     def _infer(self, command: messages.Infer) -> Outcome:
-        frame = decode_bytes(command.picture, self.board.encoder.input_size)
+        frame = decode_bytes(command.image_bytes, self.board.encoder.input_size)
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
         return Outcome("ok", answer(prediction))
 
@@ -152,7 +149,7 @@ class Commands:
                 reason=f"labels are for session {command.session}, this one is {self._session}: its frames are gone, "
                 "label those that the latest label-wanted event names",
             )
-        held = set(self.board.held)
+        held = {at for at, _, _ in self.board.wanted()}
         fitting = {at: label for at, label in command.labels.items() if at in held}
         self.labels.add(fitting, command.domain)
         unknown = sorted(command.labels.keys() - held)
@@ -163,7 +160,7 @@ class Commands:
         return Outcome("ok", {"generation": self.board.system.generation}, events=events)
 
     def _set_policy(self, command: messages.SetPolicy) -> Outcome:
-        wanted = command.model_dump(exclude_none=True, exclude={"v", "id", "expires"})
+        wanted = command.settings
         settings = replace(self.settings, **wanted)
         self.board.policy = settings.applied(self._configured)
         self.settings = settings
@@ -180,14 +177,13 @@ class Commands:
         if isinstance(outcome, Rejected):
             return Outcome("refused", reason="; ".join(outcome.reasons))
         what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, from the sums alone"
-        # Twice, because the store holds on to one confirmed generation beside the newest: that one must not know it.
-        events = [event for _ in range(2) for event in board.replace(outcome.system, what)]
-        self.store.collect(keep=1)
+        events = board.replace(outcome, what)
         return Outcome("ok", {"generation": board.system.generation, "replay": dict(outcome.replay)}, events=events)
 
     def _done_before(self, command: messages.Forget) -> bool:
         """Whether this very command was begun, before power failed, and what it asks for is done."""
-        return command.domain not in self.board.system.names and self.outbox.recall(command.id, self._now()) == BEGUN
+        known = self.outbox.recall(command.id, self._now())
+        return command.domain not in self.board.system.names and known is not None
 
 
 def answer(prediction: Prediction) -> dict[str, Any]:
@@ -195,7 +191,7 @@ def answer(prediction: Prediction) -> dict[str, Any]:
     return {
         "label": prediction.label,
         "route": prediction.route,
-        "novelty": prediction.novelty if math.isfinite(prediction.novelty) else None,
+        "novelty": messages.finite(prediction.novelty),
         "p": prediction.p,
         "ood": prediction.ood,
     }

@@ -14,12 +14,16 @@ Rules of this file:
 
 from __future__ import annotations
 
+import base64
+import io
 import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
 
 from device.board import Board
 from device.board import Event as BoardEvent
@@ -27,15 +31,16 @@ from device.daemon import machine
 from device.daemon.commands import Commands, Outcome, answer
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.telemetry import Window
-from device.mqtt import messages
-from device.mqtt.outbox import BEGUN, Class, Outbox
-from device.mqtt.topics import Topics
+from device.mqtt import messages, topics
+from device.mqtt.outbox import Outbox, OutboxCounters
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
+from edgeear.flow import Prediction
+from edgeear.types import U8
 
 if TYPE_CHECKING:
     from device.daemon.metrics import Metrics
-    from device.mqtt.link import Inbound
+    from device.mqtt.connection import Inbound
 
 INBOX = 256
 """Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
@@ -66,16 +71,16 @@ class DaemonPolicy:
 
 @dataclass
 class Counts:
-    """Since the start: frames answered, frames that could not be, commands by outcome, messages that were none."""
+    """Since the start: frames answered, frames that could not be, messages that were no command or came too late."""
 
     frames: int = 0
     unusable: int = 0
     refused_messages: int = 0
-    commands: dict[str, int] = field(default_factory=dict)
 
 
 class Daemon:
-    """One board's loop, a turn at a time. `clock` gives unix seconds, `timer` seconds that never go back."""
+    """One board's loop, a turn at a time. `address`: site and device. `clock` gives unix seconds, `timer` seconds that
+    never go back."""
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class Daemon:
         commands: Commands,
         outbox: Outbox,
         frames: FrameQueue,
-        topics: Topics,
+        address: tuple[str, str],
         session: str,
         *,
         clock: Callable[[], float],
@@ -93,7 +98,9 @@ class Daemon:
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.commands, self.outbox, self.frames = board, commands, outbox, frames
-        self.topics, self.session, self.policy = topics, session, policy or DaemonPolicy()
+        self.site, self.device = address
+        self.session, self.policy = session, policy or DaemonPolicy()
+        self._stamp = messages.Stamper(session, outbox.boot)
         self.link: Link | None = None
         self.counts, self.metrics = Counts(), metrics
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
@@ -165,14 +172,25 @@ class Daemon:
         if self.metrics is not None:
             self.metrics.predicted(step.prediction, seconds)
         if self._publishes and self.link is not None:
-            body = {**answer(step.prediction), "at": self.board.at, "captured": frame.captured, "ref": frame.ref}
-            self.link.publish_now(self.topics.up("prediction"), self._stamped(messages.PredictionMessage, 0, body))
+            self.link.publish_now(self._topic(topics.PREDICTION), self._prediction(frame, step.prediction))
         self._tell(*step.events)
 
     @property
     def _publishes(self) -> bool:
         chosen = self.commands.settings.predictions
         return self.policy.predictions if chosen is None else chosen
+
+    def _prediction(self, frame: Frame, prediction: Prediction) -> bytes:
+        message = messages.PredictionMessage(
+            session=self.session,
+            boot=self.outbox.boot,
+            at=self.board.at,
+            time=frame.captured,
+            generation=self.board.system.generation,
+            ref=frame.ref[-500:],
+            **answer(prediction),
+        )
+        return message.payload()
 
     def _guarded(self, what: Callable[[], Iterable[BoardEvent]]) -> None:
         try:
@@ -185,9 +203,9 @@ class Daemon:
     def _command(self, inbound: Inbound) -> None:
         command = messages.parse_command(inbound.name, inbound.payload)
         if isinstance(command, messages.Refusal):
-            self._turn_away(inbound, command.id or "", command.reason)
+            self._turn_away(inbound, command)
         elif (late := self._late(inbound, command)) is not None:
-            self._turn_away(inbound, command.id, late)
+            self._turn_away(inbound, messages.Refusal(command.id, late))
         else:
             self._apply_once(inbound, command)
         if self.link is not None:
@@ -205,59 +223,57 @@ class Daemon:
         now, topic = self._clock(), self._reply_topic(inbound)
         properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
         recorded = self.outbox.recall(command.id, now)
-        if recorded is not None and recorded != BEGUN:
+        if recorded is not None and recorded.payload is not None:
             again = recorded.payload
             self.outbox.put("response", topic, lambda _: again, now, properties=properties)
             return
         self.outbox.begin(command.id, now)
         outcome = self.commands.apply(command)
-        body = self._body(command.id, inbound.name, outcome)
-        self.outbox.finish(
-            command.id,
-            "response",
-            topic,
-            lambda seq: self._stamped(messages.Response, seq, body),
-            now,
-            properties=properties,
-        )
+
+        def response(seq: int) -> bytes:
+            return self._response(seq, command.id, inbound.name, outcome)
+
+        self.outbox.finish(command.id, "response", topic, response, now, properties=properties)
         self._count(inbound.name, outcome.outcome)
         self._tell(*outcome.events)
 
-    def _turn_away(self, inbound: Inbound, identity: str, reason: str) -> None:
+    def _turn_away(self, inbound: Inbound, refusal: messages.Refusal) -> None:
         self.counts.refused_messages += 1
         self._count(inbound.name, "refused")
-        if self.link is not None and (identity or inbound.response_topic):
-            body = self._body(identity, inbound.name, Outcome("refused", reason=reason))
-            self.link.publish_now(self._reply_topic(inbound), self._stamped(messages.Response, 0, body))
+        if self.link is not None and (refusal.id or inbound.response_topic):
+            message = refusal.response(self._stamp(0, self._clock()), inbound.name)
+            self.link.publish_now(self._reply_topic(inbound), message.payload())
+
+    def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
+        stamp, reason = self._stamp(seq, self._clock()), outcome.reason and outcome.reason[: messages.MAX_REASON]
+        return messages.Response(
+            **stamp, id=identity, command=name, outcome=outcome.outcome, reason=reason, result=outcome.result
+        ).payload()
 
     def _count(self, name: str, outcome: str) -> None:
         if self.metrics is not None:
             self.metrics.command(name, outcome)
 
-    def _body(self, identity: str, name: str, outcome: Outcome) -> dict[str, Any]:
-        facts = {"outcome": outcome.outcome, "reason": outcome.reason, "result": outcome.result}
-        return {"id": identity, "command": name, **facts}
+    def _topic(self, row: topics.Topic) -> str:
+        return topics.topic_of(self.site, self.device, row)
 
     def _reply_topic(self, inbound: Inbound) -> str:
         wanted = inbound.response_topic
-        return wanted if wanted and self.topics.may_answer(wanted) else self.topics.up("response")
+        return wanted if wanted and topics.may_respond(self.site, wanted) else self._topic(topics.RESPONSE)
 
     # Events and telemetry
 
     def _tell(self, *events: BoardEvent) -> None:
         for event in events:
-            self._put("event", "event", messages.Event, self._event(event))
+            facts: dict[str, Any] = {"kind": event.kind.replace(" ", "-"), "text": event.text[:2000], "at": event.at}
+            facts["generation"] = self.board.system.generation
+            self._put(topics.EVENT, messages.Event, facts)
             if event.kind == "label-wanted" and self.policy.label_requests:
                 self._ask_labels()
 
-    def _event(self, event: BoardEvent) -> dict[str, Any]:
-        facts = {"kind": event.kind, "text": event.text, "at": event.at, "data": event.data}
-        return {**facts, "generation": self.board.system.generation}
-
     def _ask_labels(self) -> None:
-        for at, frame, guess in self.board.held_frames():
-            body = {"at": at, "image": picture(frame), "guess": guess}
-            self._put("frame", "label-request", messages.LabelRequest, body)
+        for at, frame, route in self.board.wanted():
+            self._put(topics.LABEL_REQUEST, messages.LabelRequest, {"at": at, "image": picture(frame), "route": route})
 
     def report_window(self) -> None:
         """Send the figures of the window that ends now, and begin the next."""
@@ -269,6 +285,7 @@ class Daemon:
             "stale": queue.stale,
             "undecodable": queue.undecodable + self.counts.unusable,
             "phase": self.board.phase,
+            "paused": self.board.paused,
             "generation": self.board.system.generation,
             "temperature_c": machine.temperature_c(),
             "rss_mb": machine.rss_mb(),
@@ -278,13 +295,20 @@ class Daemon:
             **self._window.facts(),
         }
         self._window = Window(now, self._random)
-        self._put("telemetry", "telemetry", messages.Telemetry, body)
+        self._put(topics.TELEMETRY, messages.Telemetry, body)
 
-    def status(self, state: str) -> bytes:
-        """The birth or last will of this session."""
+    def status(self, state: Literal["online", "offline"]) -> bytes:
+        """The birth of this session, or its last will. Called by the network's thread."""
         system = self.board.system
-        body = {"state": state, "version": __version__, "encoder": system.encoder_digest}
-        return self._stamped(messages.Status, 0, body | {"generation": system.generation})
+        return messages.Status(
+            state=state,
+            session=self.session,
+            boot=self.outbox.boot,
+            time=self._clock(),
+            version=__version__,
+            encoder=system.encoder_digest,
+            generation=system.generation,
+        ).payload()
 
     def describe(self) -> dict[str, Any]:
         """The daemon's part of a report."""
@@ -298,15 +322,12 @@ class Daemon:
             "rss_mb": machine.rss_mb(),
         }
 
-    def _put(self, cls: Class, topic: str, model: type[messages.Stamped], body: dict[str, Any]) -> None:
+    def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
         now = self._clock()
-        self.outbox.put(cls, self.topics.up(topic), lambda seq: self._stamped(model, seq, body), now)
+        assert row.cls is not None
+        self.outbox.put(row.cls, self._topic(row), lambda seq: model(**self._stamp(seq, now), **facts).payload(), now)
         if self.link is not None:
             self.link.wake()
-
-    def _stamped(self, model: type[messages.Stamped], seq: int, body: dict[str, Any]) -> bytes:
-        stamp = {"session": self.session, "boot": self.outbox.boot, "seq": seq, "time": self._clock()}
-        return model(**stamp, **body).model_dump_json().encode()
 
 
 def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:

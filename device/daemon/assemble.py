@@ -1,0 +1,259 @@
+"""From a configuration to a running board: opens what the loop needs, in order, and closes it in reverse.
+
+What is not there at the start, such as a broker or a camera, is retried while the loop runs. What no retry mends, such
+as another encoder's store, is a typed error here, before anything is announced.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.board import Board, BoardPolicy
+from device.codec import from_files
+from device.daemon import machine
+from device.daemon.commands import Commands
+from device.daemon.config import Config
+from device.daemon.daemon import Daemon, DaemonPolicy
+from device.daemon.frames import FrameQueue
+from device.daemon.labels import LabelBook
+from device.daemon.metrics import Metrics
+from device.daemon.sources import open_source
+from device.daemon.systemd import Notifier
+from device.daemon.worker import ProcessLearner, WorkerPolicy
+from device.encoder import OnnxEncoder
+from device.evaluate_data import pooled_taps
+from device.mqtt import homeassistant, messages
+from device.mqtt.link import Link, LinkPolicy, TlsFiles
+from device.mqtt.outbox import Outbox, OutboxPolicy
+from device.paths import cache_dir, cached_encoder
+from device.store import Store
+from edgeear import __version__
+from edgeear.errors import FormatError, UsageError
+from edgeear.space import HypervectorSpace
+from edgeear.system import Live, System
+from edgeear.types import Encoder
+from edgeear.unlabelled import UnlabelledPolicy
+
+FAREWELL_S = 5.0
+"""Time at the end to send what waits and to say goodbye."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A daemon and the parts of it that its caller may want to know of."""
+
+    daemon: Daemon
+    link: Link | None
+    metrics_port: int | None
+
+
+def encoder_file(config: Config) -> Path:
+    """The configured encoder, or the built-in one from the cache. Raises `UsageError` where there is none."""
+    path = config.device.encoder or cached_encoder(cache_dir())
+    if path is None:
+        raise UsageError(
+            "device.encoder is not set and the cache holds no encoder: make the built-in one with "
+            "`edgeear encoder export` (needs the learn extra), or name an ONNX file"
+        )
+    return path
+
+
+def serving(store: Store, encoder: Encoder) -> System:
+    """What a board serves at boot: the confirmed generation, or nothing learned. Raises `FormatError`."""
+    number = store.recover()
+    if number is None:
+        return System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
+    system = from_files(store.read(number))
+    if system.encoder_digest != encoder.digest:
+        raise FormatError(
+            f"the store was learned on encoder {system.encoder_digest[:12]}, this one is {encoder.digest[:12]}: "
+            "name the encoder that it was learned on, or start with an empty state folder"
+        )
+    return system
+
+
+def board_policy(config: Config) -> BoardPolicy:
+    """The board's rules as configured."""
+    learning = config.learning
+    return BoardPolicy(
+        labels=learning.labels,
+        probation=learning.probation,
+        foreign=learning.foreign,
+        patience=learning.label_wait_s,
+        unlabelled=UnlabelledPolicy() if learning.label_free else None,
+    )
+
+
+def link_policy(config: Config) -> LinkPolicy:
+    """How to reach the broker, as configured."""
+    mqtt, password = config.mqtt, config.mqtt.password
+    return LinkPolicy(
+        host=mqtt.host,
+        port=mqtt.port,
+        site=config.device.site,
+        device=config.device.name,
+        protocol=mqtt.protocol,
+        keepalive=mqtt.keepalive_s,
+        username=mqtt.username,
+        password=None if password is None else password.get_secret_value(),
+        tls=None if mqtt.ca is None else TlsFiles(mqtt.ca, mqtt.cert, mqtt.key),
+        session_expiry_s=mqtt.session_expiry_s,
+        receive_maximum=mqtt.receive_maximum,
+        inflight=mqtt.inflight,
+        frames=config.source.kind == "mqtt",
+    )
+
+
+@contextmanager
+def opened(config: Config, *, now: Callable[[], float] = time.time) -> Iterator[Running]:
+    """Everything that `config` names, started; the caller runs the loop. Raises `EncoderError`, `FormatError`,
+    `StoreBusy`, `OutboxBusy` and other `DeviceError`s, `UsageError`."""
+    with ExitStack() as stack:
+        state = config.device.state
+        file = encoder_file(config)
+        encoder = OnnxEncoder(file, threads=config.device.threads)
+        store = stack.enter_context(Store.open(state / "store"))
+        system = serving(store, encoder)
+        outbox = stack.enter_context(Outbox.open(state / "outbox.sqlite", outbox_policy(config), now()))
+        daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
+        link = _link(config, daemon, outbox, stack)
+        port = _metrics(config, daemon, outbox, link, stack)
+        source = open_source(config.source, encoder.input_size, daemon.frames, now)
+        stack.callback(source.stop)
+        source.start()
+        yield Running(daemon, link, port)
+
+
+def run(config: Config, stop: threading.Event, ready: Callable[[Running], None] = lambda _: None) -> None:
+    """The life of a daemon, until `stop` is set: what `edgeear run` does."""
+    notifier = Notifier()
+    with opened(config) as running:
+        ready(running)
+        notifier.ready(f"{config.device.site}/{config.device.name} serves")
+        running.daemon.run(stop, lambda: notifier.alive(time.monotonic()))
+        notifier.stopping()
+
+
+def outbox_policy(config: Config) -> OutboxPolicy:
+    """The outbox's bounds as configured; pictures may take half of it."""
+    size = config.outbox.max_mb << 20
+    return OutboxPolicy(size, config.outbox.max_count, config.outbox.max_age_s, frame_bytes=max(1, size // 2))
+
+
+def _daemon(
+    config: Config,
+    encoder: OnnxEncoder,
+    file: Path,
+    store: Store,
+    system: System,
+    outbox: Outbox,
+    now: Callable[[], float],
+    stack: ExitStack,
+) -> Daemon:
+    awake: list[Callable[[], None]] = []  # the loop that the parts below wake is made from them
+
+    def wake() -> None:
+        for call in awake:
+            call()
+
+    labels = LabelBook(lambda: board.system.names)
+    learner = ProcessLearner(file, _worker_policy(config), on_ready=wake)
+    board = Board(
+        Live(system, system),
+        encoder,
+        labels,
+        now,
+        board_policy(config),
+        store=store,
+        seed=config.device.seed,
+        learner=learner,
+    )
+    stack.callback(board.close)
+    session = messages.new_session()
+    commands = Commands(board, outbox, labels, session, now)
+    daemon = Daemon(
+        board,
+        commands,
+        outbox,
+        FrameQueue(config.source.queue, wake),
+        (config.device.site, config.device.name),
+        session,
+        clock=now,
+        timer=time.perf_counter,
+        seed=config.device.seed,
+        policy=DaemonPolicy(
+            config.telemetry.period_s,
+            config.source.max_age_s,
+            config.telemetry.predictions,
+            config.learning.label_requests,
+        ),
+    )
+    awake.append(daemon.wake)
+    if why := _unable(config):
+        daemon.pause(why)
+    if outbox.recovered_from is not None:
+        daemon.note("dropped", f"the outbox was damaged and begun anew: {outbox.recovered_from}")
+    if store.recovered_from is not None:
+        daemon.note("rolled-back", f"the store was damaged: {store.recovered_from}")
+    return daemon
+
+
+def _unable(config: Config) -> str:
+    """Why this board does not learn, or nothing."""
+    if not config.learning.enabled:
+        return "learning.enabled is false"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install 'edgeear[learn]'"
+    return ""
+
+
+def _worker_policy(config: Config) -> WorkerPolicy:
+    learning = config.learning
+    return WorkerPolicy(
+        budget=learning.budget,
+        specs=learning.specs,
+        time_limit_s=learning.time_limit_s,
+        memory_limit_mb=learning.memory_limit_mb,
+        nice=learning.nice,
+    )
+
+
+def _link(config: Config, daemon: Daemon, outbox: Outbox, stack: ExitStack) -> Link | None:
+    if not config.mqtt.enabled:
+        return None
+    link = Link(
+        link_policy(config),
+        outbox,
+        daemon.status,
+        daemon.receive,
+        daemon.picture_came,
+        daemon.connection_changed,
+        random.Random(),  # boards that lost one broker must not come back at the same moment
+    )
+    daemon.link = link
+    stack.callback(link.stop, FAREWELL_S)
+    link.start()
+    if config.mqtt.discovery:
+        daemon.announce(homeassistant)
+    return link
+
+
+def _metrics(config: Config, daemon: Daemon, outbox: Outbox, link: Link | None, stack: ExitStack) -> int | None:
+    if not config.metrics.port:
+        return None
+    metrics = daemon.metrics = Metrics(__version__)
+    metrics.generation.set_function(lambda: daemon.board.system.generation)
+    metrics.outbox_depth.set_function(lambda: outbox.counters().depth)
+    metrics.outbox_bytes.set_function(lambda: outbox.counters().bytes)
+    metrics.mqtt_connected.set_function(lambda: float(link is not None and link.connected))
+    metrics.rss_bytes.set_function(lambda: (machine.rss_mb() or 0.0) * 2**20)
+    metrics.temperature_celsius.set_function(lambda: machine.temperature_c() or float("nan"))
+    stack.callback(metrics.close)
+    return metrics.serve(config.metrics.port)
