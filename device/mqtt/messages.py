@@ -17,6 +17,7 @@ from __future__ import annotations
 import binascii
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def _image(most: int) -> Any:
             data = binascii.a2b_base64(text, strict_mode=True)
         except (ValueError, binascii.Error):
             data = None
-        if data is None or binascii.b2a_base64(data, newline=False) != text.encode():
+        if data is None or binascii.b2a_base64(data[3 * (len(text) // 4 - 1) :], newline=False).decode() != text[-4:]:
             raise PydanticCustomError("base64", "must be base64 with padding and without line breaks")
         if len(data) > most:
             raise PydanticCustomError(
@@ -120,10 +121,16 @@ Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_print
 """Of a class, a domain or an encoder."""
 Text = Annotated[str, Field(max_length=2000)]
 Session = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
-CommandId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
+_ID: Final = r"^[A-Za-z0-9_.:-]{1,64}$"
+CommandId = Annotated[str, Field(pattern=_ID)]
 Scalar = Annotated[str, Field(max_length=500)] | Whole | Number | bool | None
 Data = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Scalar], Field(max_length=64)]
-Labels = Annotated[dict[int, str], BeforeValidator(_labels), Field(min_length=1, max_length=MAX_LABELS)]
+_SAMPLE_KEYS: Final[dict[str, JsonValue]] = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,15})$"}}
+Labels = Annotated[
+    dict[int, Name],
+    Field(min_length=1, max_length=MAX_LABELS, json_schema_extra=_SAMPLE_KEYS),
+    BeforeValidator(_labels),
+]
 Image = Annotated[str, *_image(MAX_IMAGE)]
 RequestImage = Annotated[str, *_image(MAX_REQUEST_IMAGE)]
 OutboxClass = Literal["telemetry", "frame", "response", "event"]
@@ -429,6 +436,10 @@ class Refusal:
     id: str | None
     reason: str
 
+    def response(self, stamp: Stamp, command: str) -> Response:
+        """What to answer whoever sent `command`."""
+        return Response(**stamp, id=self.id, command=_bare(command), outcome="refused", reason=self.reason)
+
 
 M = TypeVar("M", bound=Message)
 
@@ -505,9 +516,7 @@ def _readable_id(payload: bytes) -> str | None:
 
 def _id_of(fields: Mapping[str, object]) -> str | None:
     identity = fields.get("id")
-    if not isinstance(identity, str) or not 1 <= len(identity) <= 64 or not identity.isascii():
-        return None
-    return identity if all(letter.isalnum() or letter in "_.:-" for letter in identity) else None
+    return identity if isinstance(identity, str) and re.fullmatch(_ID[1:-1], identity) else None
 
 
 def _mismatch(model: type[Message], fields: Mapping[str, object]) -> str | None:
@@ -535,7 +544,7 @@ def _reason(error: ValidationError) -> str:
 
 
 def _bare(part: object) -> str:
-    return str(part)[:64].encode("ascii", "backslashreplace").decode()
+    return str(part).encode("ascii", "backslashreplace").decode()[:64]
 
 
 def _short(value: object) -> str:
