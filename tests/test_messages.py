@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from device.mqtt import messages
+from device.mqtt.fields import MAX_IMAGE, MAX_LABELS, MAX_REQUEST_IMAGE
 from device.mqtt.messages import (
     COMMANDS,
-    MAX_LABELS,
     MAX_PARTS,
     MAX_PAYLOAD,
     MAX_REASON,
@@ -222,17 +221,18 @@ def test_mutated_messages_of_boards_get_an_answer(message: Message, data: st.Dat
         ("adapt", '{"id": "a", "domain": "\\ud800"}', "payload is not JSON"),
         ("adapt", '{"id": "a", "\\ud800": 1}', "field '\\ud800' is not known"),
         ("adapt", '{"id": "a", "domain": ""}', "domain: String should have at least 1 character, got ''"),
-        ("adapt", "[" * 30_000, "nested too deeply"),
+        ("label", "[" * 30_000, "nested too deeply"),
         ("adapt", '{"id": "a", "domain": ' + "[" * 400 + "]" * 400 + "}", "recursion limit exceeded"),
-        ("adapt", '{"a":' * 30_000, "nested too deeply"),
+        ("label", '{"a":' * 30_000, "nested too deeply"),
         ("adapt", "[]", "payload must be a JSON object, got a list of 0"),
         ("adapt", '{"id": "a"', "payload is not JSON: Expecting ',' delimiter at character 10"),
         ("adapt", "", "payload is not JSON: Expecting value at character 0"),
         ("adapt", b'{"id": "a\xff"}', "payload is not UTF-8 at byte 9"),
         ("adapt", '{"id": "a"}'.encode("utf-16"), "payload is not UTF-8 at byte 0"),
         ("adapt", b"\xef\xbb\xbf{}", "payload is not JSON"),
-        ("adapt", b" " * (MAX_PAYLOAD + 1), f"payload of {MAX_PAYLOAD + 1} bytes, at most {MAX_PAYLOAD} are taken"),
-        ("adapt", "[" + "1," * MAX_PARTS, f"commas and brackets, at most {MAX_PARTS} are taken"),
+        ("adapt", b" " * 16_385, "payload of 16385 bytes, at most 16384 are taken: send less in one message"),
+        ("label", b" " * (MAX_PAYLOAD + 1), f"payload of {MAX_PAYLOAD + 1} bytes, at most {MAX_PAYLOAD} are taken"),
+        ("label", "[" + "1," * MAX_PARTS, f"commas and brackets, at most {MAX_PARTS} are taken"),
         ("reboot", '{"id": "a"}', "command 'reboot' is not known; this board takes infer, label, adapt, rollback"),
         ("infer", '{"id": "a", "image": "QUJD"}', "image: must be a JPEG or PNG file"),
         ("infer", '{"id": "a", "image": "/9j/\\n/9j/"}', "image: must be base64 with padding and without line breaks"),
@@ -277,7 +277,7 @@ def test_labels_up_to_their_bound(count: int, taken: bool) -> None:
     assert isinstance(judged("label", json.dumps(payload).encode()), Label) == taken
 
 
-@pytest.mark.parametrize(("size", "taken"), [(messages.MAX_IMAGE, True), (messages.MAX_IMAGE + 1, False)])
+@pytest.mark.parametrize(("size", "taken"), [(MAX_IMAGE, True), (MAX_IMAGE + 1, False)])
 def test_images_up_to_their_bound(size: int, taken: bool) -> None:
     image = base64.b64encode(JPEG.ljust(size, b"x")).decode()
     outcome = judged("infer", json.dumps({"id": "a", "image": image}).encode())
@@ -299,13 +299,22 @@ def test_settings_are_those_given() -> None:
 
 
 def test_no_message_of_a_board_can_be_huge() -> None:
-    wide = "\U0001f600"
     data: Any = {f"{n:02}" + "\x01" * 62: "\x01" * 500 for n in range(64)}
     event = Event(**STAMP(2**53 - 1, 1e9), kind="grown", text="\x01" * 2000, at=1, generation=1, data=data)
-    routes = {f"{n:03}" + wide * 125: 2**53 - 1 for n in range(256)}
-    telemetry = TELEMETRY.model_copy(update={"routes": routes})
+    routes = {f"{n:03}" + "\x01" * 252: 2**53 - 1 for n in range(256)}
+    telemetry = Telemetry(**TELEMETRY.model_dump() | {"routes": routes})
+    image = base64.b64encode(JPEG.ljust(MAX_REQUEST_IMAGE, b"x")).decode()
+    asked = LabelRequest(**STAMP(10, 1e9), at=7, image=image, guess="\x01" * 255, route="\x01" * 255)
+    assert max(len(event.payload()), len(telemetry.payload())) < 512 << 10
+    for message in (event, telemetry, asked):
+        assert parse(type(message), message.payload()) == message
+        assert len(message.payload()) <= message.limit
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=255))
+def test_a_board_can_tell_whatever_name_it_has_learned(name: str) -> None:
+    telemetry = Telemetry(**TELEMETRY.model_dump() | {"routes": {name: 1}})
     assert parse(Telemetry, telemetry.payload()) == telemetry
-    assert max(len(event.payload()), len(telemetry.payload())) < 256 << 10
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "x" * 501, [], {}])
