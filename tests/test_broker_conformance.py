@@ -1,7 +1,7 @@
 """What edgeear needs of a broker, each need one test on every broker that `embedded_broker` can run.
 
 What one of them lacks stands in `GAPS` with the reason and is expected to fail, so a release that closes a gap is
-noticed. docs/decisions/embedded-broker.md shows the table. `python -m tests.test_broker_conformance` prints the throughput.
+noticed. docs/decisions/embedded-broker.md shows the table; `python -m benchmarks.broker` measures their speed.
 """
 
 from __future__ import annotations
