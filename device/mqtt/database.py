@@ -122,7 +122,8 @@ class Database:
         """Gives free pages back to the disk where they are many. A full disk puts it off."""
         with self._guarded(), suppress(OutboxFull), _typed(self._path):
             if _number(self.connection, "freelist_count") > SLACK_PAGES:
-                self.connection.execute("PRAGMA incremental_vacuum").fetchall()
+                # A script, because `execute` would stop after the first page.
+                self.connection.executescript("PRAGMA incremental_vacuum").close()
                 self._empty_log()
                 self._reserve()
 

@@ -134,8 +134,7 @@ class Outbox:
         """Forgets what the broker has, in one transaction. Ids that are gone already are passed over."""
         with self._lock:
             self._change(partial(items.send, ids=ids))
-            if not any(self._tally.depth):
-                self._database.shrink()
+            self._shrink()
 
     def counters(self) -> OutboxCounters:
         """Costs the same at any depth."""
@@ -155,6 +154,8 @@ class Outbox:
             with self._lock:
                 dropped = self._change(partial(items.expire, policy=self._policy, now=now, limit=_EXPIRY_BATCH))
             total += dropped
+        with self._lock:
+            self._shrink()
         return total
 
     def recall(self, command_id: str, now: float) -> Recorded | None:
@@ -218,6 +219,11 @@ class Outbox:
 
         result, self._tally = self._database.write(run)
         return result
+
+    def _shrink(self) -> None:
+        """Only when empty: nothing has to be moved then, which spares the flash."""
+        if not any(self._tally.depth):
+            self._database.shrink()
 
     def _put(
         self, cls: Class, topic: str, make: Make, now: float, properties: Mapping[str, Any], command: str | None
