@@ -5,11 +5,13 @@ Rules of this file:
 1. Write-ahead log with `synchronous=FULL`: what `write` returned from survives kill -9 and power loss.
 2. `write` runs its work in one transaction. Where the disk is full it is undone, the log is emptied into the
    file, and the work runs once more; so work must not change anything outside the transaction.
-3. One process at a time: an advisory lock on `NAME.lock`, held until `close` or exit. That file also carries a
-   number, the boot, so that boots rise even when the database itself is lost.
-4. A damaged file is never read on: it becomes `NAME.damaged` (the one before is given up) and a fresh one takes
+3. A log that cannot be emptied on a full disk would block even deleting. So some room is held in reserve and given
+   up for that; while it cannot be had again the file may not grow, and only deleting makes room.
+4. One process at a time: an advisory lock on `NAME.lock`, held until `close` or exit. That file also is the
+   reserve, and carries a number, the boot, so that boots rise even when the database itself is lost.
+5. A damaged file is never read on: it becomes `NAME.damaged` (the one before is given up) and a fresh one takes
    its place. A file of a newer format, or of another program, is refused before anything is written to it.
-5. Freed pages are used again; `shrink` gives them back to the disk, which is cheap when little is stored.
+6. Freed pages are used again; `shrink` gives them back to the disk, which is cheap when little is stored.
 
 Not thread-safe: the caller brings the lock.
 """
@@ -30,8 +32,12 @@ from edgeear.errors import DeviceError, FormatError, UsageError
 T = TypeVar("T")
 SLACK_PAGES = 256
 """Free pages (of 4 KiB) that `shrink` leaves alone: they will be wanted again soon."""
-LOG_BYTES = 4 << 20
-"""What the log keeps on disk after it was emptied: room to write in when the disk is full."""
+LOG_PAGES = 256
+"""Pages at which the log is emptied. It keeps that room on disk, to be written in when the disk is full."""
+RESERVE_BYTES = 2 << 20
+"""Room to empty the log into: LOG_PAGES, doubled for what a failing attempt adds."""
+_DIGITS = 20
+_NO_LIMIT = 4_294_967_294
 _READ_ERRORS = {266, 522, 8458}
 """SQLite's IOERR_READ, IOERR_SHORT_READ and IOERR_CORRUPTFS: the disk cannot give the bytes back."""
 
@@ -109,28 +115,28 @@ class Database:
             try:
                 return self._transaction(work)
             except OutboxFull:
-                with suppress(OutboxFull), _typed(self._path):
-                    self.connection.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
+                self._relieve()
                 return self._transaction(work)
 
     def shrink(self) -> None:
         """Gives free pages back to the disk where they are many. A full disk puts it off."""
         with self._guarded(), suppress(OutboxFull), _typed(self._path):
-            ((free,),) = self.connection.execute("PRAGMA freelist_count").fetchall()
-            if free > SLACK_PAGES:
-                self.connection.execute("PRAGMA incremental_vacuum").fetchall()
-                self.connection.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
+            if _number(self.connection, "freelist_count") > SLACK_PAGES:
+                # A script, because `execute` would stop after the first page.
+                self.connection.executescript("PRAGMA incremental_vacuum").close()
+                self._empty_log()
+                self._reserve()
 
     def remembered(self) -> int:
         """The number beside the database, 0 where there is none."""
         with _typed(self._path):
-            digits = os.pread(self._lock, 20, 0)
+            digits = os.pread(self._lock, _DIGITS, 0)
         return int(digits) if digits.isdigit() else 0
 
     def remember(self, number: int) -> None:
-        """Keeps `number` beside the database, in one write of one sector."""
-        with _typed(self._path):
-            os.pwrite(self._lock, b"%020d" % number, 0)
+        """Keeps `number` beside the database, in one write of one sector. A second copy: failing is no failure."""
+        with suppress(OSError):
+            os.pwrite(self._lock, b"%0*d" % (_DIGITS, number), 0)
             os.fsync(self._lock)
 
     def close(self) -> None:
@@ -142,23 +148,25 @@ class Database:
 
     def _start(self, version: int, schema: str) -> None:
         """Connects, checks the whole file and lays down the tables where it is new."""
-        # Set before the first page is written: auto_vacuum cannot be changed later, and the exclusive mode needs
-        # no shared memory and keeps readers out, behind whose back the log could grow without end.
+        # The exclusive mode comes before the first read: it needs no shared memory, and keeps readers out behind
+        # whose back the log could grow without end. auto_vacuum comes before the first page is written.
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0)
         for setting in (
-            "auto_vacuum=INCREMENTAL",
             "locking_mode=EXCLUSIVE",
+            "auto_vacuum=INCREMENTAL",
             "journal_mode=WAL",
             "synchronous=FULL",
-            f"journal_size_limit={LOG_BYTES}",
+            f"wal_autocheckpoint={LOG_PAGES}",
+            f"journal_size_limit={LOG_PAGES << 12}",
             "trusted_schema=OFF",
         ):
             self._connection.execute(f"PRAGMA {setting}").fetchall()
         ((found,),) = self._connection.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise _Damaged(found)
-        if _version(self._connection) == 0:
+        if _number(self._connection, "user_version") == 0:
             self._transaction(lambda db: _create(db, version, schema))
+        self._reserve()
         _sync_folder(self._path.parent)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -173,6 +181,26 @@ class Database:
                     db.execute("ROLLBACK")
                 raise
         return result
+
+    def _relieve(self) -> None:
+        """Empties the log on a full disk, into the room held in reserve."""
+        os.ftruncate(self._lock, _DIGITS)
+        with suppress(OutboxFull), _typed(self._path):
+            self._empty_log()
+        self._reserve()
+
+    def _empty_log(self) -> None:
+        self.connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+
+    def _reserve(self) -> None:
+        """Holds the reserve; where the disk has no room for it, the file stays at its size for now."""
+        limit = _NO_LIMIT
+        try:
+            os.posix_fallocate(self._lock, 0, RESERVE_BYTES)
+        except OSError:
+            os.ftruncate(self._lock, _DIGITS)
+            limit = _number(self.connection, "page_count")
+        self.connection.execute(f"PRAGMA max_page_count={limit}").fetchall()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -209,9 +237,9 @@ class _Damaged(Exception):
     """Turned into `SetAside` or `OutboxDamaged` before it leaves this file."""
 
 
-def _version(db: sqlite3.Connection) -> int:
-    ((version,),) = db.execute("PRAGMA user_version").fetchall()
-    return int(version)
+def _number(db: sqlite3.Connection, pragma: str) -> int:
+    ((value,),) = db.execute(f"PRAGMA {pragma}").fetchall()
+    return int(value)
 
 
 def _create(db: sqlite3.Connection, version: int, schema: str) -> None:
@@ -226,7 +254,8 @@ def _refuse_foreign(path: Path, version: int) -> None:
         return
     db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
     try:
-        found = _version(db)
+        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
+        found = _number(db, "user_version")
         ((tables,),) = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
     except sqlite3.DatabaseError:
         return

@@ -134,12 +134,12 @@ class Tally:
             write_tally(db, "sent", self.sent)
 
     def droppable(self, rank: int) -> tuple[int, int]:
-        """Items and bytes that may make room for an item of `rank`."""
+        """How many items, of how many bytes, may make room for an item of `rank`."""
         return sum(self.depth[: rank + 1]), sum(self.bytes[: rank + 1])
 
 
-def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft, spare: int) -> int | None:
-    """Makes room, at least `spare` bytes where so much may be dropped, and inserts. None: the bounds dropped it."""
+def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft) -> int | None:
+    """Makes room where a bound asks for it, and inserts. None: the bounds dropped the newcomer."""
     rank = draft.rank
     items, held = tally.droppable(rank)
     count = sum(tally.depth) + 1 - policy.max_count
@@ -147,15 +147,26 @@ def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Dr
     if count > items or size > held:
         tally.dropped[rank] += 1
         return None
-    _make_room(db, tally, range(rank + 1), count, max(size, min(spare, held)))
+    make_room(db, tally, range(rank + 1), count, size)
     if rank == _FRAME:
-        _make_room(db, tally, range(rank, rank + 1), 0, tally.bytes[rank] + draft.size - policy.frame_bytes)
+        make_room(db, tally, range(rank, rank + 1), 0, tally.bytes[rank] + draft.size - policy.frame_bytes)
     values = (rank, draft.created, draft.size, draft.seal, draft.topic, draft.properties, draft.payload)
     columns = "class, created, size, seal, topic, properties, payload"
     cursor = db.execute(f"INSERT INTO item ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
     tally.depth[rank] += 1
     tally.bytes[rank] += draft.size
     return cursor.lastrowid
+
+
+def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, size: int) -> None:
+    """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
+    victims: list[int] = []
+    for rank in ranks:
+        with closing(db.execute("SELECT id, size FROM item WHERE class = ? ORDER BY id", (rank,))) as rows:
+            while (count > 0 or size > 0) and (row := rows.fetchone()):
+                victims.append(row[0])
+                count, size = count - 1, size - row[1]
+    drop(db, tally, victims)
 
 
 def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> tuple[list[Item], list[int]]:
@@ -195,17 +206,6 @@ def expire(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, now: floa
     ids = [row[0] for row in db.execute(query, (CLOCK_SET, now - policy.max_age_s, limit)).fetchall()]
     drop(db, tally, ids)
     return len(ids)
-
-
-def _make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, size: int) -> None:
-    """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
-    victims: list[int] = []
-    for rank in ranks:
-        with closing(db.execute("SELECT id, size FROM item WHERE class = ? ORDER BY id", (rank,))) as rows:
-            while (count > 0 or size > 0) and (row := rows.fetchone()):
-                victims.append(row[0])
-                count, size = count - 1, size - row[1]
-    drop(db, tally, victims)
 
 
 def _remove(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> list[int]:

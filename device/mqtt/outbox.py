@@ -59,6 +59,8 @@ SETTINGS = "CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STR
 BATCH_BYTES = 4 << 20
 _EXPIRY_BATCH = 5_000
 _LEAST_SPARE = 1 << 16
+_ANSWER = CLASSES.index("response")
+"""On a full disk, what the ledger and the settings write is worth as much as a response."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ class Outbox:
         """Forgets what the broker has, in one transaction. Ids that are gone already are passed over."""
         with self._lock:
             self._change(partial(items.send, ids=ids))
-            if not any(self._tally.depth):
-                self._database.shrink()
+            self._shrink()
 
     def counters(self) -> OutboxCounters:
         """Costs the same at any depth."""
@@ -153,6 +154,8 @@ class Outbox:
             with self._lock:
                 dropped = self._change(partial(items.expire, policy=self._policy, now=now, limit=_EXPIRY_BATCH))
             total += dropped
+        with self._lock:
+            self._shrink()
         return total
 
     def recall(self, command_id: str, now: float) -> Recorded | None:
@@ -163,7 +166,7 @@ class Outbox:
     def begin(self, command_id: str, now: float) -> None:
         """Notes durably that a command starts. `UsageError` where it is finished."""
         with self._lock:
-            self._database.write(lambda db: ledger.begin(db, self._policy.ledger, command_id, now))
+            self._with_room(_ANSWER, 0, lambda db, _: ledger.begin(db, self._policy.ledger, command_id, now))
 
     def finish(
         self,
@@ -186,8 +189,9 @@ class Outbox:
 
     def set(self, key: str, value: str) -> None:
         """Keeps a setting durably."""
+        query = "INSERT OR REPLACE INTO setting VALUES (?, ?)"
         with self._lock:
-            self._database.write(lambda db: db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (key, value)))
+            self._with_room(_ANSWER, len(value), lambda db, _: db.execute(query, (key, value)).close())
 
     def close(self) -> None:
         """Closes the file and lets another process open it; closing twice is allowed."""
@@ -216,6 +220,11 @@ class Outbox:
         result, self._tally = self._database.write(run)
         return result
 
+    def _shrink(self) -> None:
+        """Only when empty: nothing has to be moved then, which spares the flash."""
+        if not any(self._tally.depth):
+            self._database.shrink()
+
     def _put(
         self, cls: Class, topic: str, make: Make, now: float, properties: Mapping[str, Any], command: str | None
     ) -> int | None:
@@ -225,22 +234,27 @@ class Outbox:
             draft = Draft(CLASSES.index(cls), topic, json.dumps(properties), make(self._seq + 1), now)
             draft.check(self._policy)
 
-            def work(spare: int, db: sqlite3.Connection, tally: Tally) -> int | None:
+            def work(db: sqlite3.Connection, tally: Tally) -> int | None:
                 if command is not None:
                     ledger.finish(db, self._policy.ledger, command, now, topic, draft.payload, properties)
-                return items.insert(db, tally, self._policy, draft, spare)
+                return items.insert(db, tally, self._policy, draft)
 
-            number = self._with_room(draft, work)
+            number = self._with_room(draft.rank, draft.size, work)
             self._seq += 1
         return number
 
-    def _with_room(self, draft: Draft, work: Callable[[int, sqlite3.Connection, Tally], T]) -> T:
-        """Runs `work`; on a full disk again with more and more dropped, until nothing is left that may be."""
+    def _with_room(self, rank: int, size: int, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
+        """Runs `work`; on a full disk again with more and more dropped before it, up to the class of `rank`."""
         spare = 0
+
+        def run(db: sqlite3.Connection, tally: Tally) -> T:
+            items.make_room(db, tally, range(rank + 1), 0, spare)
+            return work(db, tally)
+
         while True:
             try:
-                return self._change(partial(work, spare))
+                return self._change(run)
             except OutboxFull:
-                if spare >= self._tally.droppable(draft.rank)[1]:
+                if spare >= self._tally.droppable(rank)[1]:
                     raise
-            spare = max(4 * spare, 4 * draft.size, _LEAST_SPARE)
+            spare = max(4 * spare, 4 * size, _LEAST_SPARE)
