@@ -1,0 +1,220 @@
+"""The items of the outbox: their table, their order of dropping, their counts.
+
+Rules of this file:
+
+1. Every change of the table changes the `Tally` beside it, so that no bound and no counter scans the table.
+2. Room is made in the order of `CLASSES`, the oldest of a class first, but never for a lesser class: then the
+   newcomer is dropped itself. What is dropped is counted by class.
+3. A row carries a CRC-32 of its contents: SQLite checks the structure of its pages, not what they hold.
+
+Functions over a connection inside the caller's transaction; the caller throws the `Tally` away with it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from device.mqtt.ledger import CLOCK_SET, ItemTooLarge, LedgerPolicy, read_tally, write_tally
+from edgeear.errors import UsageError
+
+Class = Literal["telemetry", "frame", "response", "event"]
+CLASSES: tuple[Class, ...] = get_args(Class)
+"""In the order in which they are dropped."""
+_FRAME = CLASSES.index("frame")
+ITEM_BYTES = 96
+"""Charged for each item besides its contents: the row, its indexes and their share of unused page."""
+SCHEMA = """
+CREATE TABLE item (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    class INTEGER NOT NULL CHECK (class BETWEEN 0 AND 3),
+    created REAL NOT NULL,
+    size INTEGER NOT NULL,
+    seal INTEGER NOT NULL,
+    topic TEXT NOT NULL,
+    properties TEXT NOT NULL,
+    payload BLOB NOT NULL
+) STRICT
+
+CREATE INDEX item_class ON item (class)
+
+CREATE INDEX item_created ON item (created)""".strip()
+
+
+@dataclass(frozen=True)
+class OutboxPolicy:
+    """Bounds. `max_bytes` covers topics, properties, payloads and `ITEM_BYTES` for each item.
+
+    Pictures have a bound of their own, `frame_bytes`: a few hundred would else push all telemetry out. Items made
+    before the clock was set (`ledger.CLOCK_SET`) have no known age, and only the other bounds drop them.
+    """
+
+    max_bytes: int = 64 << 20
+    max_count: int = 200_000
+    max_age_s: float = 7 * 86400.0
+    frame_bytes: int = 32 << 20
+    ledger: LedgerPolicy = field(default_factory=LedgerPolicy)
+
+    def __post_init__(self) -> None:
+        if min(self.max_bytes, self.max_count, self.max_age_s, self.frame_bytes) <= 0:
+            raise UsageError(f"{self}: bounds must be above 0")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One message. `properties` is what its putter gave (JSON values), `created` its time in seconds."""
+
+    id: int
+    cls: Class
+    topic: str
+    payload: bytes
+    properties: dict[str, Any]
+    created: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An item before it has an id. `rank` is the place of its class in `CLASSES`, `properties` is JSON."""
+
+    rank: int
+    topic: str
+    properties: str
+    payload: bytes
+    created: float
+
+    @property
+    def size(self) -> int:
+        return ITEM_BYTES + len(self.payload) + len(self.topic.encode()) + len(self.properties)
+
+    @property
+    def seal(self) -> int:
+        """CRC-32 of everything but the time."""
+        head = json.dumps([self.rank, self.topic, self.properties]).encode()
+        return zlib.crc32(self.payload, zlib.crc32(head))
+
+    def check(self, policy: OutboxPolicy) -> None:
+        """Raises `ItemTooLarge` where this could never be stored."""
+        limit = min(policy.max_bytes, policy.frame_bytes) if self.rank == _FRAME else policy.max_bytes
+        if self.size > limit:
+            raise ItemTooLarge(f"{CLASSES[self.rank]} of {self.size} bytes, the bound is {limit}; send less at once")
+
+
+@dataclass
+class Tally:
+    """Counts by rank. `depth` and `bytes` are counted once at open; `dropped` and `sent` are kept on disk."""
+
+    depth: list[int]
+    bytes: list[int]
+    dropped: list[int]
+    sent: int
+
+    @classmethod
+    def load(cls, db: sqlite3.Connection) -> Tally:
+        """Reads the whole table once."""
+        dropped = [read_tally(db, f"dropped {name}") for name in CLASSES]
+        tally = cls([0] * len(CLASSES), [0] * len(CLASSES), dropped, read_tally(db, "sent"))
+        for rank, depth, size in db.execute("SELECT class, count(*), sum(size) FROM item GROUP BY class").fetchall():
+            tally.depth[rank], tally.bytes[rank] = depth, size
+        return tally
+
+    def copy(self) -> Tally:
+        return Tally(self.depth[:], self.bytes[:], self.dropped[:], self.sent)
+
+    def save(self, db: sqlite3.Connection, before: Tally) -> None:
+        """Writes what is kept on disk and differs from `before`."""
+        for name, value, old in zip(CLASSES, self.dropped, before.dropped, strict=True):
+            if value != old:
+                write_tally(db, f"dropped {name}", value)
+        if self.sent != before.sent:
+            write_tally(db, "sent", self.sent)
+
+    def droppable(self, rank: int) -> tuple[int, int]:
+        """How many items, of how many bytes, may make room for an item of `rank`."""
+        return sum(self.depth[: rank + 1]), sum(self.bytes[: rank + 1])
+
+
+def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft) -> int | None:
+    """Makes room where a bound asks for it, and inserts. None: the bounds dropped the newcomer."""
+    rank = draft.rank
+    items, held = tally.droppable(rank)
+    count = sum(tally.depth) + 1 - policy.max_count
+    size = sum(tally.bytes) + draft.size - policy.max_bytes
+    if count > items or size > held:
+        tally.dropped[rank] += 1
+        return None
+    make_room(db, tally, range(rank + 1), count, size)
+    if rank == _FRAME:
+        make_room(db, tally, range(rank, rank + 1), 0, tally.bytes[rank] + draft.size - policy.frame_bytes)
+    values = (rank, draft.created, draft.size, draft.seal, draft.topic, draft.properties, draft.payload)
+    columns = "class, created, size, seal, topic, properties, payload"
+    cursor = db.execute(f"INSERT INTO item ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    tally.depth[rank] += 1
+    tally.bytes[rank] += draft.size
+    return cursor.lastrowid
+
+
+def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, size: int) -> None:
+    """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
+    victims: list[int] = []
+    for rank in ranks:
+        with closing(db.execute("SELECT id, size FROM item WHERE class = ? ORDER BY id", (rank,))) as rows:
+            while (count > 0 or size > 0) and (row := rows.fetchone()):
+                victims.append(row[0])
+                count, size = count - 1, size - row[1]
+    drop(db, tally, victims)
+
+
+def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> tuple[list[Item], list[int]]:
+    """Whole items above `after` in order, and the ids among them whose seal does not fit."""
+    items: list[Item] = []
+    bad: list[int] = []
+    query = (
+        "SELECT id, seal, size, class, topic, properties, payload, created FROM item WHERE id > ? ORDER BY id LIMIT ?"
+    )
+    with closing(db.execute(query, (after, limit))) as rows:
+        for number, seal, size, rank, topic, properties, payload, created in rows:
+            draft = Draft(rank, topic, properties, payload, created)
+            if (draft.seal, draft.size) != (seal, size):
+                bad.append(number)
+                continue
+            if items and size > max_bytes:
+                break
+            items.append(Item(number, CLASSES[rank], topic, payload, json.loads(properties), created))
+            max_bytes -= size
+    return items, bad
+
+
+def send(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> None:
+    """Removes items as sent; ids that are gone are passed over."""
+    tally.sent += len(_remove(db, tally, ids))
+
+
+def drop(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> None:
+    """Removes items and counts each as dropped."""
+    for rank in _remove(db, tally, ids):
+        tally.dropped[rank] += 1
+
+
+def expire(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, now: float, limit: int) -> int:
+    """Drops up to `limit` items that are too old; how many."""
+    query = "SELECT id FROM item WHERE created >= ? AND created < ? LIMIT ?"
+    ids = [row[0] for row in db.execute(query, (CLOCK_SET, now - policy.max_age_s, limit)).fetchall()]
+    drop(db, tally, ids)
+    return len(ids)
+
+
+def _remove(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> list[int]:
+    """The ranks of those that were there."""
+    if not ids:
+        return []
+    query = "DELETE FROM item WHERE id IN (SELECT value FROM json_each(?)) RETURNING class, size"
+    gone = db.execute(query, (json.dumps(list(ids)),)).fetchall()
+    for rank, size in gone:
+        tally.depth[rank] -= 1
+        tally.bytes[rank] -= size
+    return [rank for rank, _ in gone]

@@ -1,0 +1,172 @@
+"""The ledger: which commands were begun, and what was answered, so that each is applied once.
+
+Rules of this file:
+
+1. A command is begun before it changes anything. Where the process dies before `finish`, `recall` says that it
+   was begun and has no answer: the caller knows that it may have been applied.
+2. `finish` records the very response that is put into the outbox, in the same transaction (the caller's).
+3. The ledger is bounded by count, bytes and age; the oldest entries go first. A command older than that is
+   unknown again, which the expiry of commands must rule out.
+
+Functions over a connection inside a transaction; totals are kept by triggers, so that no bound scans a table.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgeear.errors import UsageError
+
+CLOCK_SET = 1_577_836_800.0
+"""2020-01-01. A board without a battery clock wakes before this: the age of what it made then is unknown."""
+ENTRY_BYTES = 160
+"""Charged for each entry besides its contents: the row, its indexes and their share of unused page."""
+COUNT, BYTES = "ledger count", "ledger bytes"
+SCHEMA = """
+CREATE TABLE tally (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID
+
+CREATE TABLE ledger (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    command TEXT NOT NULL UNIQUE,
+    begun REAL NOT NULL,
+    size INTEGER NOT NULL,
+    topic TEXT,
+    properties TEXT,
+    payload BLOB
+) STRICT
+
+CREATE INDEX ledger_begun ON ledger (begun)
+
+INSERT INTO tally VALUES ('ledger count', 0), ('ledger bytes', 0)
+
+CREATE TRIGGER ledger_added AFTER INSERT ON ledger BEGIN
+    UPDATE tally SET value = value + 1 WHERE name = 'ledger count';
+    UPDATE tally SET value = value + new.size WHERE name = 'ledger bytes'; END
+
+CREATE TRIGGER ledger_changed AFTER UPDATE ON ledger BEGIN
+    UPDATE tally SET value = value + new.size - old.size WHERE name = 'ledger bytes'; END
+
+CREATE TRIGGER ledger_removed AFTER DELETE ON ledger BEGIN
+    UPDATE tally SET value = value - 1 WHERE name = 'ledger count';
+    UPDATE tally SET value = value - old.size WHERE name = 'ledger bytes'; END""".strip()
+
+
+class ItemTooLarge(UsageError):
+    """One item is larger than the bound of all; nothing was stored."""
+
+
+@dataclass(frozen=True)
+class LedgerPolicy:
+    """Bounds of the ledger: entries, bytes in all, seconds."""
+
+    max_count: int = 10_000
+    max_bytes: int = 8 << 20
+    max_age_s: float = 7 * 86400.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_count, self.max_bytes, self.max_age_s) <= 0:
+            raise UsageError(f"{self}: bounds must be above 0")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A command that was begun at `begun`. `payload` is None where it did not finish, else the response given."""
+
+    command_id: str
+    begun: float
+    topic: str | None = None
+    payload: bytes | None = None
+    properties: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.payload is not None
+
+
+def overdue(created: float, now: float, max_age_s: float) -> bool:
+    """Whether something made at `created` is too old at `now`; never where the clock was not set then."""
+    return CLOCK_SET <= created < now - max_age_s
+
+
+def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> Recorded | None:
+    """What is known of the command; None where nothing is, or it is older than the policy's age."""
+    query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
+    for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
+        if not overdue(begun, now, policy.max_age_s):
+            return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
+    return None
+
+
+def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> None:
+    """Notes that the command starts. Beginning again what did not finish is allowed."""
+    known = recall(db, policy, command_id, now)
+    if known is not None and known.finished:
+        raise UsageError(f"command {command_id!r} is finished already: recall it before beginning it")
+    if known is None:
+        _record(db, policy, command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None)
+
+
+def finish(
+    db: sqlite3.Connection,
+    policy: LedgerPolicy,
+    command_id: str,
+    now: float,
+    topic: str,
+    payload: bytes,
+    properties: Mapping[str, Any],
+) -> None:
+    """Records the answer; what was not begun, for want of any effect, is recorded whole."""
+    known = recall(db, policy, command_id, now)
+    if known is not None and known.finished:
+        raise UsageError(f"command {command_id!r} is finished already: each is answered once")
+    text = json.dumps(properties)
+    size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
+    if size > policy.max_bytes:
+        raise ItemTooLarge(
+            f"the answer to {command_id!r} takes {size} bytes, the ledger {policy.max_bytes}; shorten it"
+        )
+    begun = now if known is None else known.begun
+    _record(db, policy, command_id, begun, size, topic, text, payload)
+
+
+def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
+    """Forgets what is older than the policy's age."""
+    db.execute("DELETE FROM ledger WHERE begun >= ? AND begun < ?", (CLOCK_SET, now - policy.max_age_s))
+
+
+def _record(
+    db: sqlite3.Connection,
+    policy: LedgerPolicy,
+    command_id: str,
+    begun: float,
+    size: int,
+    topic: str | None,
+    properties: str | None,
+    payload: bytes | None,
+) -> None:
+    db.execute(
+        "INSERT INTO ledger (command, begun, size, topic, properties, payload) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (command) DO UPDATE SET begun = excluded.begun, size = excluded.size, topic = excluded.topic, "
+        "properties = excluded.properties, payload = excluded.payload",
+        (command_id, begun, size, topic, properties, payload),
+    )
+    oldest = "DELETE FROM ledger WHERE number = (SELECT min(number) FROM ledger WHERE command != ?)"
+    removed = 1
+    while removed:  # never the entry just made
+        within = read_tally(db, COUNT) <= policy.max_count and read_tally(db, BYTES) <= policy.max_bytes
+        removed = 0 if within else db.execute(oldest, (command_id,)).rowcount
+
+
+def read_tally(db: sqlite3.Connection, name: str) -> int:
+    """A count kept on disk, 0 where it was never written."""
+    rows = db.execute("SELECT value FROM tally WHERE name = ?", (name,)).fetchall()
+    return int(rows[0][0]) if rows else 0
+
+
+def write_tally(db: sqlite3.Connection, name: str, value: int) -> None:
+    """Keeps a count on disk."""
+    db.execute("INSERT OR REPLACE INTO tally VALUES (?, ?)", (name, value))
