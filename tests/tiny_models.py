@@ -59,6 +59,26 @@ def sound(**changes: Any) -> bytes:
     return model([means()], {"mean": (1, 3)}, **changes)
 
 
+def seeing() -> bytes:
+    """An encoder that tells the domains and classes of tests/fakes.py apart: two convolutions, four pooled taps."""
+    rng = np.random.default_rng(7)
+    nodes: list[NodeProto] = []
+    outputs: dict[str, Shape] = {}
+    constants: dict[str, NDArray[Any]] = {}
+    source = "image"
+    for layer, (before, after) in {"a": (3, 12), "b": (12, 16)}.items():
+        constants[f"{layer}.weight"] = rng.normal(0, 1 / np.sqrt(before), (after, before, 2, 2)).astype(np.float32)
+        nodes += [
+            node("Conv", [source, f"{layer}.weight"], f"{layer}.conv", strides=[2, 2]),
+            node("Relu", [f"{layer}.conv"], f"{layer}.map"),
+            means(f"{layer}.map", f"{layer}.mean"),
+            node("ReduceL2", [f"{layer}.map"], f"{layer}.norm", axes=[2, 3], keepdims=0),
+        ]
+        outputs |= {f"{layer}.mean": (1, after), f"{layer}.norm": (1, after)}
+        source = f"{layer}.map"
+    return model(nodes, outputs, constants=constants)
+
+
 def saved(folder: Path, content: bytes) -> Path:
     path = folder / "encoder.onnx"
     path.write_bytes(content)

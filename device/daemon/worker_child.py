@@ -1,0 +1,130 @@
+"""The learning process: one job from a file, one answer to standard output, and the end. Only it loads torch.
+
+Rules of this file:
+
+1. It makes itself small before anything heavy is loaded: niceness, scheduling class, cores, memory; and the first that
+   the kernel kills when memory runs out.
+2. Standard output belongs to the messages: what libraries print goes to standard error.
+3. Standard input says that the board lives: at its end this process ends, whatever it is doing.
+4. What cannot be learned is an answer with its reason; only a bug ends it with a traceback, which the board reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptors.latency import LatencyModel
+from adaptors.search_space import BUDGETS
+from device.daemon.snapshot import Kind, domain_parts, job_of, message, parcel
+from device.encoder import OnnxEncoder
+from device.engine import OrtEngine
+from device.learner import Job, learn
+from edgeear.errors import EdgeearError
+from edgeear.flow import AdaptPolicy
+from edgeear.system import Candidate
+
+PROGRESS_S = 0.5
+"""Least seconds between two messages of progress in one phase."""
+SLACK_MB = 600
+"""Private data allowed above the limit on resident memory: arenas and stacks are counted whole, touched or not."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do the job in the open file whose descriptor is given."""
+    out = os.dup(1)
+    os.dup2(2, 1)
+    threading.Thread(target=_die_with_the_board, daemon=True).start()
+    with os.fdopen(int(arguments[0]), "rb") as file:
+        job, how = job_of(file.read())
+    _make_small(how)
+    try:
+        kind, parts = _answer(job, how, out)
+    except ImportError as error:
+        kind, parts = _failed(f"{error}: learning needs torch, pip install 'edgeear[learn]'")
+    except MemoryError:
+        kind, parts = _failed(f"out of memory at its limit of {how['memory_limit_mb']} MB: raise the limit")
+    except (EdgeearError, ValueError, KeyError) as error:
+        kind, parts = _failed(f"{type(error).__name__}: {error}")
+    _send(out, kind, parts)
+
+
+def _answer(job: Job, how: dict[str, Any], out: int) -> tuple[Kind, Sequence[Any]]:
+    encoder = OnnxEncoder(Path(how["encoder"]), how["threads"])
+    if encoder.digest != job.system.encoder_digest:
+        return _failed(f"{how['encoder']} is another encoder than the board serves with: restart the board")
+    outcome = learn(job, encoder, OrtEngine(encoder), _policy(how), _Reporter(out))
+    if isinstance(outcome, Candidate):
+        return "grown", domain_parts(outcome.system, job.name)
+    return "rejected", parcel({"reasons": list(outcome.reasons)}, {})
+
+
+def _policy(how: dict[str, Any]) -> AdaptPolicy:
+    import torch
+
+    from adaptors.search import SearchPolicy
+    from adaptors.train import TrainPolicy
+
+    torch.set_num_threads(how["threads"])
+    latency = None if how["latency"] is None else LatencyModel(how["latency"])
+    train = None if how["epochs"] is None else TrainPolicy(epochs=how["epochs"])
+    return AdaptPolicy(BUDGETS[how["budget"]], SearchPolicy(specs=how["specs"]), train, latency=latency)
+
+
+def _failed(reason: str) -> tuple[Kind, Sequence[Any]]:
+    return "failed", parcel({"reason": reason}, {})
+
+
+class _Reporter:
+    """`edgeear.flow.Progress`, as messages, not too many of them."""
+
+    def __init__(self, out: int) -> None:
+        self._out, self._phase, self._told = out, "", 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase == self._phase and done < total and now - self._told < PROGRESS_S:
+            return
+        self._phase, self._told = phase, now
+        _send(self._out, "progress", parcel({"progress": [phase, done, total]}, {}))
+
+
+def _send(out: int, kind: Kind, parts: Sequence[Any]) -> None:
+    for part in message(kind, parts):
+        view = memoryview(part).cast("B")
+        while view:
+            view = view[os.write(out, view) :]
+
+
+def _die_with_the_board() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _make_small(how: dict[str, Any]) -> None:
+    limit = (how["memory_limit_mb"] + SLACK_MB) << 20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(how["nice"])
+    # Each of these is a courtesy that a kernel or a container may not know.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(OSError, AttributeError):
+        if how["idle"]:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError, AttributeError):
+        cores = sorted(os.sched_getaffinity(0))
+        if how["spare_core"] and len(cores) > 1:
+            os.sched_setaffinity(0, cores[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
