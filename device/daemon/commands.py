@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from device.board import Board, BoardPolicy
@@ -31,6 +32,8 @@ from edgeear.unlabelled import UnlabelledPolicy
 if TYPE_CHECKING:
     from device.mqtt.outbox import Outbox
 
+PICTURE = Path("picture.jpg")
+"""How a picture that came in a message is read: as JPEG or PNG, whichever it is."""
 SETTINGS, PAUSED = "settings", "paused"
 """Keys under which an operator's choices survive a restart."""
 
@@ -72,7 +75,7 @@ class Settings:
 
 
 class Commands:
-    """Applies commands to a board. `describe` gives the daemon's part of a report, `now` the time in seconds."""
+    """Applies commands to a board; `now` is the time in seconds. `describe` adds the daemon's part to a report."""
 
     def __init__(
         self,
@@ -81,10 +84,10 @@ class Commands:
         labels: LabelBook,
         session: str,
         now: Callable[[], float],
-        describe: Callable[[], dict[str, Any]],
     ) -> None:
         self.board, self.outbox, self.labels = board, outbox, labels
-        self._session, self._now, self._describe = session, now, describe
+        self._session, self._now = session, now
+        self.describe: Callable[[], dict[str, Any]] = dict
         self._configured = board.policy
         self.settings = Settings(**json.loads(outbox.get(SETTINGS) or "{}"))
         board.policy = self.settings.applied(board.policy)
@@ -134,11 +137,11 @@ class Commands:
             "encoder": board.system.encoder_digest,
             "settings": {name: value for name, value in asdict(self.settings).items() if value is not None},
             "labels_waiting": len(self.labels),
-            **self._describe(),
+            **self.describe(),
         }
 
     def _infer(self, command: messages.Infer) -> Outcome:
-        frame = decode_bytes(command.image_bytes, self.board.encoder.input_size)
+        frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
         return Outcome("ok", answer(prediction))
 
@@ -160,7 +163,7 @@ class Commands:
         return Outcome("ok", {"generation": self.board.system.generation}, events=events)
 
     def _set_policy(self, command: messages.SetPolicy) -> Outcome:
-        wanted = command.settings
+        wanted: dict[str, Any] = dict(command.settings)
         settings = replace(self.settings, **wanted)
         self.board.policy = settings.applied(self._configured)
         self.settings = settings

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import random
 import threading
 from collections import deque
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from device.daemon.metrics import Metrics
     from device.mqtt.connection import Inbound
 
+LOG = logging.getLogger("edgeear")
 INBOX = 256
 """Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
 IDLE_S, LEARNING_S = 5.0, 0.2
@@ -101,6 +103,7 @@ class Daemon:
         self.site, self.device = address
         self.session, self.policy = session, policy or DaemonPolicy()
         self._stamp = messages.Stamper(session, outbox.boot)
+        commands.describe = self.describe
         self.link: Link | None = None
         self.counts, self.metrics = Counts(), metrics
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
@@ -109,6 +112,10 @@ class Daemon:
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
 
     # Called by other threads
+
+    def connection_changed(self, connected: bool, text: str) -> None:
+        """The link came up or went down."""
+        LOG.info("broker: %s%s", "" if connected else "not connected: ", text)
 
     def receive(self, inbound: Inbound) -> None:
         """A command came."""
@@ -119,6 +126,16 @@ class Daemon:
     def wake(self) -> None:
         """Something is there to be done: a frame, the end."""
         self._wake.set()
+
+    # Before the loop
+
+    def pause(self, why: str) -> None:
+        """Do not learn, and say why."""
+        self._tell(*self.board.pause(True), self.board.event("paused", why))
+
+    def note(self, kind: str, text: str) -> None:
+        """Tell of something that happened outside the loop."""
+        self._tell(self.board.event(kind, text))
 
     # The loop
 
@@ -265,6 +282,7 @@ class Daemon:
 
     def _tell(self, *events: BoardEvent) -> None:
         for event in events:
+            LOG.info("%s: %s", event.kind, event.text)
             facts: dict[str, Any] = {"kind": event.kind.replace(" ", "-"), "text": event.text[:2000], "at": event.at}
             facts["generation"] = self.board.system.generation
             self._put(topics.EVENT, messages.Event, facts)
@@ -325,7 +343,12 @@ class Daemon:
     def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
         now = self._clock()
         assert row.cls is not None
-        self.outbox.put(row.cls, self._topic(row), lambda seq: model(**self._stamp(seq, now), **facts).payload(), now)
+
+        def payload(seq: int) -> bytes:
+            stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
+            return model(**stamped).payload()
+
+        self.outbox.put(row.cls, self._topic(row), payload, now)
         if self.link is not None:
             self.link.wake()
 
