@@ -94,16 +94,18 @@ class Commands:
         if outbox.get(PAUSED) == "true":
             board.pause(True)
 
-    def apply(self, command: messages.Command) -> Outcome:
-        """Do what `command` says."""
+    def apply(self, command: messages.Command, again: bool = False) -> Outcome:
+        """Do what `command` says; `again` where it was begun before, and power failed before it was noted as done."""
         try:
-            return self._apply(command)
+            return self._apply(command, again)
         except DeviceError as error:
             return Outcome("failed", reason=str(error))
+        except ModuleNotFoundError as error:
+            return Outcome("failed", reason=f"{error}: pip install 'edgeear[learn]'")
         except EdgeearError as error:
             return Outcome("refused", reason=str(error))
 
-    def _apply(self, command: messages.Command) -> Outcome:
+    def _apply(self, command: messages.Command, again: bool) -> Outcome:
         match command:
             case messages.Infer():
                 return self._infer(command)
@@ -123,7 +125,7 @@ class Commands:
             case messages.Report():
                 return Outcome("ok", self.report())
             case messages.Forget():
-                return self._forget(command)
+                return self._forget(command, again)
             case _:
                 assert_never(command)
 
@@ -171,8 +173,8 @@ class Commands:
         self.outbox.set(SETTINGS, json.dumps(kept))
         return Outcome("ok", {"settings": kept}, events=(self.board.event("policy", f"set {json.dumps(wanted)}"),))
 
-    def _forget(self, command: messages.Forget) -> Outcome:
-        if self._done_before(command):
+    def _forget(self, command: messages.Forget, again: bool) -> Outcome:
+        if again and self._gone(command):
             return Outcome("ok", {"generation": self.board.system.generation})
         board, label = self.board, command.label
         domain = board.system.domain(command.domain).name
@@ -183,10 +185,9 @@ class Commands:
         events = board.replace(outcome, what)
         return Outcome("ok", {"generation": board.system.generation, "replay": dict(outcome.replay)}, events=events)
 
-    def _done_before(self, command: messages.Forget) -> bool:
-        """Whether this very command was begun, before power failed, and what it asks for is done."""
-        known = self.outbox.recall(command.id, self._now())
-        return command.domain not in self.board.system.names and known is not None
+    def _gone(self, command: messages.Forget) -> bool:
+        known = {domain.name: domain.memory.classes for domain in self.board.system.domains}
+        return command.domain not in known or (command.label or known[command.domain][0]) not in known[command.domain]
 
 
 def answer(prediction: Prediction) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Daemon:
             self.outbox.put("response", topic, lambda _: again, now, properties=properties)
             return
         self.outbox.begin(command.id, now)
-        outcome = self.commands.apply(command)
+        outcome = self._applied(command, again=recorded is not None)
 
         def response(seq: int) -> bytes:
             return self._response(seq, command.id, inbound.name, outcome)
@@ -253,6 +253,13 @@ class Daemon:
         self.outbox.finish(command.id, "response", topic, response, now, properties=properties)
         self._count(inbound.name, outcome.outcome)
         self._tell(*outcome.events)
+
+    def _applied(self, command: messages.Command, again: bool) -> Outcome:
+        try:
+            return self.commands.apply(command, again)
+        except Exception as error:  # a bug; the broker would send what is not acknowledged again and again
+            LOG.exception("command %s failed", command.id)
+            return Outcome("failed", reason=f"internal error, {type(error).__name__}: {error}")
 
     def _turn_away(self, inbound: Inbound, refusal: messages.Refusal) -> None:
         self.counts.refused_messages += 1
