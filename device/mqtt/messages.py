@@ -400,8 +400,8 @@ def parse(model: type[M], payload: bytes) -> M | Refusal:
 
 
 def _read(payload: bytes, limit: int) -> dict[str, object]:
-    """The fields of a payload of at most `limit` bytes. Raises ValueError, its text the reason, for anything but one JSON
-    object."""
+    """The fields of a payload of at most `limit` bytes. Raises ValueError, its text the reason, for all but one
+    JSON object."""
     if len(payload) > limit:
         raise ValueError(f"payload of {len(payload)} bytes, at most {limit} are taken: send less in one message")
     parts = payload.count(b",") + payload.count(b"[") + payload.count(b"{")
