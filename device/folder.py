@@ -298,7 +298,7 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
     """The frame of an image that is decoded already, uint8 `(H, W)` or RGB `(H, W, 3)`: bit for bit what `decode_bytes`
-    gives for a PNG of it. Raises `UsageError` for another type or shape, `DataError` for one that is empty or too large.
+    gives for a PNG of it. Raises `UsageError` for another type or shape, `DataError` for too few pixels or too many.
     """
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}: they must be uint8 (H, W) or (H, W, 3)")

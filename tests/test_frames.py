@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -80,6 +80,7 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 TestAgainstAList = AgainstAList.TestCase
+TestAgainstAList.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0, 100), st.floats(0, 10))
@@ -158,7 +159,7 @@ def test_a_frame_and_the_end_both_wake_who_waits() -> None:
 def test_room_and_the_end_both_wake_a_source() -> None:
     queue, answers = FrameQueue(1), list[bool]()
     queue.put(PIXELS, 0.0, "a")
-    joined(lambda: answers.append(queue.room(30)), lambda: queue.get(0.0, 1.0))  # type: ignore[arg-type,return-value]
+    joined(lambda: answers.append(queue.room(30)), lambda: queue.get(0.0, 1.0))  # type: ignore[arg-type]
     queue.put(PIXELS, 0.0, "b")
     joined(lambda: answers.append(queue.room(30)), queue.close)
     assert answers == [True, False]

@@ -90,7 +90,7 @@ class FrameQueue:
             return bool(self._frames)
 
     def room(self, timeout: float) -> bool:
-        """Whether a frame would push out none, after waiting for that up to `timeout` seconds; `close` ends the wait."""
+        """Whether a frame would push out none, after waiting for that up to `timeout` seconds; `close` ends it."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._frames) < self._limit or self._closed, timeout)
             return len(self._frames) < self._limit

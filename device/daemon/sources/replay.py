@@ -72,8 +72,5 @@ def replayed(folder: Path) -> list[str]:
 
 def _place(relative: str) -> tuple[str, str, str]:
     domain, inside, _ = relative.partition("/")
-    return (
-        (domain, hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest(), relative)
-        if inside
-        else ("", "", relative)
-    )
+    mixed = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
+    return (domain, mixed, relative) if inside else ("", "", relative)

@@ -52,7 +52,7 @@ class SensorFrames:
             with self._port() as descriptor:
                 _send(descriptor, host.greet(self._wall()))
                 while not stop.is_set():
-                    ready, _, _ = select.select([descriptor, stop], [], [])
+                    ready, _, _ = select.select([descriptor, stop.fileno()], [], [])
                     if descriptor in ready:
                         self._take(host, descriptor)
         except OSError as error:
@@ -70,9 +70,7 @@ class SensorFrames:
                 case SensorFrame():
                     self._put(event)
                 case Log():
-                    _log.log(
-                        event.level, "%s: %s", host.hello.sensor if host.hello else "sensor", _printable(event.text)
-                    )
+                    _log.log(event.level, "sensor: %s", _printable(event.text))
                 case Hello():
                     _log.info("sensor %s: %s, %d x %d", event.sensor, event.format.name, event.width, event.height)
         for _ in range(host.counts.incomplete - incomplete):
