@@ -4,7 +4,10 @@ configuration and access list (only ports and paths differ), and the other files
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
+import re
+import shutil
 import socket
 import ssl
 import stat
@@ -12,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
@@ -20,6 +24,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from device.daemon.metrics import Metrics
 from tests.broker import Mosquitto, free_port, mosquitto
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
@@ -95,7 +100,9 @@ class Client:
         self.granted: queue.Queue[int] = queue.Queue()
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.told: dict[str, int] = {}
-        self._paho = paho = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5)
+        self._paho = paho = mqtt.Client(
+            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, reconnect_on_failure=False
+        )
         paho.tls_set_context(context(fleet.pki / identity, fleet.pki / identity))
         if will is not None:
             paho.will_set(will, b"forged", qos=1)
@@ -128,6 +135,9 @@ class Client:
     def close(self) -> None:
         self._paho.disconnect()
         self._paho.loop_stop()
+        # paho closes its last sockets when it is freed: now, rather than when the collector comes by.
+        self._paho.on_connect = self._paho.on_publish = self._paho.on_subscribe = self._paho.on_message = None
+        del self._paho
 
 
 @contextlib.contextmanager
@@ -427,3 +437,100 @@ def test_pki_needs_its_authorities(tmp_path: Path) -> None:
 def test_pki_of_a_board_that_another_authority_signed_cannot_be_revoked(fleet: Fleet) -> None:
     done = pki(fleet.pki, "revoke", str(fleet.pki.parent / "foreign" / ONE))
     assert done.returncode == 1 and "did not sign it" in done.stderr
+
+
+# --- The other files -------------------------------------------------------------------------------------------------
+
+
+def test_dashboard_shows_every_metric_and_no_other() -> None:
+    """Every series a panel asks for is one the daemon serves, and none that it serves is left out."""
+    dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
+    asked = set(re.findall(r"\bedgeear_\w+", " ".join(t["expr"] for p in panels(dashboard) for t in p["targets"])))
+    families = {family.name: family.type for family in Metrics("1").registry.collect()}
+    suffix = {"counter": "_total", "gauge": "", "histogram": "_bucket", "info": "_info"}
+    assert asked == {name + suffix[kind] for name, kind in families.items()}
+
+
+def test_dashboard_can_be_imported() -> None:
+    dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
+    assert {"title", "uid", "schemaVersion", "panels", "templating"} <= dashboard.keys() and "id" not in dashboard
+    identifiers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(identifiers)) == len(identifiers)
+    cells = [cell for panel in dashboard["panels"] for cell in covered(panel["gridPos"])]
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24, "panels overlap"
+    # Any Prometheus will do, and one board can be picked.
+    for panel in panels(dashboard):
+        assert panel["datasource"]["uid"] == "${datasource}" and panel["description"]
+        assert all('instance=~"$instance"' in target["expr"] for target in panel["targets"])
+
+
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def covered(place: dict[str, int]) -> list[tuple[int, int]]:
+    return [(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])]
+
+
+def test_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / "edgeear.service"
+    unit.write_text(SERVICE.replace("/opt/edgeear/bin/edgeear", "/bin/true"))
+    checked = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0 and "edgeear.service" not in checked.stderr, checked.stderr
+    weighed = subprocess.run(
+        [analyze, "security", "--offline=true", "--threshold=20", str(unit)], capture_output=True, text=True, timeout=60
+    )
+    assert weighed.returncode == 0, weighed.stdout[-2000:]  # an exposure above 2.0 of 10
+
+
+SERVICE = (DEPLOY / "edgeear.service").read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Type=notify",
+        "NotifyAccess=main",
+        "WatchdogSec=30",
+        "Restart=on-failure",
+        "StateDirectory=edgeear",
+        "ConfigurationDirectory=edgeear",
+        "ProtectSystem=strict",
+        "OOMPolicy=continue",
+        "MemoryDenyWriteExecute=no",
+    ],
+)
+def test_unit_says(line: str) -> None:
+    assert line in SERVICE.splitlines()
+
+
+def test_image_has_both_targets_and_torch_in_one() -> None:
+    stages: dict[str, list[str]] = {}
+    for line in (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ").splitlines():
+        if line.startswith("FROM "):
+            stages[line.split()[-1]] = [line]
+        elif stages and line and not line.startswith("#"):
+            stages[list(stages)[-1]].append(line)
+    assert list(stages)[-1] == "base", "what is built where no target is named"
+    assert stages["base"] == ["FROM runtime AS base", "COPY --from=build /opt/edgeear /opt/edgeear"]
+    assert stages["learn"] == ["FROM runtime AS learn", "COPY --from=build-learn /opt/edgeear /opt/edgeear"]
+    assert not any("[learn]" in line for line in stages["build"] + stages["runtime"])
+    assert any("[learn]" in line for line in stages["build-learn"])
+    assert "USER 10001:10001" in stages["runtime"] and any(line.startswith("HEALTHCHECK") for line in stages["runtime"])
+    assert "--platform=${BUILDPLATFORM}" in stages["encoder"][0]
+
+
+def test_every_container_is_hardened_and_finds_its_files() -> None:
+    compose = (DEPLOY / "compose.yaml").read_text()
+    hardened, services = compose.split("\nservices:\n")
+    for line in ("read_only: true", "cap_drop: [ALL]", 'security_opt: ["no-new-privileges:true"]', "pids_limit: 256"):
+        assert f"\n  {line}\n" in hardened
+    parts = re.split(r"\n\n?(?=  [a-z]+:\n)", "\n" + services.split("\nvolumes:\n")[0])[1:]
+    assert [part.split(":")[0].strip() for part in parts] == ["broker", "edgeear", "prometheus", "grafana"]
+    assert all("    <<: *hardened\n" in part and "    mem_limit: " in part for part in parts)
+    made = {"./pki/broker", "./edgeear.toml"}  # by pki.sh and by `edgeear init`
+    sources = set(re.findall(r"source: (\./[\w./-]+)", services)) - made
+    assert len(sources) >= 5 and all((DEPLOY / source).exists() for source in sources)

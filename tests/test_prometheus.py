@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from device.daemon.metrics import Metrics
+from device.daemon.metrics import Metrics, healthy
 from edgeear.errors import DeviceError, UsageError
 from edgeear.flow import Prediction
 from tests.test_architecture import probe
@@ -119,6 +122,19 @@ def test_taken_port_is_the_machines_fault_and_a_wrong_one_the_callers(metrics: M
     for wrong in (-1, 65536):
         with pytest.raises(UsageError, match=f"metrics port {wrong}: "):
             Metrics("1").serve(wrong)
+
+
+def test_health_is_a_step_not_long_ago(metrics: Metrics) -> None:
+    port = metrics.serve(0)
+    assert not healthy(port, 1000.0), "serving is not living"
+    metrics.alive(1000.0)
+    assert healthy(port, 1060.0) and not healthy(port, 1061.0)
+    command = [sys.executable, "-m", "device.daemon.metrics", str(port)]
+    assert subprocess.run(command, timeout=60).returncode == 1, "that was long ago"
+    metrics.alive(time.time())
+    assert subprocess.run(command, timeout=60).returncode == 0
+    metrics.close()
+    assert not healthy(port, 1000.0)
 
 
 def test_import_is_light() -> None:

@@ -8,6 +8,8 @@ Rules of this file:
 3. Nothing listens before `serve` is called. What is served has no secrets but says how a board lives, so it is bound to
    127.0.0.1 and nothing else; who wants it elsewhere runs an agent on the board (deploy/README.md).
 
+4. Who serves is not yet alive: `healthy` asks when the daemon's loop last took a step.
+
 The text format, the buckets' bookkeeping and the locks are prometheus_client's: about 1 MB and 15 ms at import.
 """
 
@@ -15,8 +17,11 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
+import time
 from threading import Thread
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
@@ -31,6 +36,8 @@ LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25,
 """Seconds: 2 ms is the bare encoder on a fast desktop, 2.5 s a board in trouble."""
 NOVELTY_BUCKETS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 """Novelty counts standard deviations from what is usual in the domain (edgeear/novelty.py)."""
+
+_STEP = "edgeear_last_step_timestamp_seconds"
 
 
 class Metrics:
@@ -62,6 +69,7 @@ class Metrics:
         self.rss_bytes = gauge("rss_bytes", "Resident memory of the inference process")
         self.temperature_celsius = gauge("temperature_celsius", "Temperature of the board; NaN where it has no sensor")
         self.temperature_celsius.set(float("nan"))
+        self._step = gauge(_STEP.removeprefix("edgeear_"), "When the daemon's loop last took a step")
         self._phase = Info("edgeear_phase", "What the board is doing", registry=registry)
         Info("edgeear_build", "What runs here", registry=registry).info({"version": version})
         for why in ("queue", "stale", "undecodable"):
@@ -80,6 +88,10 @@ class Metrics:
             self.abstained.inc()
         else:
             self.routes.labels(prediction.route).inc()
+
+    def alive(self, now: float) -> None:
+        """The daemon's loop took a step, at `now` in seconds since the epoch."""
+        self._step.set(now)
 
     def phase(self, name: str) -> None:
         """`edgeear_phase_info{phase=name} 1`, instead of the phase before."""
@@ -111,3 +123,21 @@ class Metrics:
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"edgeear_{name}", about, buckets=buckets, registry=self.registry)
+
+
+def healthy(port: int, now: float, within_s: float = 60.0) -> bool:
+    """Whether the daemon that serves on `port` took a step in the last `within_s` seconds; False if none answers.
+
+    `python -m device.daemon.metrics PORT` exits with 0 or 1 accordingly: the container's health check.
+    """
+    try:
+        with urlopen(f"http://{LOOPBACK}:{port}/metrics?name[]={_STEP}", timeout=5) as answer:
+            lines: list[bytes] = answer.read().splitlines()
+    except OSError:
+        return False
+    steps = [float(line.split()[1]) for line in lines if line.startswith(_STEP.encode())]
+    return bool(steps) and now - steps[0] <= within_s
+
+
+if __name__ == "__main__":
+    sys.exit(0 if healthy(int(sys.argv[1]), time.time()) else 1)
