@@ -111,6 +111,15 @@ def test_nothing_listens_but_loopback_and_only_while_served(metrics: Metrics) ->
     assert again == port and read(port)["edgeear_frames_total"] == 0
 
 
+def test_serving_asks_no_name_service(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(*_: object) -> str:
+        raise AssertionError("a board without a network would wait here")
+
+    monkeypatch.setattr(socket, "getfqdn", unanswered)
+    monkeypatch.setattr(socket, "gethostbyaddr", unanswered)
+    assert read(metrics.serve(0))["edgeear_frames_total"] == 0
+
+
 def test_taken_port_is_the_machines_fault_and_a_wrong_one_the_callers(metrics: Metrics) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
