@@ -296,6 +296,18 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
         raise _undecodable(path, reason, "replace it by an intact file or remove it") from error
 
 
+def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
+    """The frame of an image that is decoded already, uint8 `(H, W)` or RGB `(H, W, 3)`: bit for bit what `decode_bytes`
+    gives for a PNG of it. Raises `UsageError` for another type or shape, `DataError` for too few pixels or too many.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}: they must be uint8 (H, W) or (H, W, 3)")
+    height, width = pixels.shape[:2]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise DataError(f"{width} x {height} pixels: from 1 to {MAX_PIXELS} are allowed; make the image smaller")
+    return _fit(Image.fromarray(pixels).convert("RGB"), size)
+
+
 class _Refused(Exception):
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -56,6 +56,13 @@ class AgainstAList(RuleBasedStateMachine):
         self.undecodable += 1
         self.queue.undecodable()
 
+    @rule(stale=st.booleans())
+    def pass_over(self, stale: bool) -> None:
+        self.received += 1
+        self.stale += stale
+        self.dropped += not stale
+        self.queue.passed_over(stale=stale)
+
     @rule()
     def close(self) -> None:
         self.closed = True
@@ -65,6 +72,7 @@ class AgainstAList(RuleBasedStateMachine):
     def counts(self) -> None:
         if hasattr(self, "queue"):
             assert self.queue.wait(0) is bool(self.model)
+            assert self.queue.room(0) is (len(self.model) < self.limit)
             assert self.queue.closed is self.closed
             assert self.queue.counts == FrameCounts(
                 self.received, self.served, self.dropped, self.stale, self.undecodable, len(self.model)
@@ -72,6 +80,7 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 TestAgainstAList = AgainstAList.TestCase
+TestAgainstAList.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0, 100), st.floats(0, 10))
@@ -129,7 +138,7 @@ def test_threads_lose_nothing_uncounted_and_keep_each_source_in_order(limit: int
             left.acquire()
         queue.close()
 
-    joined(consume, close, *(lambda name=name: produce(name) for name in "abc"))  # type: ignore[misc]
+    joined(consume, close, *(lambda name=name: produce(name) for name in "abc"))
     counts = queue.counts
     assert counts.received == 3 * each == counts.served + counts.dropped + counts.stale + counts.waiting
     assert counts.served == len(seen) > 0 and all(number % 5 for _, number in seen)
@@ -140,11 +149,20 @@ def test_threads_lose_nothing_uncounted_and_keep_each_source_in_order(limit: int
 
 def test_a_frame_and_the_end_both_wake_who_waits() -> None:
     queue, answers = FrameQueue(1), list[bool]()
-    joined(lambda: answers.append(queue.wait(30)), lambda: bool(queue.put(PIXELS, 0.0, "a")))  # type: ignore[arg-type]
+    joined(lambda: answers.append(queue.wait(30)), lambda: queue.put(PIXELS, 0.0, "a"))  # type: ignore[arg-type]
     assert queue.get(0.0, 1.0) is not None
     joined(lambda: answers.append(queue.wait(30)), queue.close)
     assert answers == [True, False]
     assert queue.wait(30) is False
+
+
+def test_room_and_the_end_both_wake_a_source() -> None:
+    queue, answers = FrameQueue(1), list[bool]()
+    queue.put(PIXELS, 0.0, "a")
+    joined(lambda: answers.append(queue.room(30)), lambda: queue.get(0.0, 1.0))  # type: ignore[arg-type]
+    queue.put(PIXELS, 0.0, "b")
+    joined(lambda: answers.append(queue.room(30)), queue.close)
+    assert answers == [True, False]
 
 
 def test_the_loop_is_told_outside_the_lock() -> None:

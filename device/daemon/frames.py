@@ -74,6 +74,7 @@ class FrameQueue:
     def get(self, now: float, max_age_s: float) -> Frame | None:
         """The oldest frame that is not older than `max_age_s`; None when there is none. Never waits."""
         with self._changed:
+            self._changed.notify_all()
             while self._frames:
                 frame = self._frames.popleft()
                 if now - frame.captured <= max_age_s:
@@ -87,6 +88,19 @@ class FrameQueue:
         with self._changed:
             self._changed.wait_for(lambda: self._frames or self._closed, timeout)
             return bool(self._frames)
+
+    def room(self, timeout: float) -> bool:
+        """Whether a frame would push out none, after waiting for that up to `timeout` seconds; `close` ends it."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._frames) < self._limit or self._closed, timeout)
+            return len(self._frames) < self._limit
+
+    def passed_over(self, *, stale: bool) -> None:
+        """A source let an input go undecoded: grown stale on its side, or pushed out by a newer one."""
+        with self._changed:
+            self._received += 1
+            self._stale += stale
+            self._dropped += not stale
 
     def undecodable(self) -> None:
         """A source read something that gives no frame."""

@@ -1,0 +1,109 @@
+"""A source's thread: it runs one capture after another, and waits between failures.
+
+Rules of this file:
+
+1. A capture reads until it is told to stop (it returns), comes to its end (it returns), or fails (it raises).
+2. After a failure the next try waits 0.5 s, then twice as long each time, 60 s at most; a frame that came in between
+   starts the waits anew. No failure ends the thread: an unattended board has nobody to restart it.
+3. Stopping wakes every wait, that for a port included.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+from device.daemon.frames import FrameQueue
+from edgeear.errors import EdgeearError, UsageError
+
+
+@dataclass(frozen=True)
+class BackOff:
+    """Seconds between tries."""
+
+    first: float = 0.5
+    most: float = 60.0
+
+
+class Stop:
+    """A flag that a capture waits on; its descriptor becomes readable with it, for `select`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self) -> None:
+        self._event.set()
+        os.eventfd_write(self._descriptor, 1)
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is set, after waiting for that up to `seconds`."""
+        return self._event.wait(seconds)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class Capture(Protocol):
+    """One way to get frames."""
+
+    def run(self, stop: Stop) -> None:
+        """Put frames into the queue; see the module's first rule."""
+
+
+class RunningSource:
+    """A capture in a thread of its own: the `Source` of every kind."""
+
+    def __init__(self, name: str, capture: Capture, sink: FrameQueue, back_off: BackOff | None = None) -> None:
+        self._capture, self._sink, self._back_off = capture, sink, back_off or BackOff()
+        self._stop = Stop()
+        self._thread = threading.Thread(target=self._run, name=f"source-{name}", daemon=True)
+        self._failing = False
+        self.last_error: str | None = None
+        self.finished = False
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._failing
+
+    def start(self) -> None:
+        if self._thread.ident is not None:
+            raise UsageError("this source was started already: open another one")
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def offer(self, payload: bytes) -> None:
+        take = getattr(self._capture, "offer", None)
+        if take is not None:
+            take(payload)
+
+    def _run(self) -> None:
+        pause = self._back_off.first
+        while not self._stop.is_set():
+            before = self._sink.counts.received
+            try:
+                self._capture.run(self._stop)
+            except Exception as error:
+                self.last_error = str(error) if isinstance(error, EdgeearError) else f"{type(error).__name__}: {error}"
+            else:
+                self.finished = not self._stop.is_set()
+                return
+            if self._sink.counts.received > before:
+                pause = self._back_off.first
+            self._failing = True
+            self._stop.wait(pause)
+            self._failing = False
+            pause = min(2 * pause, self._back_off.most)

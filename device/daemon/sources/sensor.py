@@ -1,0 +1,144 @@
+"""A sensor front-end on a serial line or a TCP port; firmware_bridge.sensor speaks its protocol.
+
+Rules of this file:
+
+1. A port is a descriptor that is read when `select` says so; a wait ends at once when the source is stopped.
+2. The serial line is set up by termios: raw, 8 data bits, no parity, one stop bit, no flow control.
+3. A port that hangs up, or a peer that closes, is a lost device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from device.daemon.frames import FrameQueue
+from device.daemon.sources.running import Stop
+from device.folder import decode_bytes, fit_pixels
+from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.types import U8
+from firmware_bridge.sensor import Hello, HostEnd, Log, PixelFormat, SensorFrame, pixels
+
+_READ = 64 << 10
+_TCP_TIMEOUT_S = 10.0
+_log = logging.getLogger("edgeear.sensor")
+Port = Callable[[], AbstractContextManager[int]]
+"""Opens the port: its descriptor, non-blocking, for as long as the context lasts. Raises `DeviceError` or `OSError`."""
+
+
+class SensorFrames:
+    """Frames of the sensor behind `port`; `wall` is the time of day that the sensor is told."""
+
+    def __init__(
+        self,
+        port: Port,
+        size: tuple[int, int],
+        sink: FrameQueue,
+        clock: Callable[[], float],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._port, self._size, self._sink, self._clock, self._wall = port, size, sink, clock, wall
+
+    def run(self, stop: Stop) -> None:
+        host = HostEnd()
+        try:
+            with self._port() as descriptor:
+                _send(descriptor, host.greet(self._wall()))
+                while not stop.is_set():
+                    ready, _, _ = select.select([descriptor, stop.fileno()], [], [])
+                    if descriptor in ready:
+                        self._take(host, descriptor)
+        except OSError as error:
+            if isinstance(error, DeviceError):
+                raise
+            raise DeviceError(f"sensor: {error.strerror or error}; check cable, power and source settings") from error
+
+    def _take(self, host: HostEnd, descriptor: int) -> None:
+        data = os.read(descriptor, _READ)
+        if not data:
+            raise DeviceError("sensor: it hung up; check cable and power")
+        unannounced, incomplete = host.counts.unannounced, host.counts.incomplete
+        for event in host.feed(data, self._clock()):
+            match event:
+                case SensorFrame():
+                    self._put(event)
+                case Log():
+                    _log.log(event.level, "sensor: %s", _printable(event.text))
+                case Hello():
+                    _log.info("sensor %s: %s, %d x %d", event.sensor, event.format.name, event.width, event.height)
+        for _ in range(host.counts.incomplete - incomplete):
+            self._sink.undecodable()
+        if host.counts.unannounced > unannounced:
+            _send(descriptor, host.greet(self._wall()))
+
+    def _put(self, frame: SensorFrame) -> None:
+        try:
+            self._sink.put(self._decoded(frame), frame.started, f"{frame.hello.sensor} {frame.number}")
+        except DataError:
+            self._sink.undecodable()
+
+    def _decoded(self, frame: SensorFrame) -> U8:
+        if frame.hello.format is PixelFormat.JPEG:
+            return decode_bytes(frame.data, Path("sensor.jpg"), self._size)
+        return fit_pixels(pixels(frame), self._size)
+
+
+def serial_port(tty: str, baud: int) -> Port:
+    """The serial line `tty`. Raises `UsageError` for a speed that this system does not have."""
+    speed = getattr(termios, f"B{baud}", None)
+    if speed is None:
+        known = sorted(int(name[1:]) for name in dir(termios) if name.startswith("B") and name[1:].isdigit())
+        raise UsageError(f"source.baud = {baud}: no such speed; use one of {', '.join(map(str, known[1:]))}")
+
+    @contextmanager
+    def opened() -> Iterator[int]:
+        descriptor = os.open(tty, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            try:
+                _, _, cflag, _, _, _, control = termios.tcgetattr(descriptor)
+                cflag &= ~(termios.CSIZE | termios.PARENB | termios.CSTOPB | termios.CRTSCTS)
+                cflag |= termios.CS8 | termios.CREAD | termios.CLOCAL
+                control[termios.VMIN], control[termios.VTIME] = 1, 0
+                termios.tcsetattr(descriptor, termios.TCSANOW, [0, 0, cflag, 0, speed, speed, control])
+                termios.tcflush(descriptor, termios.TCIOFLUSH)
+            except termios.error as error:
+                raise DeviceError(f"{tty}: {error.args[-1]}; source.device must be a serial line") from error
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    return opened
+
+
+def tcp_port(url: str) -> Port:
+    """The TCP port of `tcp://HOST:PORT`. A peer that vanishes without a word is noticed by keep-alive probes."""
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+
+    @contextmanager
+    def opened() -> Iterator[int]:
+        with socket.create_connection((host.strip("[]"), int(port)), _TCP_TIMEOUT_S) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            connection.setblocking(False)
+            yield connection.fileno()
+
+    return opened
+
+
+def _send(descriptor: int, data: bytes) -> None:
+    """A greeting is a few bytes; where the line takes none of it now, the next one will do."""
+    try:
+        os.write(descriptor, data)
+    except BlockingIOError:
+        _log.debug("the sensor takes nothing now")
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
