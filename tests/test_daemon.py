@@ -373,3 +373,13 @@ def test_a_report_says_what_is_learned(rig: Rig) -> None:
     result = response["result"]
     assert [domain["name"] for domain in result["domains"]] == ["day"] and result["session"] == rig.session
     assert result["frames"]["answered"] == 65 and np.isfinite(result["rss_mb"])
+
+
+def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(rig.daemon.commands, "report", bug)
+    response = rig.command("report")
+    assert response is not None and response["outcome"] == "failed" and "ZeroDivisionError" in response["reason"]
+    assert len(rig.wire.acknowledged) == 1

@@ -24,7 +24,7 @@ from device.daemon.daemon import Daemon, DaemonPolicy
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.metrics import Metrics
-from device.daemon.sources import open_source
+from device.daemon.sources import Source, open_source
 from device.daemon.systemd import Notifier
 from device.daemon.worker import ProcessLearner, WorkerPolicy
 from device.encoder import OnnxEncoder
@@ -100,7 +100,7 @@ def link_policy(config: Config) -> LinkPolicy:
         site=config.device.site,
         device=config.device.name,
         protocol=mqtt.protocol,
-        keepalive=mqtt.keepalive_s,
+        keepalive_s=mqtt.keepalive_s,
         username=mqtt.username,
         password=None if password is None else password.get_secret_value(),
         tls=None if mqtt.ca is None else TlsFiles(mqtt.ca, mqtt.cert, mqtt.key),
@@ -123,11 +123,13 @@ def opened(config: Config, *, now: Callable[[], float] = time.time) -> Iterator[
         system = serving(store, encoder)
         outbox = stack.enter_context(Outbox.open(state / "outbox.sqlite", outbox_policy(config), now()))
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
-        link = _link(config, daemon, outbox, stack)
-        port = _metrics(config, daemon, outbox, link, stack)
         source = open_source(config.source, encoder.input_size, daemon.frames, now)
-        stack.callback(source.stop)
-        source.start()
+        link = _link(config, daemon, outbox, source, stack)
+        port = _metrics(config, daemon, outbox, link, stack)
+        if source is not None:
+            daemon.source = source
+            stack.callback(source.stop)
+            source.start()
         yield Running(daemon, link, port)
 
 
@@ -225,7 +227,7 @@ def _worker_policy(config: Config) -> WorkerPolicy:
     )
 
 
-def _link(config: Config, daemon: Daemon, outbox: Outbox, stack: ExitStack) -> Link | None:
+def _link(config: Config, daemon: Daemon, outbox: Outbox, source: Source | None, stack: ExitStack) -> Link | None:
     if not config.mqtt.enabled:
         return None
     link = Link(
@@ -233,7 +235,7 @@ def _link(config: Config, daemon: Daemon, outbox: Outbox, stack: ExitStack) -> L
         outbox,
         daemon.status,
         daemon.receive,
-        daemon.picture_came,
+        source.offer if source is not None else lambda _: None,
         daemon.connection_changed,
         random.Random(),  # boards that lost one broker must not come back at the same moment
     )
@@ -241,8 +243,16 @@ def _link(config: Config, daemon: Daemon, outbox: Outbox, stack: ExitStack) -> L
     stack.callback(link.stop, FAREWELL_S)
     link.start()
     if config.mqtt.discovery:
-        daemon.announce(homeassistant)
+        _announce(config, daemon, outbox)
     return link
+
+
+def _announce(config: Config, daemon: Daemon, outbox: Outbox) -> None:
+    """Make this board a device of Home Assistant."""
+    site, device, encoder = config.device.site, config.device.name, daemon.board.system.encoder_digest
+    payload = homeassistant.discovery_payload(site, device, __version__, encoder, daemon.period_s)
+    lasting = {"retain": True, "expiry_s": None}
+    outbox.put("event", homeassistant.discovery_topic(site, device), lambda _: payload, time.time(), properties=lasting)
 
 
 def _metrics(config: Config, daemon: Daemon, outbox: Outbox, link: Link | None, stack: ExitStack) -> int | None:

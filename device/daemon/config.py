@@ -161,6 +161,7 @@ class LearningSection(Section):
     )
     label_free: bool = Field(True, description="Adapt without labels when none come, where the evidence allows it.")
     label_wait_s: float = Field(86_400.0, ge=0, le=31_536_000, description="Seconds to wait for labels.")
+    label_requests: bool = Field(True, description="Publish the frames whose labels are wanted.")
     budget: Literal["small", "medium", "large"] = Field("medium", description="Upper limits of a head.")
     specs: int = Field(300, ge=1, le=100_000, description="Heads that a search scores.")
     time_limit_s: float = Field(3600.0, ge=1, le=604_800, description="Seconds after which learning is stopped.")

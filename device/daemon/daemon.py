@@ -40,7 +40,10 @@ from edgeear.flow import Prediction
 from edgeear.types import U8
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
+
     from device.daemon.metrics import Metrics
+    from device.daemon.sources import Source
     from device.mqtt.connection import Inbound
 
 LOG = logging.getLogger("edgeear")
@@ -48,6 +51,10 @@ INBOX = 256
 """Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep with nothing to do, and while a learner runs, seconds."""
+
+
+LEARNED = ("grown", "rejected", "learning-failed")
+"""Events that end an adaptation."""
 
 
 class Link(Protocol):
@@ -105,10 +112,12 @@ class Daemon:
         self._stamp = messages.Stamper(session, outbox.boot)
         commands.describe = self.describe
         self.link: Link | None = None
+        self.source: Source | None = None
         self.counts, self.metrics = Counts(), metrics
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._wake = threading.Event()
+        self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
 
     # Called by other threads
@@ -139,7 +148,7 @@ class Daemon:
 
     # The loop
 
-    def run(self, stop: threading.Event, progressed: Callable[[], None] = lambda: None) -> None:
+    def run(self, stop: threading.Event, progressed: Callable[[], object] = lambda: None) -> None:
         """Turn until `stop` is set; `progressed` is called after each turn, the proof that predictions go on."""
         while not stop.is_set():
             self._wake.clear()
@@ -161,6 +170,8 @@ class Daemon:
             self._guarded(self.board.poll)
         if self._clock() >= self._window.started + self.period_s:
             self.report_window()
+        if self.metrics is not None:
+            self._measure(self.metrics)
         return command is not None or frame is not None
 
     @property
@@ -187,7 +198,7 @@ class Daemon:
         self.counts.frames += 1
         self._window.add(step.prediction, seconds)
         if self.metrics is not None:
-            self.metrics.predicted(step.prediction, seconds)
+            self.metrics.answered(step.prediction, seconds)
         if self._publishes and self.link is not None:
             self.link.publish_now(self._topic(topics.PREDICTION), self._prediction(frame, step.prediction))
         self._tell(*step.events)
@@ -276,7 +287,7 @@ class Daemon:
 
     def _count(self, name: str, outcome: str) -> None:
         if self.metrics is not None:
-            self.metrics.command(name, outcome)
+            self.metrics.commands.labels(name, outcome).inc()
 
     def _topic(self, row: topics.Topic) -> str:
         return topics.topic_of(self.site, self.device, row)
@@ -293,6 +304,8 @@ class Daemon:
             facts: dict[str, Any] = {"kind": event.kind.replace(" ", "-"), "text": event.text[:2000], "at": event.at}
             facts["generation"] = self.board.system.generation
             self._put(topics.EVENT, messages.Event, facts)
+            if self.metrics is not None and event.kind in LEARNED:
+                self.metrics.learning_runs.labels(event.kind).inc()
             if event.kind == "label-wanted" and self.policy.label_requests:
                 self._ask_labels()
 
@@ -322,6 +335,24 @@ class Daemon:
         self._window = Window(now, self._random)
         self._put(topics.TELEMETRY, messages.Telemetry, body)
 
+    def _measure(self, metrics: Metrics) -> None:
+        """Bring the metrics up to what was counted elsewhere, once a second at most."""
+        now = self._timer()
+        if now - self._measured[0] < 1.0:
+            return
+        queue, dropped = self.frames.counts, self.outbox.counters().dropped
+        counts = {
+            metrics.dropped.labels("queue"): queue.dropped,
+            metrics.dropped.labels("stale"): queue.stale,
+            metrics.dropped.labels("undecodable"): queue.undecodable + self.counts.unusable,
+            **{metrics.outbox_dropped.labels(cls): count for cls, count in dropped.items()},
+        }
+        before = self._measured[1]
+        for counter, count in counts.items():
+            counter.inc(max(0, count - before.get(counter, 0)))
+        metrics.phase(self.board.phase)
+        self._measured = now, counts
+
     def status(self, state: Literal["online", "offline"]) -> bytes:
         """The birth of this session, or its last will. Called by the network's thread."""
         system = self.board.system
@@ -344,6 +375,7 @@ class Daemon:
             "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
             "refused_messages": self.counts.refused_messages,
             "outbox": outbox_facts(self.outbox.counters(), self._clock()),
+            "source": None if self.source is None else source_facts(self.source),
             "rss_mb": machine.rss_mb(),
         }
 
@@ -364,6 +396,11 @@ def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:
     """What telemetry says of the outbox."""
     oldest = None if counters.oldest is None else max(0.0, now - counters.oldest)
     return {"depth": counters.depth, "bytes": counters.bytes, "oldest_s": oldest, "dropped": counters.dropped}
+
+
+def source_facts(source: Source) -> dict[str, Any]:
+    """What a report says of where frames come from."""
+    return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}
 
 
 def picture(frame: U8) -> str:

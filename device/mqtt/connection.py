@@ -220,7 +220,7 @@ class Connection:
     def _send(self, item: OutgoingItem) -> None:
         properties = self._properties(CLASS_ROWS[item.cls], item.properties)
         if self._fits(item.topic, item.payload, properties):
-            self._publish(item.topic, item.payload, False, properties, item.id)
+            self._publish(item.topic, item.payload, bool(item.properties.get("retain")), properties, item.id)
         else:
             self._drop(item.id, f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}")
 
