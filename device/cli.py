@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
+from device.daemon import cli as daemon_cli
 from edgeear import __version__
 from edgeear.errors import DeviceError, EdgeearError, UsageError
 
@@ -82,6 +83,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure: run time, search, novelty. Writes one JSON object.")
 encoder_app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
 store_app = typer.Typer(no_args_is_help=True, help="List, merge or forget what a stopped board has learned.")
+app.add_typer(daemon_cli.app)
 app.add_typer(bench, name="bench")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(store_app, name="store")
