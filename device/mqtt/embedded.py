@@ -4,8 +4,8 @@
   since it lacks some of MQTT 5: docs/decisions/embedded-broker.md has the table.
 - It listens on loopback only, on a port that nobody else gets while it runs, and serves when `embedded_broker` yields.
 - Nothing stays behind: the state is in memory, and the process ends with the one that started it, even a killed one.
-- It never throttles: no bound on what is in flight, and as many clients as the system allows. What waits for an absent
-  client is bounded only in iotcore, which keeps the last 64 MiB of each subscription, delivered or not.
+- It does not throttle: 65,535 messages may be in flight, and as many clients come as the system allows. What waits for
+  an absent client is bounded in iotcore: it keeps the last 64 MiB of each subscription, delivered or not.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ MAX_PAYLOAD = 16 << 20
 """iotcore wants a bound: twice the largest message that edgeear takes."""
 REMEDY = "install mosquitto (Debian: apt install mosquitto), or pip install 'edgeear[broker]', or name a broker's host"
 
-# A change of user would undo the tie to the parent, so mosquitto, started by root, is told to stay root.
+# A change of user would undo the tie to the parent, so mosquitto, started by root, is told to stay root. Its bounds are
+# out of reach rather than 0 for "none", which some releases of 2.0 misread.
 MOSQUITTO = """\
 user root
 listener {port} {host}
 allow_anonymous true
 persistence false
-max_inflight_messages 0
-max_queued_messages 0
+max_inflight_messages 65535
+max_queued_messages 10000000
 set_tcp_nodelay true
 sys_interval 0
 connection_messages false
