@@ -20,6 +20,7 @@ from edgeear.errors import UsageError
 if TYPE_CHECKING:
     from device.daemon.assemble import Running
     from device.daemon.doctor import Finding
+    from device.mqtt.operator import BrokerAddress
 
 DEFAULT = Path("edgeear.toml")
 
@@ -98,6 +99,85 @@ def asyncapi() -> None:
     from device.mqtt.asyncapi import dumped
 
     typer.echo(dumped(), nl=False)
+
+
+Broker = Annotated[
+    str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: that of the configuration.")
+]
+Ca = Annotated[Path | None, typer.Option("--ca", help="PEM file of the broker's authority; turns TLS on.")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="PEM file of the operator's certificate.")]
+Key = Annotated[Path | None, typer.Option("--key", help="PEM file of its key.")]
+Site = Annotated[str, typer.Option("--site", "-s", help="The site; + for all.")]
+
+
+@app.command(epilog="Example: `edgeear watch --broker plant.example:8883 --ca ca.pem --cert me.pem --key me.key`")
+def watch(
+    broker: Broker = None,
+    site: Site = "+",
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a fleet: one row a board, and what happens to it. Ctrl-C ends it."""
+    from device.daemon.watching import follow
+
+    follow(_address(broker, config, ca, cert, key), site, seconds, as_json)
+
+
+@app.command(epilog="Example: `edgeear send plant/cam-1 forget domain=winter`")
+def send(
+    board: Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)],
+    command: Annotated[
+        str, typer.Argument(help="infer, label, adapt, rollback, confirm, pause, set-policy, report or forget.")
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(help="The command's fields, NAME=VALUE; a value is JSON or else text, @FILE a picture."),
+    ] = None,
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    wait: Annotated[float, typer.Option("--wait", min=0.1, help="Seconds to wait for the answer.")] = 10.0,
+    identity: Annotated[str | None, typer.Option("--id", help="Command id, to repeat one safely.")] = None,
+) -> None:
+    """Command a board and print its response as JSON. Ends in 1 where it was refused or failed."""
+    from device.daemon.watching import command_of
+    from device.mqtt.operator import operator
+    from device.mqtt.topics import RESPONSE, topic_of
+
+    site, _, device = board.partition("/")
+    asked = command_of(command, fields or [], identity)
+    with operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
+        response = us.ask(site, device, asked, wait)
+    typer.echo(response.model_dump_json(indent=2))
+    raise typer.Exit(0 if response.outcome == "ok" else 1)
+
+
+def _address(
+    broker: str | None, config: Path | None, ca: Path | None, cert: Path | None, key: Path | None
+) -> BrokerAddress:
+    """The broker that the options name, on top of the configuration's."""
+    from device.daemon.config import load_config
+    from device.mqtt.link import TlsFiles
+    from device.mqtt.operator import BrokerAddress
+
+    mqtt = load_config(_existing(config)).mqtt
+    host, port = mqtt.host, mqtt.port
+    if broker is not None:
+        name, colon, number = broker.rpartition(":")
+        host = name if colon else broker
+        if colon and not (number.isdecimal() and 0 < int(number) < 65536):
+            raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
+        port = int(number) if colon else (8883 if ca else 1883)
+    files = (ca, cert, key) if ca else (mqtt.ca, mqtt.cert, mqtt.key)
+    tls = None if files[0] is None else TlsFiles(files[0], files[1], files[2])
+    password = None if mqtt.password is None else mqtt.password.get_secret_value()
+    return BrokerAddress(host, port, mqtt.username, password, tls)
 
 
 def _existing(config: Path | None) -> Path | None:
