@@ -88,7 +88,8 @@ class Database:
             undo.callback(database.close)
             _refuse_foreign(path, version)
             try:
-                database._start(version, schema)
+                with _typed(path):
+                    database._start(version, schema)
             except _Damaged as damage:
                 database.recovered_from = database._set_aside(str(damage))
                 database._start(version, schema)
@@ -254,7 +255,6 @@ def _refuse_foreign(path: Path, version: int) -> None:
         return
     db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
     try:
-        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
         found = _number(db, "user_version")
         ((tables,),) = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
     except sqlite3.DatabaseError:
