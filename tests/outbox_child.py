@@ -40,7 +40,7 @@ def work(folder: Path, seed: int) -> None:
             outbox.finish(command, "response", "response", partial(answer, command), NOW)
             say("finished", command)
         elif mine:
-            ids = rng.sample(mine, min(len(mine), 5))
+            ids = rng.sample(mine, min(len(mine), 2))
             say("acknowledging", *ids)
             outbox.acknowledge(ids)
             say("acknowledged", *ids)

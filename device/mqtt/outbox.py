@@ -231,17 +231,19 @@ class Outbox:
         if cls not in CLASSES or not math.isfinite(now):
             raise UsageError(f"class {cls!r}, now={now}: use one of {CLASSES} and finite seconds")
         with self._lock:
-            draft = Draft(CLASSES.index(cls), topic, json.dumps(properties), make(self._seq + 1), now)
+            seq = self._seq + 1
+            number = items.item_id(self.boot, seq)
+            draft = Draft(number, CLASSES.index(cls), topic, json.dumps(properties), make(seq), now)
             draft.check(self._policy)
 
-            def work(db: sqlite3.Connection, tally: Tally) -> int | None:
+            def work(db: sqlite3.Connection, tally: Tally) -> bool:
                 if command is not None:
                     ledger.finish(db, self._policy.ledger, command, now, topic, draft.payload, properties)
                 return items.insert(db, tally, self._policy, draft)
 
-            number = self._with_room(draft.rank, draft.size, work)
-            self._seq += 1
-        return number
+            kept = self._with_room(draft.rank, draft.size, work)
+            self._seq = seq
+        return number if kept else None
 
     def _with_room(self, rank: int, size: int, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
         """Runs `work`; on a full disk again with more and more dropped before it, up to the class of `rank`."""
