@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from benchmarks.outbox import measure
 from device.mqtt import items as items_module
-from device.mqtt.items import ITEM_BYTES, item_id
+from device.mqtt.items import ITEM_BYTES, Tally, item_id
 from device.mqtt.ledger import CLOCK_SET
 from device.mqtt.outbox import (
     CLASSES,
@@ -534,7 +534,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_promised(path: Path) -> Non
     stamps: dict[tuple[int, int], int] = {}
     answered: set[str] = set()
     boot = last = 0
-    for seed in range(8):
+    for seed in range(12):
         lines = killed(path.parent, seed, rng.randrange(2, 400))
         assert lines[0][0] == "open" and lines[0][1] > boot
         put_ids = promised(lines, "put")
@@ -749,6 +749,23 @@ def test_damage_found_while_in_use_is_set_aside_too(path: Path) -> None:
             Outbox.open(path, OutboxPolicy(), NOW)
     with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
         assert (outbox.boot, payloads(outbox)) == (3, [])
+
+
+def test_damage_that_only_the_counting_finds_is_set_aside_as_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, load = written(path), Tally.load
+
+    def fail_once(db: sqlite3.Connection) -> Tally:
+        monkeypatch.setattr(Tally, "load", load)
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+    monkeypatch.setattr(Tally, "load", fail_once)
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        assert outbox.recovered_from is not None
+        assert "malformed" in outbox.recovered_from.reason
+        assert len(outbox.recovered_from.path.read_bytes()) == len(data)
+        assert (outbox.boot, outbox.counters().depth) == (2, 0)
 
 
 @pytest.mark.parametrize("change", ["payload = x'78'", "topic = 'x'", "properties = '{'", "size = 9", "key = id"])

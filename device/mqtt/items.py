@@ -172,6 +172,8 @@ def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, si
     """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
     victims: list[int] = []
     for rank in ranks:
+        if count <= 0 and size <= 0:
+            break
         bounds = _key(rank, 0), _key(rank, -1 + (1 << _ID_BITS))
         with closing(db.execute("SELECT id, size FROM item WHERE key BETWEEN ? AND ? ORDER BY key", bounds)) as rows:
             while (count > 0 or size > 0) and (row := rows.fetchone()):

@@ -77,9 +77,11 @@ class OutboxCounters:
 class Outbox:
     """See the module's rules."""
 
-    def __init__(self, database: Database, policy: OutboxPolicy) -> None:
+    def __init__(self, database: Database, policy: OutboxPolicy, recovered_from: SetAside | None) -> None:
         """Use `Outbox.open`."""
         self._database, self._policy = database, policy
+        self.recovered_from = recovered_from
+        """The damaged file in whose place this outbox started empty, if there was one."""
         self._lock = threading.Lock()
         self._seq = 0
         self._tally = database.read(Tally.load)
@@ -94,19 +96,24 @@ class Outbox:
         A damaged file is set aside and a fresh one started: `recovered_from` says so. Raises `OutboxBusy` where
         another process holds it, `NewerOutbox` where a newer version wrote it, `OutboxFull`, `DeviceError`.
         """
-        database = Database.open(path, FORMAT, "\n\n".join((ledger.SCHEMA, items.SCHEMA, SETTINGS)))
         try:
-            outbox = cls(database, policy)
+            return cls._opened(path, policy, now)
+        except OutboxDamaged as damage:  # deeper than the check of the whole file looks
+            outbox = cls._opened(path, policy, now)
+            outbox.recovered_from = damage.aside
+            return outbox
+
+    @classmethod
+    def _opened(cls, path: Path, policy: OutboxPolicy, now: float) -> Outbox:
+        schema = "\n\n".join((ledger.SCHEMA, items.SCHEMA, SETTINGS))
+        database, aside = Database.open(path, FORMAT, schema)
+        try:
+            outbox = cls(database, policy, aside)
             outbox.expire(now)
         except BaseException:
             database.close()
             raise
         return outbox
-
-    @property
-    def recovered_from(self) -> SetAside | None:
-        """The damaged file in whose place this outbox started empty, if there was one."""
-        return self._database.recovered_from
 
     def put(
         self, cls: Class, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
