@@ -199,7 +199,8 @@ class Board:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
         self._at += 1
         self._events = []
-        prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
+        with self._learner.aside():
+            prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
         self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code))
         if self.phase == "probation":
             self._watch(prediction)
@@ -222,6 +223,7 @@ class Board:
         self._events = []
         if self.paused:
             raise UsageError("learning is paused: resume it first")
+        self._allowed("adapt")
         held = len(self._waiting.seen) if self._waiting else len(self._recent)
         if held < MINIMUM:
             raise UsageError(f"{held} frames at hand, at least {MINIMUM} needed: show the board more")
