@@ -464,7 +464,7 @@ def test_forgetting_is_permanent_stored_and_restarts_what_is_being_learned(tmp_p
         rig.show_until(1, "learning")
         (forgotten, again) = rig.board.replace(forget_domain(start, "d2"), "forgot d2")
         assert (forgotten.kind, again.kind) == ("forgotten", "search")
-        assert rig.board.system.names == ("d0",) and not rig.board.live.probation
+        assert list(rig.board.system.names) == ["d0"] and not rig.board.live.probation
         assert later.cancelled == 1 and later.jobs[1].system is rig.board.system
         assert later.jobs[1].frames == later.jobs[0].frames
         assert [from_files(store.read(m.number)).names for m in store.generations()] == [("d0",), ("d0",)]

@@ -51,9 +51,10 @@ TAIL = 2000
 
 @dataclass(frozen=True)
 class WorkerPolicy:
-    """How the child learns, and what it may take: `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice`
-    from 0 to 19; `idle`: the scheduling class that only takes what nobody else wants; `spare_core`: leave one alone;
-    `aside`: stop while a frame is served. `budget` names one of the search space's; `latency` are the prices of a profiled board. Raises UsageError."""
+    """How the child learns, and what it may take. `budget` names one of the search space's; `latency` are the prices of
+    a profiled board. `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice` from 0 to 19; `idle`: the
+    scheduling class that only takes what nobody else wants; `spare_core`: leave one alone; `aside`: stop while a frame
+    is served. Raises UsageError for numbers out of range."""
 
     budget: str = "medium"
     specs: int = 300
