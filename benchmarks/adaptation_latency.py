@@ -5,7 +5,7 @@
 A board that has learned one domain serves its frames at a fixed rate, open loop: a frame is due when it is due, however
 late the one before was. Windows alternate: quiet, adapting, quiet, ... An adapting window lasts as long as the learning
 process does, from `adapt_now` to the step that commits the new generation, that step included; it is then rolled back,
-and the quiet window takes as many frames. Service is the time of `Board.step`, response counts from when the frame was
+and the quiet window follows. Service is the time of `Board.step`, response counts from when the frame was
 due. The bar holds the median over the windows of p99, adapting over quiet, of both. All of it runs on two cores.
 """
 
@@ -36,8 +36,8 @@ from edgeear.types import U8
 BAR = 1.5
 LABELS = 150
 KNOWN, NEW = "photo", "sketch"
-QUIET = 600
-"""Most frames of a quiet window."""
+QUIET = 240
+"""Frames of a quiet window."""
 
 
 @dataclass
@@ -130,12 +130,13 @@ def _world(data: Path, name: str, encoder: OnnxEncoder) -> _World:
 
 def measure(data: Path, policy: WorkerPolicy, rate: float, windows: int) -> dict[str, Any]:
     """Alternating windows, their quantiles and the ratios."""
-    bench, rows = _Bench(data, policy, rate), []
+    bench = _Bench(data, policy, rate)
+    rows: list[dict[str, Any]] = []
     for _ in range(windows):
         adapting = bench.adapt(NEW)
         seconds = len(adapting[0]) / rate
         bench.board.rollback()
-        quiet = bench.quiet(min(QUIET, len(adapting[0])))
+        quiet = bench.quiet(QUIET)
         rows.append({"seconds": round(seconds, 1), "adapting": _figures(adapting), "quiet": _figures(quiet)})
         print(json.dumps(rows[-1]), flush=True)
     ratios = {

@@ -71,6 +71,8 @@ REMEDY: Mapping[Phase, str] = {
     "probation": "confirm the generation on probation or roll it back first",
 }
 """What an operator is told whose verb is refused in a phase."""
+VERBS: Mapping[Signal, str] = {"good": "confirm", "foreign": "rollback", "replace": "forget"}
+"""What an operator calls a signal, where it is not the signal's own name."""
 ATTRIBUTED = 32
 """Frames since the onset of a shift that say what it is about."""
 
@@ -222,7 +224,8 @@ class Board:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
         self._at += 1
         self._events = []
-        prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
+        with self._learner.aside():
+            prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
         self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code, prediction.route))
         if self.phase == "probation":
             self._watch(prediction)
@@ -245,6 +248,7 @@ class Board:
         self._events = []
         if self.paused:
             raise UsageError("learning is paused: resume it first")
+        self._allowed("adapt")
         held = len(self._waiting.seen) if self._waiting else len(self._recent)
         if held < MINIMUM:
             raise UsageError(f"{held} frames at hand, at least {MINIMUM} needed: show the board more")
@@ -307,7 +311,7 @@ class Board:
     def _allowed(self, signal: Signal) -> Phase:
         to = TABLE[signal][PHASES.index(self.phase)]
         if to is None:
-            raise UsageError(f"{signal!r} is refused while {self.phase}: {REMEDY[self.phase]}")
+            raise UsageError(f"{VERBS.get(signal, signal)} is refused while {self.phase}: {REMEDY[self.phase]}")
         return to
 
     def _move(self, signal: Signal) -> None:

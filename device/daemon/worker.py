@@ -6,10 +6,11 @@ Rules of this file:
    here makes the candidate over the very generation that the job was for.
 2. Whatever the child does, the outcome is a value: out of time, out of memory, killed, crashed, silent, talking
    nonsense, no torch. Nothing of it reaches the caller of `poll`, which never waits: a thread talks to the child.
-3. The child dies with this process (its end of a pipe closes) and with the job; it is always reaped. The job is an
-   anonymous file in memory, so nothing is left on a disk.
+3. The child dies with this process (the kernel kills it, and its end of a pipe closes) and with the job; it is always
+   reaped. The job is an anonymous file in memory, so nothing is left on a disk.
 4. Predictions come first. The child has the idle scheduling class, the highest niceness, one thread, and, where there
-   is more than one core, leaves the first one alone. The kernel takes it first when memory runs out.
+   is more than one core, leaves the first one alone. That leaves caches and memory to compete for, so it is stopped
+   while a frame is served, but gets a third of the time in any case. The kernel takes it first when memory runs out.
 5. Memory is what the child really holds (resident), watched from here: address space says nothing, because torch maps
    gigabytes that it never touches. A limit on its private data catches what grows between two looks.
 """
@@ -24,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -34,22 +36,25 @@ from adaptors.search_space import BUDGETS
 from device.daemon.snapshot import Inbox, Kind, domain_of, job_parts, opened
 from device.learner import Failed, Job, Outcome
 from edgeear.admission import admit
-from edgeear.errors import EdgeearError, FormatError, UsageError
+from edgeear.errors import FormatError, UsageError
 from edgeear.flow import Progress
 from edgeear.system import Candidate, Rejected
 
 COMMAND = (sys.executable, "-m", "device.daemon.worker_child")
 LOOK_S = 0.2
 """Seconds between two looks at the child's memory and time."""
+LEAST_SHARE = 0.5
+"""Of the time that it was stopped for a frame, the child runs before it is stopped again."""
 TAIL = 2000
 """Bytes kept of what the child says on its standard error."""
 
 
 @dataclass(frozen=True)
 class WorkerPolicy:
-    """How the child learns, and what it may take: `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice`
-    from 0 to 19; `idle`: the scheduling class that only takes what nobody else wants; `spare_core`: leave one alone.
-    `budget` names one of the search space's; `latency` are the prices of a profiled board. Raises UsageError."""
+    """How the child learns, and what it may take. `budget` names one of the search space's; `latency` are the prices of
+    a profiled board. `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice` from 0 to 19; `idle`: the
+    scheduling class that only takes what nobody else wants; `spare_core`: leave one alone; `aside`: stop while a frame
+    is served. Raises UsageError for numbers out of range."""
 
     budget: str = "medium"
     specs: int = 300
@@ -61,6 +66,7 @@ class WorkerPolicy:
     nice: int = 19
     idle: bool = True
     spare_core: bool = True
+    aside: bool = True
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -119,6 +125,18 @@ class ProcessLearner:
         if run is not None:
             run.cancel()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Stop the child while a frame is served, if it had its share of the time since the last one."""
+        run = self._run
+        if run is None or not self._policy.aside or not run.stop():
+            yield
+            return
+        try:
+            yield
+        finally:
+            run.go_on()
+
     def join(self, timeout: float | None = None) -> None:
         """Wait until the job at work has an outcome."""
         if self._run is not None:
@@ -140,6 +158,8 @@ class _Run:
         self._cancelled = threading.Event()
         self._inbox, self._said = Inbox(), b""
         self._answer: tuple[Kind, bytes] | None = None
+        self._spoken = False
+        self._stopped = self._freed = self._stopped_s = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -150,11 +170,28 @@ class _Run:
         if self._process is not None:
             self._process.kill()
 
+    def stop(self) -> bool:
+        """Stop the child for a moment; whether that was done. Not before it has said something: until then the kernel
+        would not kill it together with this process."""
+        now = time.monotonic()
+        if self._process is None or not self._spoken or now - self._freed < LEAST_SHARE * self._stopped_s:
+            return False
+        self._process.send_signal(signal.SIGSTOP)
+        self._stopped = now
+        return True
+
+    def go_on(self) -> None:
+        """Let a stopped child go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._freed = time.monotonic()
+        self._stopped_s = self._freed - self._stopped
+
     def _mind(self) -> None:
         try:
             outcome = self._answered(self._worked())
-        except (EdgeearError, ValueError, OSError, MemoryError) as error:
-            outcome = Failed(f"learning failed: {error}")
+        except Exception as error:  # whatever a sick child sends: without an outcome the board would wait for ever
+            outcome = Failed(f"learning failed ({type(error).__name__}: {error}): see what the learning process sends")
         self.outcome = outcome
         if not self._cancelled.is_set():
             self._on_ready()
@@ -163,7 +200,7 @@ class _Run:
         """Let the child work; why there is no answer, or None where there is one."""
         deadline = time.monotonic() + self._policy.time_limit_s
         with _memory_file() as file:
-            how = {**asdict(self._policy), "encoder": str(self._encoder), "job": file.fileno()}
+            how = {**asdict(self._policy), "encoder": str(self._encoder), "parent": os.getpid()}
             for part in job_parts(self._job, how):
                 file.write(part)
             file.flush()
@@ -222,7 +259,7 @@ class _Run:
         for kind, payload in self._inbox.feed(data):
             if kind == "progress":
                 phase, done, total = opened(payload)[0]["progress"]
-                self.progress = (str(phase), int(done), int(total))
+                self.progress, self._spoken = (str(phase), int(done), int(total)), True
             else:
                 self._answer = (kind, payload)
                 return

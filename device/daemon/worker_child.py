@@ -5,15 +5,18 @@ Rules of this file:
 1. It makes itself small before anything heavy is loaded: niceness, scheduling class, cores, memory; and the first that
    the kernel kills when memory runs out.
 2. Standard output belongs to the messages: what libraries print goes to standard error.
-3. Standard input says that the board lives: at its end this process ends, whatever it is doing.
+3. It lives no longer than the board: the kernel kills it then, even stopped; where the kernel cannot, the end of
+   standard input ends it.
 4. What cannot be learned is an answer with its reason; only a bug ends it with a traceback, which the board reports.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -31,6 +34,7 @@ from edgeear.errors import EdgeearError
 from edgeear.flow import AdaptPolicy
 from edgeear.system import Candidate
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PROGRESS_S = 0.5
 """Least seconds between two messages of progress in one phase."""
 SLACK_MB = 600
@@ -41,9 +45,10 @@ def main(arguments: Sequence[str]) -> None:
     """Do the job in the open file whose descriptor is given."""
     out = os.dup(1)
     os.dup2(2, 1)
-    threading.Thread(target=_die_with_the_board, daemon=True).start()
+    threading.Thread(target=_watch_input, daemon=True).start()
     with os.fdopen(int(arguments[0]), "rb") as file:
         job, how = job_of(file.read())
+    _die_with(how["parent"])
     _make_small(how)
     try:
         kind, parts = _answer(job, how, out)
@@ -103,7 +108,15 @@ def _send(out: int, kind: Kind, parts: Sequence[Any]) -> None:
             view = view[os.write(out, view) :]
 
 
-def _die_with_the_board() -> None:
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process with the thread of the board that started it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # too late for the kernel
+
+
+def _watch_input() -> None:
     while os.read(0, 4096):
         pass
     os._exit(1)
@@ -111,6 +124,8 @@ def _die_with_the_board() -> None:
 
 def _make_small(how: dict[str, Any]) -> None:
     limit = (how["memory_limit_mb"] + SLACK_MB) << 20
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(how["nice"])
