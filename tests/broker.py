@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -48,6 +49,11 @@ class Mosquitto:
             self._process.terminate()
             self._process.wait(20)
             self._process = None
+
+    def reload(self) -> None:
+        """Have it read its access list again."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""

@@ -34,9 +34,9 @@ class Signal:
             yield
             self._changed.notify_all()
 
-    def wait(self, predicate: Callable[[], bool], what: str = "") -> None:
+    def wait(self, predicate: Callable[[], bool], what: object = "it") -> None:
         with self._changed:
-            assert self._changed.wait_for(predicate, PATIENCE), f"waited {PATIENCE} s in vain for {what or predicate}"
+            assert self._changed.wait_for(predicate, PATIENCE), f"waited {PATIENCE} s in vain for {what}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Board:
         self.signal.wait(lambda: sum(text.startswith("connected") for _, text in self.changes) >= times, "connection")
 
     def wait_told(self, text: str) -> None:
-        self.signal.wait(lambda: any(text in told for _, told in self.changes), f"{text!r} in {self.changes}")
+        self.signal.wait(lambda: any(text in told for _, told in self.changes), (text, self.changes))
 
     def wait_commands(self, count: int) -> list[Inbound]:
         self.signal.wait(lambda: len(self.commands) >= count, f"{count} commands")

@@ -6,9 +6,10 @@ Rules of this file:
 2. Items are sent in the order of the outbox. A PUBACK takes an item out of it; acknowledged items are removed in
    batches, at the latest when nothing is in flight or the connection ends.
 3. A PUBACK with a reason code of failure: what the same bytes would meet again (`HOPELESS`, larger than the broker's
-   maximum packet) is dropped; what an operator can mend (not authorised) stays in the outbox and is passed over until
-   the next connection; anything else (quota, unspecified) ends the connection, and all is tried again after the
-   back-off. Each is counted, and its text told once for a connection.
+   maximum packet) is dropped. What an operator can mend (not authorised) stays in the outbox, and items of its topic
+   are passed over for `hold_s`, over connections too, because some brokers hang up on each. Anything else (quota,
+   unspecified) ends the connection, and all is tried again after the back-off. Each is counted; the first of a
+   connection is told.
 4. Subscriptions come before the birth, so who sees a board online can command it. They ask for no retained message: a
    retained command would come again at each connect.
 5. Commands are acknowledged only on request (`Link.acknowledge`); what is no command is acknowledged unread.
@@ -25,6 +26,7 @@ import functools
 import logging
 import math
 import select
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -49,9 +51,11 @@ FETCH: Final = 64
 """Items read from the outbox at once."""
 BATCH: Final = 256
 """Acknowledged items removed from the outbox at once."""
-HOPELESS: Final = {0x90: "topic name invalid", 0x95: "packet too large", 0x99: "payload format invalid"}
+HOPELESS: Final = {0x90, 0x99}
+"""Topic name invalid, payload format invalid."""
 NOT_AUTHORISED: Final = 0x87
 UNSUPPORTED: Final = 0x84
+PROTOCOL_ERROR: Final = 0x82
 SILENT: Final = 0x8D
 QUOTA: Final = 0x97
 NOT_OUR_FAULT: Final = {0x00, 0x89, 0x8B, 0x8E, 0x97, 0x98, 0x9C, 0x9D, 0x9F, 0xA0}
@@ -90,7 +94,8 @@ class Inbound:
 @dataclass(frozen=True)
 class LinkCounters:
     """Since the start: `connects` accepted by a broker, items `sent` (acknowledged), items `dropped` because a broker
-    would never take them, refusals after which an item was `held` back, messages that were `ignored` as no command."""
+    would never take them, refusals after which an item was `held` back in the outbox, messages that were `ignored`
+    as no command."""
 
     connects: int
     sent: int
@@ -132,13 +137,15 @@ class Connection:
         self.hung_up_on: int | None = None
         self._link, self._policy, self._number, self._five = link, link.policy, number, protocol == "5"
         self._status_topic = topics.topic_of(link.policy.site, link.policy.device, topics.STATUS)
-        self._window = self._usual = 1 if cautious else link.policy.inflight
+        self._usual = link.policy.inflight
+        self._window = 1 if cautious else self._usual
         self._largest = 268_435_455
-        self._in_flight: dict[int, int | None] = {}  # packet identifier -> item, None for birth and farewell
+        self._in_flight: dict[int, OutgoingItem | None] = {}  # by packet identifier; None for birth and farewell
         self._done: list[int] = []
         self._fetched: deque[OutgoingItem] = deque()
         self._after = 0
         self._told = False
+        self._seen: set[int] = set()  # sent before the last rewind
         self._rate = Rate(link.policy.rate, time.monotonic())
         self._farewell: int | None = None
         self._last = 0  # packet identifier
@@ -154,6 +161,9 @@ class Connection:
             properties.SessionExpiryInterval = policy.session_expiry_s
             properties.ReceiveMaximum = policy.receive_maximum
             properties.MaximumPacketSize = policy.maximum_packet
+        if policy.tls is not None:
+            self._client.tls_set_context(policy.tls.context())
+        self._client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
         clean: dict[str, Any] = {"clean_start": False} if self._five else {}
         self._client.connect(policy.host, policy.port, policy.keepalive_s, properties=properties, **clean)
         self._give_up = time.monotonic() + CONNECT_S
@@ -163,6 +173,7 @@ class Connection:
         if self.connected:
             self._send_acknowledgements()
             self._send_unsent()
+            self._retry_forbidden()
             self._drain()
             self._leave()
         elif self._link.stop_at is not None:
@@ -207,12 +218,26 @@ class Connection:
         while self._farewell is None and self.ended is None and self._may_send():
             if not self._fetched and not self._fetch():
                 return
-            if self._fetched[0].id in self._link.held:
+            if self._passed_over(self._fetched[0]):
                 self._fetched.popleft()
             elif self._rate.take(time.monotonic()):
                 self._send(self._fetched.popleft())
             else:
                 return
+
+    def _passed_over(self, item: OutgoingItem) -> bool:
+        return item.id in self._link.held or item.topic in self._link.forbidden or item.id in self._seen
+
+    def _retry_forbidden(self) -> None:
+        """Topics that were held for long enough are tried again, in place of the oldest item."""
+        forbidden, now = self._link.forbidden, time.monotonic()
+        over = [topic for topic, until in forbidden.items() if now >= until]
+        if over:
+            for topic in over:
+                del forbidden[topic]
+            self._seen = {item.id for item in self._in_flight.values() if item is not None} | set(self._done)
+            self._fetched.clear()
+            self._after, self._link.fresh = 0, True
 
     def _may_send(self) -> bool:
         return len(self._in_flight) < self._window and not self._client.want_write()
@@ -220,7 +245,7 @@ class Connection:
     def _send(self, item: OutgoingItem) -> None:
         properties = self._properties(CLASS_ROWS[item.cls], item.properties)
         if self._fits(item.topic, item.payload, properties):
-            self._publish(item.topic, item.payload, bool(item.properties.get("retain")), properties, item.id)
+            self._publish(item.topic, item.payload, bool(item.properties.get("retain")), properties, item)
         else:
             self._drop(item.id, f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}")
 
@@ -233,7 +258,7 @@ class Connection:
         return bool(self._fetched)
 
     def _publish(
-        self, topic: str, payload: bytes, retain: bool, properties: Properties | None, item: int | None
+        self, topic: str, payload: bytes, retain: bool, properties: Properties | None, item: OutgoingItem | None
     ) -> int:
         info = self._client.publish(topic, payload, 1, retain, properties)
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS and self.ended is None:
@@ -319,22 +344,24 @@ class Connection:
         if mid == self._farewell:
             self._client.disconnect()
 
-    def _on_puback(self, item: int, reason: ReasonCode) -> None:
+    def _on_puback(self, item: OutgoingItem, reason: ReasonCode) -> None:
         """Rule 3."""
         link = self._link
         if not reason.is_failure:
-            self._done.append(item)
+            self._done.append(item.id)
             self.progress, self._window = True, self._usual
             link.tally["sent"] += 1
-        elif reason.value in HOPELESS:
-            self._drop(item, f"the broker refuses it: {reason}")
-        elif reason.value == NOT_AUTHORISED:
-            link.tally["held"] += 1
-            self._tell(f"item {item}: {reason}; it waits for the next connection, check the broker's access list")
+            return
+        if reason.value in HOPELESS:
+            self._drop(item.id, f"the broker refuses it: {reason}")
+            return
+        link.tally["held"] += 1
+        if reason.value == NOT_AUTHORISED:
+            link.forbidden[item.topic] = time.monotonic() + self._policy.hold_s
+            self._tell(f"the broker forbids {item.topic}: {reason}; it waits, check the broker's access list")
         else:
-            link.tally["held"] += 1
-            self.hung_up_on = None if reason.value == QUOTA else item
-            self._end(f"the broker refuses item {item}: {reason}")
+            self.hung_up_on = None if reason.value == QUOTA else item.id
+            self._end(f"the broker refuses item {item.id}: {reason}")
 
     def _drop(self, item: int, why: str) -> None:
         self._done.append(item)
@@ -382,10 +409,15 @@ class Connection:
         elif reason.value == SILENT:
             self._end(f"the broker was silent for longer than the keep-alive of {client.keepalive} s")
         else:
-            waiting = [item for item in self._in_flight.values() if item is not None]
+            waiting = [item.id for item in self._in_flight.values() if item is not None]
             told = flags.is_disconnect_packet_from_server
             self.hung_up_on = waiting[0] if waiting and not (told and reason.value in NOT_OUR_FAULT) else None
-            self._end(f"the broker ended the connection: {reason}" if told else f"connection lost{self._errors}")
+            if told:
+                self._end(f"the broker ended the connection: {reason}")
+            elif reason.value == PROTOCOL_ERROR:
+                self._end("the broker sent what MQTT does not allow")
+            else:
+                self._end(f"connection lost{self._errors}")
 
     # Waiting
 
@@ -415,6 +447,8 @@ class Connection:
             until = min(until, self._give_up)
         elif self._fetched and self._may_send():
             until = min(until, now + self._rate.wait(now))
+        if self._link.forbidden:
+            until = min(until, *self._link.forbidden.values())
         if self._link.stop_at is not None:
             until = min(until, self._link.stop_at[0 if self._farewell is None else 1])
         return max(1, math.ceil(1e3 * (until - now)))
@@ -450,12 +484,9 @@ class Connection:
         client.connect_timeout = CONNECT_S
         client.enable_logger(self._errors.logger)
         client.username_pw_set(policy.username, policy.password)
-        if policy.tls is not None:
-            client.tls_set_context(policy.tls.context())
-        client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
-        client.on_message = self._on_message
+        client.on_message, client.on_socket_open = self._on_message, _send_at_once
         return client
 
     def _will_properties(self) -> Properties | None:
@@ -514,6 +545,11 @@ def _address(message: MQTTMessage) -> topics.Address | None:
         return topics.match(message.topic)
     except UnicodeDecodeError:
         return None
+
+
+def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
+    """Without Nagle's algorithm, which delays the small packets of a window: half as much again drained per second."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _decrypted(sock: Any) -> bool:

@@ -42,6 +42,17 @@ MOST_UNSENT: Final = 256
 """Messages of `publish_now` that may wait for the network."""
 
 
+class _TlsSocket(ssl.SSLSocket):
+    """Closed when its handshake fails: paho forgets to."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
 @dataclass(frozen=True)
 class TlsFiles:
     """PEM files. `ca` None: the authorities of the system. `cert` and `key`: the board's own, None where the broker
@@ -55,6 +66,7 @@ class TlsFiles:
         """Checks the broker's certificate and name; TLS 1.2 or later. Raises OSError for an unreadable file."""
         context = ssl.create_default_context(cafile=self.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _TlsSocket
         if self.cert is not None:
             context.load_cert_chain(self.cert, self.key)
         return context
@@ -66,7 +78,8 @@ class LinkPolicy:
 
     `receive_maximum`: QoS 1 commands that the broker may send before the first is acknowledged. `inflight`: items
     sent before the first PUBACK; the broker's own receive-maximum wins where it is lower. `rate`: items per second
-    taken from the outbox, 0 for no limit. `maximum_packet`: bytes of the largest message that is taken in.
+    taken from the outbox, 0 for no limit. `hold_s`: how long items of a topic wait that the broker forbids.
+    `maximum_packet`: bytes of the largest message that is taken in.
     """
 
     host: str
@@ -84,6 +97,7 @@ class LinkPolicy:
     reconnect_min_s: float = 0.5
     reconnect_max_s: float = 60.0
     rate: float = 0.0
+    hold_s: float = 3600.0
     frames: bool = False
     maximum_packet: int = 9 << 20
 
@@ -142,7 +156,8 @@ class Link:
         self.tally: Counter[str] = Counter()
         self.last_refusal = ""
         self.fresh = True  # the outbox may hold what the connection has not seen
-        self.held: set[int] = set()  # rule 5
+        self.held: set[int] = set()  # items of rule 5
+        self.forbidden: dict[str, float] = {}  # topics, and when to try each again
         self.stop_at: tuple[float, float] | None = None  # when to stop draining, and when to leave without a word
         self._on_change, self._rng = on_change, rng
         self._reported: tuple[bool, str] | None = None
