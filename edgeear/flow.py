@@ -88,15 +88,16 @@ def judge(system: System, h: F32) -> Judgement:
     """Route hypervectors `(samples, D)` and say how well the best contenders explain them."""
     n, scores = len(h), system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
-    p, best_c, novelty = np.zeros(contenders.shape, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
-    for k in np.unique(contenders):
-        domain, (rows, place) = system.domains[int(k)], np.nonzero(contenders == k)
-        own = domain.calibration.novelty(domain.detector, h[rows])
-        p[rows, place] = domain.calibration.p_value(own)
-        best_c[rows] = np.maximum(best_c[rows], domain.calibration.conditional_p_value(own))
-        novelty[rows] = np.minimum(novelty[rows], own)
+    novelty, p, conditional = (np.empty(contenders.shape, np.float32) for _ in range(3))
+    for k in set(contenders.ravel().tolist()):
+        domain, asked = system.domains[k], (contenders == k).nonzero()
+        own = domain.calibration.novelty(domain.detector, h[asked[0]])
+        novelty[asked] = own
+        p[asked], conditional[asked] = domain.calibration.p_values(own)
     best_p, second = p.max(axis=1), second_route(contenders, scores, p, system)
-    return Judgement(contenders[:, 0], novelty, best_p, best_c, best_p <= system.policy.alpha, second)
+    return Judgement(
+        contenders[:, 0], novelty.min(axis=1), best_p, conditional.max(axis=1), best_p <= system.policy.alpha, second
+    )
 
 
 def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple[Prediction, ShiftState, Shift | None]:

@@ -38,7 +38,7 @@ TINY = 1e-6
 class Detector:
     """The two statistics of one domain, ready for single inputs; built by `detector`.
 
-    `prototypes (D - m, classes)` unit columns, `whitener (m, m)` W with W W' = inverse covariance, `means (m, classes)`
+    `prototypes (classes, D - m)` unit rows, `whitener (m, m)` W with W W' = inverse covariance, `means (classes, m)`
     whitened; of the classes that have samples. Where D = m, prototypes have all D coordinates.
     """
 
@@ -48,16 +48,16 @@ class Detector:
 
     def angle(self, h: F32) -> F32:
         """`1 - max cos(h, prototype)` of `h (samples, D)`, in [0, 2]; a zero hypervector has angle 1."""
-        bundle = h[:, h.shape[1] - len(self.prototypes) :]
-        norms = np.maximum(np.sqrt(np.einsum("nd,nd->n", bundle, bundle)), TINY)
-        out: F32 = 1 - (bundle @ self.prototypes).max(axis=1) / norms
+        bundle = h[:, h.shape[1] - self.prototypes.shape[1] :]
+        norms = np.maximum(np.sqrt(np.vecdot(bundle, bundle)), TINY)
+        out: F32 = 1 - (bundle @ self.prototypes.T).max(axis=1) / norms
         return out
 
     def leverage(self, h: F32) -> F32:
         """Log of the squared Mahalanobis distance of `h (samples, D)` from the nearest class mean."""
         white = h[:, : len(self.whitener)] @ self.whitener
-        away = np.square(white[:, :, None] - self.means).sum(axis=1).min(axis=1)
-        out: F32 = np.log(np.maximum(away, np.float32(TINY)))
+        apart = white[:, None] - self.means
+        out: F32 = np.log(np.maximum(np.vecdot(apart, apart).min(axis=1), np.float32(TINY)))
         return out
 
 
@@ -79,8 +79,8 @@ def detector(memory: DomainMemory) -> Detector:
     directions = sums[:, m if m < memory.dimensions else 0 :]
     prototypes = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), TINY)
     return Detector(
-        np.ascontiguousarray(prototypes.T, np.float32),
-        np.ascontiguousarray((means @ whitener).T, np.float32),
+        prototypes.astype(np.float32),
+        (means @ whitener).astype(np.float32),
         whitener.astype(np.float32),
     )
 
@@ -127,12 +127,16 @@ class Calibration:
 
     def p_value(self, novelty: F32) -> F32:
         """Conformal p-values in [1 / (n + 1), 1]; the rate of p <= a over inputs of the domain is at most a."""
-        n = len(self.values)
-        return ((1 + self._exceeded(novelty)) / (n + 1)).astype(np.float32)
+        return self.p_values(novelty)[0]
 
     def conditional_p_value(self, novelty: F32) -> F32:
         """p-values valid given this calibration set, with probability 1 - `delta`: see `conditional_bounds`."""
-        return conditional_bounds(len(self.values), self.delta)[self._exceeded(novelty)]
+        return self.p_values(novelty)[1]
+
+    def p_values(self, novelty: F32) -> tuple[F32, F32]:
+        """Both kinds: `p_value` and `conditional_p_value`."""
+        n, exceeded = len(self.values), self._exceeded(novelty)
+        return ((1 + exceeded) / (n + 1)).astype(np.float32), conditional_bounds(n, self.delta)[exceeded]
 
     def verdict(self, novelty: F32, alpha: float = 0.05) -> Verdict:
         """The decision at false-OOD rate `alpha`; with n < 1 / alpha - 1 calibration values nothing can be OOD."""
