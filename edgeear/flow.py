@@ -21,6 +21,7 @@ from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.learned import learned
 from edgeear.mixture import answer, second_route
+from edgeear.router import by_domain
 from edgeear.scenes import scene_code
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
@@ -89,10 +90,9 @@ def judge(system: System, h: F32) -> Judgement:
     n, scores = len(h), system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
     novelty, p, conditional = (np.empty(contenders.shape, np.float32) for _ in range(3))
-    for k in set(contenders.ravel().tolist()):
-        domain, asked = system.domains[k], (contenders == k).nonzero()
-        own = domain.calibration.novelty(domain.detector, h[asked[0]])
-        novelty[asked] = own
+    for k, asked in by_domain(contenders):
+        domain = system.domains[k]
+        novelty[asked] = own = domain.calibration.novelty(domain.detector, h[asked[0]])
         p[asked], conditional[asked] = domain.calibration.p_values(own)
     best_p, second = p.max(axis=1), second_route(contenders, scores, p, system)
     return Judgement(
