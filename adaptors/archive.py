@@ -277,28 +277,14 @@ class _HeadGraph(_Graph):
         spec, parts = self.spec, list(self.spec.taps)
         if spec.spatial is not None and not spec.convolutional:
             parts.append(self._pool(spec.spatial, *self.shapes[spec.spatial][1:]))
-        x = self.join(parts)
         if spec.normalisation == "unit":
-            x = self._unit(x, _EPSILON) if len(parts) == 1 else self._unit_parts(x, len(parts))
-        centred = self.node("Sub", x, self.constant(self.weights["shift"]))
+            parts = [self._unit(p, _EPSILON) for p in parts]
+        centred = self.node("Sub", self.join(parts), self.constant(self.weights["shift"]))
         return self.node("Mul", centred, self.constant((self.weights["scale"] * factor).astype(np.float32)))
 
     def _unit(self, x: str, epsilon: float) -> str:
         norm = self.node("ReduceL2", x, self.integers(1), keepdims=1)
         return self.node("Div", x, self.node("Max", norm, self.number(epsilon)))
-
-    def _unit_parts(self, x: str, parts: int) -> str:
-        """Each part of the joined `x` at unit length, in as many nodes for many parts as for two."""
-        from onnx import TensorProto
-
-        widths = [self.shapes[t][0] for t in self.spec.taps]
-        widths += [vector_width(self.spec, self.shapes) - sum(widths)] * (parts - len(widths))
-        part_of = self.constant(np.repeat(np.arange(parts, dtype=np.uint16), widths)[:, None])
-        belongs = self.node("Equal", self.node("Cast", part_of, to=TensorProto.INT32), self.constant(np.arange(parts, dtype=np.int32)[None]))
-        belongs = self.node("Cast", belongs, to=TensorProto.FLOAT)
-        norms = self.node("Sqrt", self.node("MatMul", self.node("Mul", x, x), belongs))
-        norms = self.node("Max", norms, self.number(_EPSILON))
-        return self.node("Div", x, self.node("MatMul", norms, self.node("Transpose", belongs, perm=[1, 0])))
 
     def _adapted(self) -> str:
         operator, vector = self.spec.operator, vector_width(self.spec, self.shapes)

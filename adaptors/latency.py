@@ -116,10 +116,8 @@ def _normalise(w: Work, spec: HeadSpec, vector: int) -> None:
     parts = len(spec.inputs) - spec.convolutional
     if parts > 1:
         _count(w, node=1, element=vector)
-    if spec.normalisation == "unit" and parts == 1:
-        _count(w, node=3, element=2 * vector)
-    elif spec.normalisation == "unit":  # the norms of all parts as one product, brought back to the parts by another
-        _count(w, node=6, element=2 * vector, hadamard=2 * vector * parts)
+    if spec.normalisation == "unit":
+        _count(w, node=3 * parts, element=2 * vector)
     _count(w, node=2, element=2 * vector)
 
 
