@@ -14,12 +14,15 @@ Rules of this file:
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import IOBinding
 
 from device.encoder_file import ORT_ERRORS, open_encoder
 from device.encoder_metadata import EncoderError, Metadata, Preprocessing, Problem
@@ -33,7 +36,19 @@ Severity = Literal["error", "warning"]
 _OFF = np.zeros(1, np.int64)
 _SAME = 1e-3  # relative: far above rounding, far below what batch statistics do to a frame
 _EVAL = "export it in evaluation mode: no dropout, no batch statistics"
-_EVAL = "export it in evaluation mode: no dropout, no batch statistics"
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane:
+    """The memory of one run for one choice of taps, bound to the session once: the network reads `image` and writes
+    into `flat`, tap by tap at `places`. `converted` are outputs of another type or layout, and where they belong."""
+
+    names: tuple[str, ...]
+    image: NDArray[Any]
+    flat: F32
+    places: tuple[tuple[str, slice, tuple[int, ...]], ...]
+    binding: IOBinding
+    converted: tuple[tuple[NDArray[Any], F32], ...]
 
 
 class OnnxEncoder:
@@ -48,6 +63,7 @@ class OnnxEncoder:
         self._mean = self._by_channel(self.preprocessing.mean)
         self._scale = self._by_channel(self.preprocessing.scale)
         self._taps = {tap.name: tap for tap in self._file.metadata.taps}
+        self._idle: deque[_Lane] = deque(maxlen=1)
 
     @property
     def digest(self) -> str:
@@ -87,32 +103,83 @@ class OnnxEncoder:
         """
         names = self._known(taps)
         self._check_frames(frames)
-        if not names or len(frames) == 0:
-            return {name: np.empty((len(frames), *self._taps[name].shape), np.float32) for name in names}
-        image = self._scratch(1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = [self._run(frame, names, image) for frame in frames]
-            rows = [[_finite(name, feature) for name, feature in row.items()] for row in found]
-        columns = zip(*rows, strict=True)
-        return {
-            name: column[0] if len(column) == 1 else np.concatenate(column)
-            for name, column in zip(names, columns, strict=True)
-        }
+        if not names:
+            return {}
+        features, surely_finite = self._features(frames, names)
+        broken = [] if surely_finite else [name for name in names if not np.isfinite(features[name]).all()]
+        if broken:
+            raise DataError(f"tap {broken[0]} holds NaN or infinity: check the file with check_encoder")
+        return features
 
-    def _run(self, frame: U8, names: list[str], image: NDArray[Any]) -> dict[str, F32]:
-        """The named taps of one frame, each `(1, *tap.shape)`, unchecked. `image` is scratch space."""
-        self._normalise(frame, image[0])
+    def _features(self, frames: U8, names: tuple[str, ...]) -> tuple[dict[str, F32], bool]:
+        """What `encode` returns, and whether it is certainly finite."""
+        lane = self._lane(names)
+        block = np.empty((len(frames), len(lane.flat)), np.float32)
+        flat = block.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for row, frame in zip(block, frames, strict=True):
+                self._normalise(frame, lane.image[0])
+                row[:] = self._run(lane)
+            # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
+            surely_finite = math.isfinite(flat.dot(flat))
+        self._idle.append(lane)
+        features = {
+            name: np.ascontiguousarray(block[:, columns]).reshape(len(block), *shape)
+            for name, columns, shape in lane.places
+        }
+        return features, surely_finite
+
+    def _run(self, lane: _Lane) -> F32:
+        """All features of the frame in `lane.image`, side by side, in memory that the next run overwrites."""
         try:
-            found = self._file.session.run(names, {self._file.input_name: image, **self._closed_gates(names)})
-        except ORT_ERRORS as error:
+            self._file.session.run_with_iobinding(lane.binding)
+        except (*ORT_ERRORS, RuntimeError) as error:
             what = f"ONNX Runtime fails on a frame of {self.input_size} ({str(error)[:200]})"
-            raise EncoderError(what, "check the file with check_encoder") from error
-        return {name: self._feature(name, value) for name, value in zip(names, found, strict=True)}
+            raise EncoderError(what, "check the file with check_encoder, or export it again") from error
+        for found, feature in lane.converted:
+            np.copyto(feature, found, casting="same_kind")
+        return lane.flat
+
+    def _lane(self, names: tuple[str, ...]) -> _Lane:
+        """An idle lane for these taps or a new one. A lane in use is in nobody else's hands, so threads may share us."""
+        try:
+            lane = self._idle.pop()
+        except IndexError:
+            return self._new_lane(names)
+        return lane if lane.names == names else self._new_lane(names)
+
+    def _new_lane(self, names: tuple[str, ...]) -> _Lane:
+        shapes = [self._taps[name].shape for name in names]
+        ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+        columns = [slice(*ends) for ends in zip([0, *ends], ends, strict=False)]
+        image, flat = self._scratch(1), np.empty(ends[-1], np.float32)
+        binding, converted = self._file.session.io_binding(), []
+        for name, array in {self._file.input_name: image, **self._closed_gates(names)}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, column, shape in zip(names, columns, shapes, strict=True):
+            feature = flat[column].reshape(1, *shape)
+            found = self._found(name, feature)
+            binding.bind_output(name, "cpu", 0, found.dtype, found.shape, found.ctypes.data)
+            if found is not feature:
+                converted.append((self._channels_first(found), feature))
+        return _Lane(names, image, flat, tuple(zip(names, columns, shapes, strict=True)), binding, tuple(converted))
+
+    def _found(self, name: str, feature: F32) -> NDArray[Any]:
+        """Where the network writes a tap: into the feature itself, or into memory of its own type and layout."""
+        dtype = self._file.output_dtypes[name]
+        if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
+            return np.empty(feature.transpose(0, 2, 3, 1).shape, dtype)
+        return feature if dtype == "float32" else np.empty(feature.shape, dtype)
+
+    def _channels_first(self, found: NDArray[Any]) -> NDArray[Any]:
+        return found.transpose(0, 3, 1, 2) if self.preprocessing.layout == "NHWC" and found.ndim == 4 else found
 
     def _normalise(self, frame: U8, target: NDArray[Any]) -> None:
         """Write the frame into `target`, in the network's layout, colour order and units."""
         ordered = self._ordered(frame)
-        target[:] = ordered.transpose(2, 0, 1) if self.preprocessing.layout == "NCHW" else ordered
+        planes = ordered.transpose(2, 0, 1) if self.preprocessing.layout == "NCHW" else ordered
+        # Bytes are put in order before they become four times as many.
+        np.copyto(target, planes if target.dtype == np.uint8 else np.ascontiguousarray(planes))
         if target.dtype != np.uint8:
             np.subtract(target, self._mean, out=target, casting="same_kind")
             np.divide(target, self._scale, out=target, casting="same_kind")
@@ -125,22 +192,13 @@ class OnnxEncoder:
     def _ordered(self, channels_last: NDArray[Any]) -> NDArray[Any]:
         return channels_last[..., ::-1] if self.preprocessing.color == "BGR" else channels_last
 
-    def _feature(self, name: str, value: NDArray[Any]) -> F32:
-        feature = value.astype(np.float32, copy=False)
-        if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
-            feature = np.ascontiguousarray(feature.transpose(0, 3, 1, 2))
-        if feature.shape != (1, *self._taps[name].shape):
-            what = f"tap {name} came as {feature.shape}, the file says {(1, *self._taps[name].shape)}"
-            raise EncoderError(what, "export it again")
-        return feature
-
-    def _closed_gates(self, names: list[str]) -> dict[str, Any]:
+    def _closed_gates(self, names: tuple[str, ...]) -> dict[str, Any]:
         gates = self._file.metadata.gates
         opened = {gates[name] for name in names if name in gates}
         return {gate: _OFF for gate in gates.values() if gate not in opened}
 
-    def _known(self, taps: Sequence[str]) -> list[str]:
-        names = list(dict.fromkeys([taps] if isinstance(taps, str) else taps))
+    def _known(self, taps: Sequence[str]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys([taps] if isinstance(taps, str) else taps))
         unknown = [name for name in names if name not in self._taps]
         if unknown:
             raise UsageError(f"unknown taps {unknown}: this encoder has {', '.join(self._taps)}")
@@ -159,14 +217,6 @@ class OnnxEncoder:
         return np.empty((rows, *one), self._file.input_dtype)
 
 
-def _finite(name: str, feature: F32) -> F32:
-    flat = feature.reshape(-1)
-    # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
-    if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
-        raise DataError(f"tap {name} holds NaN or infinity: check the file with check_encoder")
-    return feature
-
-
 def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:
     """Everything that is wrong with an encoder file, errors first; empty for a sound one."""
     try:
@@ -180,9 +230,8 @@ def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = Non
 def _probe(encoder: OnnxEncoder) -> list[Problem]:
     """What two unlike frames bring to light."""
     first, second = _probe_frames(*encoder.input_size)
-    names = [tap.name for tap in encoder.taps]
-    image = encoder._scratch(1)
-    once, again, other = (encoder._run(frame, names, image) for frame in (first, first, second))
+    names = tuple(tap.name for tap in encoder.taps)
+    once, again, other = (encoder._features(frame[None], names)[0] for frame in (first, first, second))
     broken = [name for name in names if not np.isfinite([once[name], other[name]]).all()]
     sound = [name for name in names if name not in broken]
     unstable = [name for name in sound if not np.array_equal(once[name], again[name])]
@@ -213,7 +262,7 @@ def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mappin
     dependent = [
         name
         for name, value in zip(names, found, strict=True)
-        if value.shape[0] == 2 and not _close(encoder._feature(name, value[:1]), alone[name])
+        if value.shape[0] == 2 and not _close(encoder._channels_first(value[:1]), alone[name])
     ]
     return _listed(dependent, "error", "features depend on the other frames of the batch", _EVAL)
 

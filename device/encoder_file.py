@@ -50,7 +50,7 @@ _OPENING_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
 )  # ValueError: a name in the file is not UTF-8
 _INPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
-_OUTPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
+_OUTPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 _ERRORS_ONLY = 3  # a log severity of ONNX Runtime
 
 
@@ -63,6 +63,7 @@ class OpenEncoder:
     input_name: str
     input_dtype: str
     dynamic_batch: bool
+    output_dtypes: dict[str, str]
     metadata: Metadata
     notes: tuple[Problem, ...]
 
@@ -102,6 +103,7 @@ def _opened(content: bytes, session: onnxruntime.InferenceSession, wanted: Prepr
         input_name=image.name,
         input_dtype=_INPUT_TYPES[image.type],
         dynamic_batch=not isinstance(image.shape[0], int),
+        output_dtypes={o.name: _OUTPUT_TYPES[o.type] for o in session.get_outputs() if o.type in _OUTPUT_TYPES},
         metadata=replace(metadata, taps=tuple(sorted(metadata.taps, key=lambda tap: tap.spatial))),
         notes=tuple(notes),
     )

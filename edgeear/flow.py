@@ -21,6 +21,7 @@ from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.learned import learned
 from edgeear.mixture import answer, second_route
+from edgeear.router import by_domain
 from edgeear.scenes import scene_code
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
@@ -89,15 +90,15 @@ def judge(system: System, h: F32) -> Judgement:
     """Route hypervectors `(samples, D)` and say how well the best contenders explain them."""
     n, scores = len(h), system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
-    p, best_c, novelty = np.zeros(contenders.shape, np.float32), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
-    for k in np.unique(contenders):
-        domain, (rows, place) = system.domains[int(k)], np.nonzero(contenders == k)
-        own = domain.calibration.novelty(domain.detector, h[rows])
-        p[rows, place] = domain.calibration.p_value(own)
-        best_c[rows] = np.maximum(best_c[rows], domain.calibration.conditional_p_value(own))
-        novelty[rows] = np.minimum(novelty[rows], own)
+    novelty, p, conditional = (np.empty(contenders.shape, np.float32) for _ in range(3))
+    for k, asked in by_domain(contenders):
+        domain = system.domains[k]
+        novelty[asked] = own = domain.calibration.novelty(domain.detector, h[asked[0]])
+        p[asked], conditional[asked] = domain.calibration.p_values(own)
     best_p, second = p.max(axis=1), second_route(contenders, scores, p, system)
-    return Judgement(contenders[:, 0], novelty, best_p, best_c, best_p <= system.policy.alpha, second)
+    return Judgement(
+        contenders[:, 0], novelty.min(axis=1), best_p, conditional.max(axis=1), best_p <= system.policy.alpha, second
+    )
 
 
 def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple[Prediction, ShiftState, Shift | None]:

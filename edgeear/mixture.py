@@ -24,9 +24,10 @@ def second_route(contenders: NDArray[np.int64], scores: F32, p: F32, system: Sys
     router's best domains, best first, `p` their p-values, `scores (samples, domains)` the router's."""
     if contenders.shape[1] < 2:
         return np.full(len(contenders), -1, np.int64)
-    best = np.take_along_axis(scores, contenders[:, :2], axis=1)
-    close = best[:, 0] - best[:, 1] < system.policy.mixture
-    return np.where(close & (p[:, :2] > system.policy.alpha).all(axis=1), contenders[:, 1], -1)
+    rows, first, second = np.arange(len(contenders)), contenders[:, 0], contenders[:, 1]
+    close = scores[rows, first] - scores[rows, second] < system.policy.mixture
+    explained = p[:, :2].min(axis=1) > system.policy.alpha
+    return np.where(close & explained, second, -1)
 
 
 def answer(

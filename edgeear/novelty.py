@@ -38,7 +38,7 @@ TINY = 1e-6
 class Detector:
     """The two statistics of one domain, ready for single inputs; built by `detector`.
 
-    `prototypes (D - m, classes)` unit columns, `whitener (m, m)` W with W W' = inverse covariance, `means (m, classes)`
+    `prototypes (classes, D - m)` unit rows, `whitener (m, m)` W with W W' = inverse covariance, `means (classes, m)`
     whitened; of the classes that have samples. Where D = m, prototypes have all D coordinates.
     """
 
@@ -48,16 +48,16 @@ class Detector:
 
     def angle(self, h: F32) -> F32:
         """`1 - max cos(h, prototype)` of `h (samples, D)`, in [0, 2]; a zero hypervector has angle 1."""
-        bundle = h[:, h.shape[1] - len(self.prototypes) :]
-        norms = np.maximum(np.sqrt(np.einsum("nd,nd->n", bundle, bundle)), TINY)
-        out: F32 = 1 - (bundle @ self.prototypes).max(axis=1) / norms
+        bundle = h[:, h.shape[1] - self.prototypes.shape[1] :]
+        norms = np.maximum(np.sqrt(np.vecdot(bundle, bundle)), TINY)
+        out: F32 = 1 - np.maximum.reduce(bundle @ self.prototypes.T, axis=1) / norms
         return out
 
     def leverage(self, h: F32) -> F32:
         """Log of the squared Mahalanobis distance of `h (samples, D)` from the nearest class mean."""
         white = h[:, : len(self.whitener)] @ self.whitener
-        away = np.square(white[:, :, None] - self.means).sum(axis=1).min(axis=1)
-        out: F32 = np.log(np.maximum(away, np.float32(TINY)))
+        apart = white[:, None] - self.means
+        out: F32 = np.log(np.maximum(np.minimum.reduce(np.vecdot(apart, apart), axis=1), TINY))
         return out
 
 
@@ -79,8 +79,8 @@ def detector(memory: DomainMemory) -> Detector:
     directions = sums[:, m if m < memory.dimensions else 0 :]
     prototypes = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), TINY)
     return Detector(
-        np.ascontiguousarray(prototypes.T, np.float32),
-        np.ascontiguousarray((means @ whitener).T, np.float32),
+        prototypes.astype(np.float32),
+        (means @ whitener).astype(np.float32),
         whitener.astype(np.float32),
     )
 
@@ -114,11 +114,13 @@ class Calibration:
             raise UsageError(f"delta {self.delta} must lie in (0, 1) and both deviations above 0")
         values.setflags(write=False)
         object.__setattr__(self, "values", values)
+        for name in ("angle_mean", "angle_deviation", "leverage_mean", "leverage_deviation"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # a numpy scalar would widen float32 arrays
 
     def combine(self, angle: F32, leverage: F32) -> F32:
         """Novelty `(samples,)` of the two statistics."""
-        a = (angle - np.float32(self.angle_mean)) / np.float32(self.angle_deviation)
-        out: F32 = np.maximum(a, (leverage - np.float32(self.leverage_mean)) / np.float32(self.leverage_deviation))
+        a = (angle - self.angle_mean) / self.angle_deviation
+        out: F32 = np.maximum(a, (leverage - self.leverage_mean) / self.leverage_deviation)
         return out
 
     def novelty(self, detector: Detector, h: F32) -> F32:
@@ -127,21 +129,22 @@ class Calibration:
 
     def p_value(self, novelty: F32) -> F32:
         """Conformal p-values in [1 / (n + 1), 1]; the rate of p <= a over inputs of the domain is at most a."""
-        n = len(self.values)
-        return ((1 + self._exceeded(novelty)) / (n + 1)).astype(np.float32)
+        return self.p_values(novelty)[0]
 
     def conditional_p_value(self, novelty: F32) -> F32:
         """p-values valid given this calibration set, with probability 1 - `delta`: see `conditional_bounds`."""
-        return conditional_bounds(len(self.values), self.delta)[self._exceeded(novelty)]
+        return self.p_values(novelty)[1]
+
+    def p_values(self, novelty: F32) -> tuple[F32, F32]:
+        """Both kinds: `p_value` and `conditional_p_value`. NaN counts as more novel than all."""
+        conformal, conditional = _p_tables(len(self.values), self.delta)
+        below = self.values.searchsorted(novelty)
+        return conformal[below], conditional[below]
 
     def verdict(self, novelty: F32, alpha: float = 0.05) -> Verdict:
         """The decision at false-OOD rate `alpha`; with n < 1 / alpha - 1 calibration values nothing can be OOD."""
         p = self.p_value(novelty)
         return Verdict(novelty, p, p <= np.float32(alpha))
-
-    def _exceeded(self, novelty: F32) -> I64:
-        """How many calibration values reach each novelty; NaN counts as more novel than all."""
-        return len(self.values) - np.searchsorted(self.values, novelty, side="left")
 
 
 def calibrate(h: F32, labels: I64, classes: Sequence[str], m: int, folds: int = 10, *, seed: int) -> Calibration:
@@ -173,6 +176,13 @@ def _folds(labels: I64, folds: int, seed: int) -> I64:
     fold = np.empty(len(labels), np.int64)
     fold[dealt] = np.arange(len(labels)) % folds
     return fold
+
+
+@lru_cache(maxsize=256)
+def _p_tables(n: int, delta: float) -> tuple[F32, F32]:
+    """Conformal and conditional p-values `(n + 1,)`, indexed by how many of n calibration values lie below."""
+    conformal = (np.arange(n + 1, 0, -1) / (n + 1)).astype(np.float32)
+    return conformal, np.ascontiguousarray(conditional_bounds(n, delta)[::-1])
 
 
 @lru_cache(maxsize=256)

@@ -7,13 +7,13 @@ so time grows by m multiply-accumulates a domain, and learning a domain never ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeear.memory import DomainMemory
+from edgeear.memory import I64, DomainMemory
 from edgeear.types import F32
 
 SHRINKAGE = (0.03, 0.5)
@@ -39,6 +39,16 @@ class Router:
         """Index of the most likely domain `(samples,)`."""
         best: NDArray[np.int64] = self.scores(h).argmax(axis=1).astype(np.int64)
         return best
+
+
+def by_domain(contenders: I64) -> Iterator[tuple[int, tuple[I64 | slice, I64 | int]]]:
+    """Each domain in `contenders (samples, k)` once, and where it stands: an index of rows and one of places."""
+    if len(contenders) == 1:  # the usual case: no search
+        yield from ((k, (slice(None), place)) for place, k in enumerate(contenders[0].tolist()))
+        return
+    for k in set(contenders.ravel().tolist()):
+        rows, places = (contenders == k).nonzero()
+        yield k, (rows, places)
 
 
 def router(memories: Sequence[DomainMemory]) -> Router:

@@ -12,6 +12,8 @@ Rules of this file:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +33,7 @@ def scene_code(h: F32) -> F32:
 
 def repeats(code: F32, scenes: tuple[F32, ...], alike: float) -> bool:
     """Whether the frame of `code (m,)` shows one of `scenes`: cosine at least `alike`."""
-    unit = _unit(code)
+    unit = _unit(code) if scenes else code
     return any(float(unit @ scene) >= alike for scene in scenes)
 
 
@@ -49,6 +51,6 @@ def likeness(codes: NDArray[np.floating]) -> float:
 
 
 def _unit(code: F32) -> F32:
-    unit: F32 = code / np.float32(max(float(np.linalg.norm(code)), TINY))
+    unit: F32 = code / max(math.sqrt(code.dot(code)), TINY)
     unit.setflags(write=False)
     return unit

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptors.hadamard import factors, fwht, permutation, signs
+from adaptors.hadamard import fwht, permutation, signs, sylvester
 from edgeear.errors import DataError, UsageError
 from edgeear.levels import projection, shares
 from edgeear.types import F32, Features, Tap
@@ -92,13 +92,14 @@ class HypervectorSpace:
         self.level_taps = _middle(self.taps, self.policy)
         self.level_projection = projection(self.level_taps, self.policy.levels, self.policy.seed)
         self._level_blocks = _blocks(self.level_taps, self.level_projection)
-        a, b = (len(f) for f in factors(self.policy.dimensions))
+        self._factors = _thirds(self.policy.dimensions)
+        b, slots = len(self._factors[2]), len(self.roles)
         slot, place = np.divmod(self.index, self.policy.dimensions)
         row, column = np.divmod(place, b)
-        # `index` and the weighted roles in the layout (a, slots, b) that `_bundle` works in.
-        self._spread = _frozen((row * len(self.roles) + slot) * b + column)
-        bound = (self.roles * self.weights[:, None]).reshape(-1, a, b).transpose(1, 0, 2)
-        self._bound = _frozen(np.ascontiguousarray(bound))
+        # `index` and the weighted roles in the layout (rows, slots, b) that `_bundle` works in.
+        self._spread = _frozen((row * slots + slot) * b + column)
+        bound = self.roles * (self.weights[:, None] / np.float32(math.sqrt(self.policy.dimensions)))
+        self._bound = _frozen(np.ascontiguousarray(bound.reshape(slots, -1, b).transpose(1, 0, 2)))
 
     @property
     def dimensions(self) -> int:
@@ -127,15 +128,18 @@ class HypervectorSpace:
 
     def code(self, features: Features) -> F32:
         """Directions and magnitudes before the projection, `(samples, codes)`."""
-        x = np.concatenate(self._read(features), axis=1)
+        arrays = self._read(features)
+        code = np.empty((len(arrays[0]), len(self.index)), np.float32)
+        x, magnitude = code[:, : -len(self.taps)], code[:, -len(self.taps) :]
+        np.concatenate(arrays, axis=1, out=x)
         norm = np.sqrt(np.add.reduceat(np.square(x, dtype=np.float64), self._starts, axis=1))
-        if not np.isfinite(norm).all():
+        if not math.isfinite(norm.sum()):
             tap = self.taps[int(np.argmin(np.isfinite(norm).all(axis=0)))]
             raise DataError(f"tap {tap.name} has NaN or infinite features: check the encoder and its input")
         norm = np.maximum(norm, self._floor)
-        magnitude = self.policy.magnitude_scale * (np.log(norm) - self._half_log)
+        magnitude[:] = self.policy.magnitude_scale * (np.log(norm) - self._half_log)
         x *= np.repeat((1 / norm).astype(np.float32), self._widths, axis=1)
-        return np.concatenate([x, magnitude.astype(np.float32)], axis=1)
+        return code
 
     def unbind(self, h: F32, tap_name: str) -> F32:
         """Estimate of the tap's directions `(samples, channels)` from hypervectors `(samples, D)`.
@@ -154,27 +158,28 @@ class HypervectorSpace:
         return out
 
     def _bundle(self, code: F32) -> F32:
-        n, (left, right) = len(code), factors(self.policy.dimensions)
+        n, (left, middle, right) = len(code), self._factors
         a, b = len(left), len(right)
-        slots = np.zeros((n, a, len(self.roles), b), np.float32)
-        slots.reshape(n, -1)[:, self._spread] = code * self.sign
-        # The transform of all slots at once, as `fwht` does it, laid out so that each factor is one matrix product.
-        half = (slots.reshape(-1, b) @ right).reshape(n, a, -1)
-        whole = (left @ half).reshape(slots.shape)
-        bundled: F32 = np.einsum("natb,atb->nab", whole, self._bound).reshape(n, -1)
-        return bundled
+        slots = np.zeros((n, self._bound.size), np.float32)
+        for row, signed in zip(slots, code * self.sign, strict=True):
+            row[self._spread] = signed
+        # The transform of all slots at once, factor by factor, laid out so that each is one matrix product.
+        last = slots.reshape(-1, b) @ right
+        whole = np.matmul(middle, last.reshape(n * a, len(middle), -1), out=slots.reshape(n * a, len(middle), -1))
+        whole = np.matmul(left, whole.reshape(n, a, -1), out=last.reshape(n, a, -1))
+        bundled: F32 = np.einsum("natb,atb->nab", whole.reshape(n, *self._bound.shape), self._bound)
+        return bundled.reshape(n, -1)
 
     def _read(self, features: Features) -> list[F32]:
         """The taps in order, each `(samples, channels)`, or a `UsageError`."""
-        arrays: list[F32] = []
-        for tap in self.taps:
-            if tap.name not in features:
-                raise UsageError(f"tap {tap.name} is missing: the space needs all of {[t.name for t in self.taps]}")
-            x = np.asarray(features[tap.name], np.float32)
-            if x.ndim != 2 or x.shape[1] != tap.channels or (arrays and len(x) != len(arrays[0])):
-                rows = len(arrays[0]) if arrays else "samples"
+        missing = [tap.name for tap in self.taps if tap.name not in features]
+        if missing:
+            raise UsageError(f"tap {missing[0]} is missing: the space needs all of {[t.name for t in self.taps]}")
+        arrays: list[F32] = [np.asarray(features[tap.name], np.float32) for tap in self.taps]
+        rows = len(arrays[0]) if arrays[0].ndim else 0
+        for tap, x in zip(self.taps, arrays, strict=True):
+            if x.shape != (rows, *tap.shape):
                 raise UsageError(f"tap {tap.name} has shape {x.shape}: expected ({rows}, {tap.channels})")
-            arrays.append(x)
         return arrays
 
 
@@ -237,6 +242,13 @@ def _blocks(taps: tuple[Tap, ...], dense: F32) -> list[tuple[str, slice, F32]]:
         found.append((tap.name, columns, _frozen(np.ascontiguousarray(dense[row : row + tap.channels, columns]))))
         row, column = row + tap.channels, column + width
     return found
+
+
+def _thirds(n: int) -> tuple[F32, F32, F32]:
+    """Three matrices of +1 and -1 whose Kronecker product is the unnormalised transform of n: fewest operations."""
+    exponent = n.bit_length() - 1
+    outer = (exponent + 1) // 3
+    return sylvester(1 << outer), sylvester(1 << (exponent - 2 * outer)), sylvester(1 << outer)
 
 
 def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:

@@ -110,7 +110,7 @@ class System:
         pooled = tuple(t.name for t in self.space.taps)
         return (*pooled, *sorted({t for d in self.domains for t in self.taps_for(d)}.difference(pooled)))
 
-    @property
+    @cached_property
     def likeness(self) -> float:
         """The largest of the domains' likenesses, 0 without any: from there two frames may show one scene."""
         return max((d.likeness for d in self.domains), default=0.0)

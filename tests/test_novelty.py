@@ -51,7 +51,7 @@ def test_with_second_order_memory_of_all_coordinates_the_angle_covers_all() -> N
 def test_an_absent_class_is_no_prototype() -> None:
     h, y = domain(50, 0)
     one = detector(learn(h, y * 0, CLASSES, M))
-    against = np.concatenate([np.zeros((1, M), np.float32), -one.prototypes.T], axis=1)
+    against = np.concatenate([np.zeros((1, M), np.float32), -one.prototypes], axis=1)
     np.testing.assert_allclose(one.angle(against), [2], atol=1e-5)
     np.testing.assert_array_equal(one.angle(np.zeros((1, 32), np.float32)), [1])
 
