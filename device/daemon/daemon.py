@@ -294,7 +294,7 @@ class Daemon:
 
     def _reply_topic(self, inbound: Inbound) -> str:
         wanted = inbound.response_topic
-        return wanted if wanted and topics.may_respond(self.site, wanted) else self._topic(topics.RESPONSE)
+        return wanted if wanted and topics.may_respond(self.site, self.device, wanted) else self._topic(topics.RESPONSE)
 
     # Events and telemetry
 
