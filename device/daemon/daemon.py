@@ -117,6 +117,7 @@ class Daemon:
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._wake = threading.Event()
+        self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
 
@@ -315,13 +316,10 @@ class Daemon:
 
     def report_window(self) -> None:
         """Send the figures of the window that ends now, and begin the next."""
-        now, counters, queue = self._clock(), self.outbox.counters(), self.frames.counts
+        now, counters, losses = self._clock(), self.outbox.counters(), self._losses()
         body = {
             "from_time": self._window.started,
             "to_time": now,
-            "dropped": queue.dropped,
-            "stale": queue.stale,
-            "undecodable": queue.undecodable + self.counts.unusable,
             "phase": self.board.phase,
             "paused": self.board.paused,
             "generation": self.board.system.generation,
@@ -329,22 +327,32 @@ class Daemon:
             "rss_mb": machine.rss_mb(),
             "cpu_share": self._cpu.read(),
             "outbox": outbox_facts(counters, now),
-            "refused_messages": self.counts.refused_messages,
+            **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
             **self._window.facts(),
         }
-        self._window = Window(now, self._random)
+        self._window, self._lost = Window(now, self._random), losses
         self._put(topics.TELEMETRY, messages.Telemetry, body)
+
+    def _losses(self) -> dict[str, int]:
+        """What was not served since the start, by the fields of telemetry."""
+        queue = self.frames.counts
+        return {
+            "dropped": queue.dropped,
+            "stale": queue.stale,
+            "undecodable": queue.undecodable + self.counts.unusable,
+            "refused_messages": self.counts.refused_messages,
+        }
 
     def _measure(self, metrics: Metrics) -> None:
         """Bring the metrics up to what was counted elsewhere, once a second at most."""
         now = self._timer()
         if now - self._measured[0] < 1.0:
             return
-        queue, dropped = self.frames.counts, self.outbox.counters().dropped
+        losses, dropped = self._losses(), self.outbox.counters().dropped
         counts = {
-            metrics.dropped.labels("queue"): queue.dropped,
-            metrics.dropped.labels("stale"): queue.stale,
-            metrics.dropped.labels("undecodable"): queue.undecodable + self.counts.unusable,
+            metrics.dropped.labels("queue"): losses["dropped"],
+            metrics.dropped.labels("stale"): losses["stale"],
+            metrics.dropped.labels("undecodable"): losses["undecodable"],
             **{metrics.outbox_dropped.labels(cls): count for cls, count in dropped.items()},
         }
         before = self._measured[1]
