@@ -24,7 +24,7 @@ from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.mqtt import messages
 from device.mqtt.connection import Inbound
-from device.mqtt.outbox import Outbox, OutboxPolicy
+from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.store import Store, StoreFull
 from edgeear.system import Live
 from edgeear.types import U8
@@ -332,6 +332,18 @@ def test_a_full_disk_stops_learning_and_not_predictions(rig: Rig, monkeypatch: p
     rig.show(0, 3, seed=5)
     assert "learning-failed" in rig.kinds and rig.board.system.names == ()
     assert rig.daemon.counts.frames == 43
+
+
+def test_a_full_outbox_stops_neither_predictions_nor_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OutboxFull("no space left: free some")
+
+    for name in ("put", "begin"):
+        monkeypatch.setattr(rig.outbox, name, full)
+    rig.show(0, 2)
+    response = rig.command("pause", paused=True)
+    assert response is not None and response["outcome"] == "refused" and "no space left" in response["reason"]
+    assert rig.daemon.counts.frames == 2 and not rig.board.paused
 
 
 def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ Rules of this file:
    answer of the first time.
 4. What must not be lost goes through the outbox, also while no broker is there. Answers to what was no command at all
    are a courtesy: sent at once or never, so that nonsense cannot fill the disk.
-5. A frame that cannot be encoded, or a disk that fails, is an event and not the end.
+5. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
+   start sets it aside and begins a new one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from device.daemon.commands import Commands, Outcome, answer
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.telemetry import Window
 from device.mqtt import messages, topics
-from device.mqtt.outbox import Outbox, OutboxCounters
+from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
 from edgeear.flow import Prediction
@@ -236,7 +237,7 @@ class Daemon:
         elif (late := self._late(inbound, command)) is not None:
             self._turn_away(inbound, messages.Refusal(command.id, late))
         else:
-            self._apply_once(inbound, command)
+            self._apply_guarded(inbound, command)
         if self.link is not None:
             self.link.acknowledge(inbound)
             self.link.wake()
@@ -247,6 +248,14 @@ class Daemon:
         if ends and min(ends) < now:
             return f"expired {now - min(ends):.1f} s ago: send it again with a later expiry"
         return None
+
+    def _apply_guarded(self, inbound: Inbound, command: messages.Command) -> None:
+        try:
+            self._apply_once(inbound, command)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
 
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
         now, topic = self._clock(), self._reply_topic(inbound)
@@ -395,7 +404,12 @@ class Daemon:
             stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
             return model(**stamped).payload()
 
-        self.outbox.put(row.cls, self._topic(row), payload, now)
+        try:
+            self.outbox.put(row.cls, self._topic(row), payload, now)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            LOG.error("%s is lost: %s", row.name, error)
         if self.link is not None:
             self.link.wake()
 
