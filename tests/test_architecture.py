@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("adaptors", "edgeear", "firmware_bridge", "device")
 # Not among the base dependencies, and each costs a board tens to hundreds of megabytes.
-HEAVY = ("torch", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
+HEAVY = ("torch", "cv2", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
 LEARNING = {"edgeear.growth", "edgeear.torch_space"}
 # The shell's part of it: what serves predictions, and what a board without extras starts.
 INFERENCE_SHELL = {

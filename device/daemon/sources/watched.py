@@ -4,7 +4,7 @@ Rules of this file:
 
 1. It looks five times a second, by one `stat` of the folder. It lists the folder when that changed, when its last
    change is so fresh that another may hide behind the same time stamp, and now and then for files that were written
-   in place, but spends at most 0.5 % of the time on that. So it needs no inotify and works on network file systems.
+   in place, but spends at most 0.2 % of the time on that. So it needs no inotify and works on network file systems.
 2. A file is read when its size and time were the same at two looks in a row: what is being written is left alone.
    A file that changes later is a new frame. Hidden names and other suffixes than device.folder's are passed over.
 3. Files that wait do so on disk: one is decoded when the queue has room. What has waited longer than `max_age_s` since
@@ -29,7 +29,7 @@ from edgeear.errors import DeviceError
 
 PERIOD_S = 0.2
 _FRESH_S = 2.5  # FAT keeps times to 2 s
-_REST = 200  # so many times as long as a listing took, the next one waits
+_REST = 500  # so many times as long as a listing took, the next one waits
 Mark = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
 
