@@ -95,7 +95,7 @@ BAD: list[tuple[str, str, list[object]]] = [
     ("source", "url", ["sensor:7000", "tcp://sensor", "udp://a:1", "tcp://u:p@a:1"]),
     ("source", "device", [""]),
     ("mqtt", "host", ["", "a b", "mqtt://a"]),
-    ("mqtt", "port", [0, 65536, "x"]),
+    ("mqtt", "port", [0, 65536, "x", True]),
     ("mqtt", "protocol", ["4", 4]),
     ("mqtt", "keepalive_s", [4, 3601]),
     ("mqtt", "session_expiry_s", [-1, 2**32]),
