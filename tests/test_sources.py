@@ -230,6 +230,16 @@ def test_an_unchanged_folder_is_not_listed_but_now_and_then(tmp_path: Path, monk
     assert 2 <= len(listed) <= 3  # 100 s, and 50 s of rest after 0.1 s
 
 
+def test_a_change_that_hides_behind_the_same_time_stamp_is_seen(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    watch.wall.now = tmp_path.stat().st_mtime + 1
+    watch._watched._rested = 1e9
+    stamp = tmp_path.stat().st_mtime_ns
+    write(tmp_path / "a.png", encoded(picture()))
+    os.utime(tmp_path, ns=(stamp, stamp))
+    assert watch.look() + watch.look() == ["a.png"]
+
+
 def test_a_folder_that_vanishes_is_a_lost_device_and_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
