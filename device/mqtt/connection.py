@@ -27,6 +27,7 @@ import logging
 import math
 import select
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -128,12 +129,12 @@ class Outgoing(Protocol):
 
 
 class Connection:
-    """`open`, then `step` until `ended` says why, then `close`. `hung_up_on`: the first unacknowledged item where the
-    broker closed the connection; `progress`: whether any item was acknowledged."""
+    """`open`, then `step` until `ended` says why, then `close`. `hung_up_on`: the only message in
+    flight when the broker closed the connection; `crowded`: there were more; `progress`: an item was acknowledged."""
 
     def __init__(self, link: Link, number: int, protocol: Literal["5", "3.1.1"], cautious: bool) -> None:
         self.ended: str | None = None
-        self.connected = self.unsupported = self.progress = False
+        self.connected = self.unsupported = self.progress = self.crowded = False
         self.hung_up_on: int | None = None
         self._link, self._policy, self._number, self._five = link, link.policy, number, protocol == "5"
         self._status_topic = topics.topic_of(link.policy.site, link.policy.device, topics.STATUS)
@@ -154,18 +155,21 @@ class Connection:
         self._client = self._make_client()
 
     def open(self) -> None:
-        """Raises OSError or ValueError where there is no way through to the broker."""
+        """Reach the broker and ask it in; `ended` says where that fails."""
         policy, properties = self._policy, None
         if self._five:
             properties = _make(PacketTypes.CONNECT)
             properties.SessionExpiryInterval = policy.session_expiry_s
             properties.ReceiveMaximum = policy.receive_maximum
             properties.MaximumPacketSize = policy.maximum_packet
-        if policy.tls is not None:
-            self._client.tls_set_context(policy.tls.context())
-        self._client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
         clean: dict[str, Any] = {"clean_start": False} if self._five else {}
-        self._client.connect(policy.host, policy.port, policy.keepalive_s, properties=properties, **clean)
+        self._client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
+        try:
+            if policy.tls is not None:
+                self._client.tls_set_context(policy.tls.context())
+            self._client.connect(policy.host, policy.port, policy.keepalive_s, properties=properties, **clean)
+        except (OSError, ValueError) as error:
+            self._end(explain(error, policy.host, policy.port))
         self._give_up = time.monotonic() + CONNECT_S
 
     def step(self) -> None:
@@ -229,7 +233,7 @@ class Connection:
         return item.id in self._link.held or item.topic in self._link.forbidden or item.id in self._seen
 
     def _retry_forbidden(self) -> None:
-        """Topics that were held for long enough are tried again, in place of the oldest item."""
+        """After `hold_s` the outbox is read from its start again, for the items of a topic that were passed over."""
         forbidden, now = self._link.forbidden, time.monotonic()
         over = [topic for topic, until in forbidden.items() if now >= until]
         if over:
@@ -409,9 +413,11 @@ class Connection:
         elif reason.value == SILENT:
             self._end(f"the broker was silent for longer than the keep-alive of {client.keepalive} s")
         else:
-            waiting = [item.id for item in self._in_flight.values() if item is not None]
             told = flags.is_disconnect_packet_from_server
-            self.hung_up_on = waiting[0] if waiting and not (told and reason.value in NOT_OUR_FAULT) else None
+            if not (told and reason.value in NOT_OUR_FAULT):
+                items = [item for item in self._in_flight.values() if item is not None]
+                self.crowded = bool(items) and len(self._in_flight) > 1
+                self.hung_up_on = items[0].id if items and not self.crowded else None
             if told:
                 self._end(f"the broker ended the connection: {reason}")
             elif reason.value == PROTOCOL_ERROR:
@@ -464,7 +470,7 @@ class Connection:
         self.ended = self.ended or why
 
     def _tell(self, what: str) -> None:
-        """To the operator, once for each kind of refusal in a connection."""
+        """To the operator, once in a connection; `last_refusal` has the latest."""
         self._link.last_refusal = what
         if not self._told:
             self._link.report(True, what)
@@ -495,6 +501,27 @@ class Connection:
         properties = _make(PacketTypes.WILLMESSAGE)
         properties.ContentType, properties.WillDelayInterval = topics.STATUS.content_type, 0
         return properties
+
+
+def explain(error: Exception, host: str, port: int) -> str:
+    """What an operator should read where a connection could not be made."""
+    where = f"{host}:{port}"
+    match error:
+        case socket.gaierror():
+            return f"cannot resolve host {host}: {error.strerror}; check mqtt.host and the name server"
+        case ssl.SSLCertVerificationError():
+            return f"the certificate of {where} is not accepted: {error.verify_message}; check mqtt.ca and mqtt.host"
+        case ssl.SSLError():
+            return f"TLS with {where} failed: {error.reason or error}; check mqtt.port, mqtt.ca, mqtt.cert and mqtt.key"
+        case ConnectionRefusedError():
+            return f"nothing listens on {where}; check that the broker runs and mqtt.port"
+        case TimeoutError():
+            return f"{where} did not answer within {CONNECT_S:g} s; check the network and the firewall"
+        case OSError():
+            named = f": {error.filename}" if error.filename else ""
+            return f"no connection with {where}: {error.strerror or error}{named}"
+        case _:
+            return f"no connection with {where}: {error}; check mqtt.host"
 
 
 class Rate:
