@@ -300,6 +300,18 @@ def test_too_large_for_the_broker_is_dropped_and_counted(tmp_path: Path) -> None
         board.wait_told("too large for the broker")
 
 
+def test_what_mqtt_cannot_hold_is_dropped_and_holds_up_nothing(plain: Mosquitto) -> None:
+    with Board(plain.port) as board:
+        board.put(b"wildcard", topic=f"{PREFIX}/+")
+        board.put(b"no hexadecimal", correlation="xyz")
+        board.put(b"too long", correlation="00" * 70_000)
+        board.put(b"good")
+        board.outbox.wait_empty()
+        counters = board.link.counters()
+        assert (counters.sent, counters.dropped, counters.connects) == (1, 3, 1)
+        assert "item 3 was dropped: MQTT cannot hold it" in counters.last_refusal
+
+
 def test_an_item_that_mosquitto_refuses_out_of_protocol_is_held(tmp_path: Path) -> None:
     """Its PUBACK for `message_size_limit` bears 0x95, which MQTT has not for a PUBACK and paho calls malformed."""
     with mosquitto(tmp_path, PLAIN + "message_size_limit 1000\n") as broker, Board(broker.port) as board:

@@ -22,32 +22,27 @@ asks: a receiver of QoS 1 keeps no state about identifiers, so nobody can tell; 
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import select
-import socket
-import ssl
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
+from paho.mqtt import MQTTException
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from device.mqtt import topics
+from device.mqtt import paho, topics
 
 if TYPE_CHECKING:
     from device.mqtt.link import Link
 
-CONNECT_S: Final = 10.0
-"""Seconds for the TCP connection and TLS, and again for the broker's CONNACK."""
 FETCH: Final = 64
 """Items read from the outbox at once."""
 BATCH: Final = 256
@@ -150,27 +145,30 @@ class Connection:
         self._rate = Rate(link.policy.rate, time.monotonic())
         self._farewell: int | None = None
         self._last = 0  # packet identifier
-        self._give_up = time.monotonic() + CONNECT_S
-        self._errors = LastError()
-        self._client = self._make_client()
+        self._give_up = time.monotonic() + paho.CONNECT_S
+        self._errors = paho.LastError()
+        client_id, user, password = link.policy.client_id, link.policy.username, link.policy.password
+        self._client = paho.make_client(client_id, self._five, user, password, self._errors)
 
     def open(self) -> None:
         """Reach the broker and ask it in; `ended` says where that fails."""
-        policy, properties = self._policy, None
-        if self._five:
-            properties = _make(PacketTypes.CONNECT)
-            properties.SessionExpiryInterval = policy.session_expiry_s
-            properties.ReceiveMaximum = policy.receive_maximum
-            properties.MaximumPacketSize = policy.maximum_packet
-        clean: dict[str, Any] = {"clean_start": False} if self._five else {}
-        self._client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
+        policy, client = self._policy, self._client
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
+        client.on_message = self._on_message
+        will = paho.will_properties(topics.STATUS.content_type) if self._five else None
+        client.will_set(self._status_topic, self._link.status("offline"), 1, True, will)
         try:
             if policy.tls is not None:
-                self._client.tls_set_context(policy.tls.context())
-            self._client.connect(policy.host, policy.port, policy.keepalive_s, properties=properties, **clean)
+                client.tls_set_context(policy.tls.context())
+            if self._five:
+                asked = paho.connect_properties(policy.session_expiry_s, policy.receive_maximum, policy.maximum_packet)
+                client.connect(policy.host, policy.port, policy.keepalive_s, clean_start=False, properties=asked)
+            else:
+                client.connect(policy.host, policy.port, policy.keepalive_s)
         except (OSError, ValueError) as error:
-            self._end(explain(error, policy.host, policy.port))
-        self._give_up = time.monotonic() + CONNECT_S
+            self._end(paho.explain(error, policy.host, policy.port))
+        self._give_up = time.monotonic() + paho.CONNECT_S
 
     def step(self) -> None:
         """Do what can be done now, then wait until there is more."""
@@ -183,7 +181,7 @@ class Connection:
         elif self._link.stop_at is not None:
             self._end("stopped before the broker answered")
         elif time.monotonic() >= self._give_up:
-            self._end(f"{self._policy.host} took the connection but did not answer within {CONNECT_S:g} s")
+            self._end(f"{self._policy.host} took the connection but did not answer within {paho.CONNECT_S:g} s")
         self._settle(at_least=1 if not self._in_flight else BATCH)
         if self.ended is None:
             self._wait()
@@ -247,11 +245,15 @@ class Connection:
         return len(self._in_flight) < self._window and not self._client.want_write()
 
     def _send(self, item: OutgoingItem) -> None:
-        properties = self._properties(CLASS_ROWS[item.cls], item.properties)
-        if self._fits(item.topic, item.payload, properties):
-            self._publish(item.topic, item.payload, False, properties, item)
-        else:
-            self._drop(item.id, f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}")
+        try:
+            properties = self._properties(CLASS_ROWS[item.cls], item.properties)
+            if self._fits(item.topic, item.payload, properties):
+                self._publish(item.topic, item.payload, False, properties, item)
+                return
+            why = f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}"
+        except (ValueError, TypeError, struct.error, MQTTException) as error:
+            why = f"MQTT cannot hold it: {error}"  # and never will: a wildcard in the topic, a property too long
+        self._drop(item.id, why)
 
     def _fetch(self) -> bool:
         if self._link.fresh:
@@ -291,13 +293,13 @@ class Connection:
         `correlation` data in hexadecimal. The expiry counts from publication: the wait here has the outbox's bound."""
         if not self._five:
             return None
-        return _publish_properties(row.content_type, extra.get("expiry_s", row.expiry_s), extra.get("correlation"))
+        return paho.publish_properties(row.content_type, extra.get("expiry_s", row.expiry_s), extra.get("correlation"))
 
     def _fits(self, topic: str, payload: bytes, properties: Properties | None) -> bool:
         size = 9 + len(topic.encode()) + len(payload)  # 9: type, remaining length, length of topic, identifier
         if size + 2 * 65_535 <= self._largest or properties is None:
             return size <= self._largest
-        return size + len(cast(Any, properties).pack()) <= self._largest
+        return size + paho.packed(properties) <= self._largest
 
     # What comes in: called by paho inside `loop_read`
 
@@ -435,11 +437,11 @@ class Connection:
         poll = select.poll()
         poll.register(self._link.bell, select.POLLIN)
         poll.register(sock, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
-        ready = dict(poll.poll(0 if _decrypted(sock) else self._patience()))
+        ready = dict(poll.poll(0 if paho.decrypted(sock) else self._patience()))
         if self._link.bell.fileno() in ready:
             self._link.bell.recv(4096)
         events = ready.get(sock.fileno(), 0)
-        if events & ~select.POLLOUT or _decrypted(sock):
+        if events & ~select.POLLOUT or paho.decrypted(sock):
             client.loop_read()
         if events & select.POLLOUT:
             client.loop_write()
@@ -476,53 +478,6 @@ class Connection:
             self._link.report(True, what)
         self._told = True
 
-    def _make_client(self) -> Client:
-        policy = self._policy
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            policy.client_id,
-            clean_session=None if self._five else False,
-            protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        client.max_inflight_messages_set(0)  # the window is ours
-        client.connect_timeout = CONNECT_S
-        client.enable_logger(self._errors.logger)
-        client.username_pw_set(policy.username, policy.password)
-        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
-        client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
-        client.on_message, client.on_socket_open = self._on_message, _send_at_once
-        return client
-
-    def _will_properties(self) -> Properties | None:
-        if not self._five:
-            return None
-        properties = _make(PacketTypes.WILLMESSAGE)
-        properties.ContentType, properties.WillDelayInterval = topics.STATUS.content_type, 0
-        return properties
-
-
-def explain(error: Exception, host: str, port: int) -> str:
-    """What an operator should read where a connection could not be made."""
-    where = f"{host}:{port}"
-    match error:
-        case socket.gaierror():
-            return f"cannot resolve host {host}: {error.strerror}; check mqtt.host and the name server"
-        case ssl.SSLCertVerificationError():
-            return f"the certificate of {where} is not accepted: {error.verify_message}; check mqtt.ca and mqtt.host"
-        case ssl.SSLError():
-            return f"TLS with {where} failed: {error.reason or error}; check mqtt.port, mqtt.ca, mqtt.cert and mqtt.key"
-        case ConnectionRefusedError():
-            return f"nothing listens on {where}; check that the broker runs and mqtt.port"
-        case TimeoutError():
-            return f"{where} did not answer within {CONNECT_S:g} s; check the network and the firewall"
-        case OSError():
-            named = f": {error.filename}" if error.filename else ""
-            return f"no connection with {where}: {error.strerror or error}{named}"
-        case _:
-            return f"no connection with {where}: {error}; check mqtt.host"
-
 
 class Rate:
     """A token bucket: `rate` items per second, at most a tenth of a second's worth at once; 0 for no limit."""
@@ -546,50 +501,8 @@ class Rate:
         return 0.0 if self._rate == 0 else max(0.0, (1 - self._tokens) / self._rate - (now - self._at))
 
 
-class LastError(logging.Handler):
-    """Keeps the last error that paho logs: it passes no other word on why a socket failed."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.text = ""
-        self.logger = logging.Logger("paho", logging.ERROR)  # of this connection only, not in the tree of loggers
-        self.logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
-
-    def __str__(self) -> str:
-        return f": {self.text}" if self.text else ""
-
-
-def _make(packet: int) -> Properties:
-    new: Any = Properties  # untyped in paho
-    return cast(Properties, new(packet))
-
-
 def _address(message: MQTTMessage) -> topics.Address | None:
     try:
         return topics.match(message.topic)
     except UnicodeDecodeError:
         return None
-
-
-def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
-    """Without Nagle's algorithm, which delays the small packets of a window: half as much again drained per second."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _decrypted(sock: Any) -> bool:
-    """Whether TLS holds bytes that poll(2) does not see."""
-    return bool(sock.pending()) if hasattr(sock, "pending") else False
-
-
-@functools.lru_cache(maxsize=64)
-def _publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
-    properties = _make(PacketTypes.PUBLISH)
-    properties.ContentType = content_type
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    if correlation is not None:
-        properties.CorrelationData = bytes.fromhex(correlation)
-    return properties
