@@ -22,7 +22,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +42,14 @@ _READ_ERRORS = {266, 522, 8458}
 """SQLite's IOERR_READ, IOERR_SHORT_READ and IOERR_CORRUPTFS: the disk cannot give the bytes back."""
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A damaged file: where it lies now, and what was wrong with it."""
+
+    path: Path
+    reason: str
+
+
 class OutboxBusy(DeviceError):
     """Another process, or another `Outbox` of this one, holds the file."""
 
@@ -51,19 +59,15 @@ class OutboxFull(DeviceError):
 
 
 class OutboxDamaged(DeviceError):
-    """The file was found damaged while in use; it was set aside, open again for a fresh one."""
+    """The file was found damaged while in use; it was set aside (see `aside`), open again for a fresh one."""
+
+    def __init__(self, path: Path, aside: SetAside) -> None:
+        self.aside = aside
+        super().__init__(f"{path}: {aside.reason}; it is now {aside.path}; open again for a fresh one")
 
 
 class NewerOutbox(FormatError):
     """The file was written by a newer version, or by another program; it was not changed."""
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A damaged file: where it lies now, and what was wrong with it."""
-
-    path: Path
-    reason: str
 
 
 class Database:
@@ -73,36 +77,39 @@ class Database:
         """Use `Database.open`."""
         self._path, self._lock = path, lock
         self._connection: sqlite3.Connection | None = None
-        self.recovered_from: SetAside | None = None
+        self._aside: SetAside | None = None
 
     @classmethod
-    def open(cls, path: Path, version: int, schema: str) -> Database:
+    def open(cls, path: Path, version: int, schema: str) -> tuple[Database, SetAside | None]:
         """Opens or creates `path` with the tables of `schema` (SQL), whose format is `version` (at least 1).
 
-        Raises `OutboxBusy`, `NewerOutbox`, `OutboxFull`, `DeviceError`.
+        Also says which damaged file had to make way, if one had to. Raises `OutboxBusy`, `NewerOutbox`,
+        `OutboxFull`, `DeviceError`.
         """
         path = path.absolute()
         with ExitStack() as undo, _typed(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             database = cls(path, _take_lock(path.with_name(path.name + ".lock")))
             undo.callback(database.close)
-            _refuse_foreign(path, version)
+            _probe(path, version)
+            aside = None
             try:
-                database._start(version, schema)
+                with _typed(path):
+                    database._start(version, schema)
             except _Damaged as damage:
-                database.recovered_from = database._set_aside(str(damage))
+                aside = database._set_aside(str(damage))
                 database._start(version, schema)
             undo.pop_all()
-        return database
+        return database, aside
 
     @property
     def connection(self) -> sqlite3.Connection:
         """For reading; finish every cursor, since an open one keeps the log from being emptied."""
         if self._connection is not None:
             return self._connection
-        if self._lock < 0:
-            raise UsageError(f"{self._path} is closed: open it again")
-        raise OutboxDamaged(f"{self._path} was damaged and set aside; open again for a fresh one")
+        if self._aside is not None and self._lock >= 0:
+            raise OutboxDamaged(self._path, self._aside)
+        raise UsageError(f"{self._path} is closed: open it again")
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Runs `work` outside any transaction."""
@@ -164,6 +171,7 @@ class Database:
         ((found,),) = self._connection.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":
             raise _Damaged(found)
+        _refuse_foreign(self._connection, self._path, version)
         if _number(self._connection, "user_version") == 0:
             self._transaction(lambda db: _create(db, version, schema))
         self._reserve()
@@ -209,10 +217,8 @@ class Database:
             with _typed(self._path):
                 yield
         except _Damaged as damage:
-            aside = self._set_aside(str(damage))
-            raise OutboxDamaged(
-                f"{self._path}: {damage}; it is now {aside.path}; open again for a fresh one"
-            ) from damage
+            self._aside = self._set_aside(str(damage))
+            raise OutboxDamaged(self._path, self._aside) from damage
 
     def _set_aside(self, reason: str) -> SetAside:
         self._disconnect()
@@ -248,19 +254,16 @@ def _create(db: sqlite3.Connection, version: int, schema: str) -> None:
     db.execute(f"PRAGMA user_version={version}")
 
 
-def _refuse_foreign(path: Path, version: int) -> None:
+def _probe(path: Path, version: int) -> None:
     """Read-only, so that the log of a newer version stays as it is too. What cannot be read is judged later."""
-    if not path.exists():
-        return
-    db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    try:
-        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
-        found = _number(db, "user_version")
-        ((tables,),) = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    except sqlite3.DatabaseError:
-        return
-    finally:
-        db.close()
+    if path.exists():
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db, suppress(sqlite3.DatabaseError):
+            _refuse_foreign(db, path, version)
+
+
+def _refuse_foreign(db: sqlite3.Connection, path: Path, version: int) -> None:
+    found = _number(db, "user_version")
+    ((tables,),) = db.execute("SELECT count(*) FROM sqlite_master").fetchall()
     if found > version:
         raise NewerOutbox(f"{path}: format {found}, this version reads up to {version}; update the software")
     if tables and not found:

@@ -5,7 +5,10 @@ Rules of this file:
 1. Every change of the table changes the `Tally` beside it, so that no bound and no counter scans the table.
 2. Room is made in the order of `CLASSES`, the oldest of a class first, but never for a lesser class: then the
    newcomer is dropped itself. What is dropped is counted by class.
-3. A row carries a CRC-32 of its contents: SQLite checks the structure of its pages, not what they hold.
+3. An id is made of (boot, seq), see `item_id`; so ids rise and are never used twice, with no counter to keep on disk.
+4. Rows lie in the file by class, then id: dropping the oldest of a class frees whole pages, which a full disk needs.
+   With the classes mixed it would leave holes that no later row fits into.
+5. A row carries a CRC-32 of its contents: SQLite checks the structure of its pages, not what they hold.
 
 Functions over a connection inside the caller's transaction; the caller throws the `Tally` away with it.
 """
@@ -29,10 +32,11 @@ CLASSES: tuple[Class, ...] = get_args(Class)
 _FRAME = CLASSES.index("frame")
 ITEM_BYTES = 96
 """Charged for each item besides its contents: the row, its indexes and their share of unused page."""
+_SEQ_BITS, _ID_BITS = 30, 61
 SCHEMA = """
 CREATE TABLE item (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    class INTEGER NOT NULL CHECK (class BETWEEN 0 AND 3),
+    key INTEGER PRIMARY KEY,
+    id INTEGER NOT NULL UNIQUE,
     created REAL NOT NULL,
     size INTEGER NOT NULL,
     seal INTEGER NOT NULL,
@@ -41,9 +45,8 @@ CREATE TABLE item (
     payload BLOB NOT NULL
 ) STRICT
 
-CREATE INDEX item_class ON item (class)
-
 CREATE INDEX item_created ON item (created)""".strip()
+"""`key` is class and id in one number (`_key`)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Draft:
-    """An item before it has an id. `rank` is the place of its class in `CLASSES`, `properties` is JSON."""
+    """A row to be. `rank` is the place of its class in `CLASSES`, `properties` is JSON."""
 
+    id: int
     rank: int
     topic: str
     properties: str
@@ -94,7 +98,7 @@ class Draft:
     @property
     def seal(self) -> int:
         """CRC-32 of everything but the time."""
-        head = json.dumps([self.rank, self.topic, self.properties]).encode()
+        head = json.dumps([self.id, self.rank, self.topic, self.properties]).encode()
         return zlib.crc32(self.payload, zlib.crc32(head))
 
     def check(self, policy: OutboxPolicy) -> None:
@@ -118,7 +122,8 @@ class Tally:
         """Reads the whole table once."""
         dropped = [read_tally(db, f"dropped {name}") for name in CLASSES]
         tally = cls([0] * len(CLASSES), [0] * len(CLASSES), dropped, read_tally(db, "sent"))
-        for rank, depth, size in db.execute("SELECT class, count(*), sum(size) FROM item GROUP BY class").fetchall():
+        query = "SELECT key >> ?, count(*), sum(size) FROM item GROUP BY 1"
+        for rank, depth, size in db.execute(query, (_ID_BITS,)).fetchall():
             tally.depth[rank], tally.bytes[rank] = depth, size
         return tally
 
@@ -138,31 +143,39 @@ class Tally:
         return sum(self.depth[: rank + 1]), sum(self.bytes[: rank + 1])
 
 
-def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft) -> int | None:
-    """Makes room where a bound asks for it, and inserts. None: the bounds dropped the newcomer."""
+def item_id(boot: int, seq: int) -> int:
+    """Rises with (boot, seq): room for 2^31 boots and 2^30 messages in each, 34 years at one a second."""
+    return boot << _SEQ_BITS | seq
+
+
+def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft) -> bool:
+    """Makes room where a bound asks for it, and inserts. False: the bounds dropped the newcomer."""
     rank = draft.rank
     items, held = tally.droppable(rank)
     count = sum(tally.depth) + 1 - policy.max_count
     size = sum(tally.bytes) + draft.size - policy.max_bytes
     if count > items or size > held:
         tally.dropped[rank] += 1
-        return None
+        return False
     make_room(db, tally, range(rank + 1), count, size)
     if rank == _FRAME:
         make_room(db, tally, range(rank, rank + 1), 0, tally.bytes[rank] + draft.size - policy.frame_bytes)
-    values = (rank, draft.created, draft.size, draft.seal, draft.topic, draft.properties, draft.payload)
-    columns = "class, created, size, seal, topic, properties, payload"
-    cursor = db.execute(f"INSERT INTO item ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    values = (_key(rank, draft.id), draft.id, draft.created, draft.size, draft.seal)
+    contents = (draft.topic, draft.properties, draft.payload)
+    db.execute("INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, *contents)).close()
     tally.depth[rank] += 1
     tally.bytes[rank] += draft.size
-    return cursor.lastrowid
+    return True
 
 
 def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, size: int) -> None:
     """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
     victims: list[int] = []
     for rank in ranks:
-        with closing(db.execute("SELECT id, size FROM item WHERE class = ? ORDER BY id", (rank,))) as rows:
+        if count <= 0 and size <= 0:
+            break
+        bounds = _key(rank, 0), _key(rank, -1 + (1 << _ID_BITS))
+        with closing(db.execute("SELECT id, size FROM item WHERE key BETWEEN ? AND ? ORDER BY key", bounds)) as rows:
             while (count > 0 or size > 0) and (row := rows.fetchone()):
                 victims.append(row[0])
                 count, size = count - 1, size - row[1]
@@ -173,12 +186,11 @@ def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> t
     """Whole items above `after` in order, and the ids among them whose seal does not fit."""
     items: list[Item] = []
     bad: list[int] = []
-    query = (
-        "SELECT id, seal, size, class, topic, properties, payload, created FROM item WHERE id > ? ORDER BY id LIMIT ?"
-    )
-    with closing(db.execute(query, (after, limit))) as rows:
-        for number, seal, size, rank, topic, properties, payload, created in rows:
-            draft = Draft(rank, topic, properties, payload, created)
+    columns = "key, id, created, size, seal, topic, properties, payload"
+    with closing(db.execute(f"SELECT {columns} FROM item WHERE id > ? ORDER BY id LIMIT ?", (after, limit))) as rows:
+        for key, number, created, size, seal, topic, properties, payload in rows:
+            rank = key >> _ID_BITS
+            draft = Draft(number, rank, topic, properties, payload, created)
             if (draft.seal, draft.size) != (seal, size):
                 bad.append(number)
                 continue
@@ -212,9 +224,13 @@ def _remove(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> list[in
     """The ranks of those that were there."""
     if not ids:
         return []
-    query = "DELETE FROM item WHERE id IN (SELECT value FROM json_each(?)) RETURNING class, size"
-    gone = db.execute(query, (json.dumps(list(ids)),)).fetchall()
+    query = "DELETE FROM item WHERE id IN (SELECT value FROM json_each(?)) RETURNING key >> ?, size"
+    gone = db.execute(query, (json.dumps(list(ids)), _ID_BITS)).fetchall()
     for rank, size in gone:
         tally.depth[rank] -= 1
         tally.bytes[rank] -= size
     return [rank for rank, _ in gone]
+
+
+def _key(rank: int, number: int) -> int:
+    return rank << _ID_BITS | number

@@ -126,9 +126,7 @@ def finish(
     text = json.dumps(properties)
     size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
     if size > policy.max_bytes:
-        raise ItemTooLarge(
-            f"the answer to {command_id!r} takes {size} bytes, the ledger {policy.max_bytes}; shorten it"
-        )
+        raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the bound is {policy.max_bytes}; shorten it")
     begun = now if known is None else known.begun
     _record(db, policy, command_id, begun, size, topic, text, payload)
 

@@ -77,9 +77,11 @@ class OutboxCounters:
 class Outbox:
     """See the module's rules."""
 
-    def __init__(self, database: Database, policy: OutboxPolicy) -> None:
+    def __init__(self, database: Database, policy: OutboxPolicy, recovered_from: SetAside | None) -> None:
         """Use `Outbox.open`."""
         self._database, self._policy = database, policy
+        self.recovered_from = recovered_from
+        """The damaged file in whose place this outbox started empty, if there was one."""
         self._lock = threading.Lock()
         self._seq = 0
         self._tally = database.read(Tally.load)
@@ -94,19 +96,24 @@ class Outbox:
         A damaged file is set aside and a fresh one started: `recovered_from` says so. Raises `OutboxBusy` where
         another process holds it, `NewerOutbox` where a newer version wrote it, `OutboxFull`, `DeviceError`.
         """
-        database = Database.open(path, FORMAT, "\n\n".join((ledger.SCHEMA, items.SCHEMA, SETTINGS)))
         try:
-            outbox = cls(database, policy)
+            return cls._opened(path, policy, now)
+        except OutboxDamaged as damage:  # deeper than the check of the whole file looks
+            outbox = cls._opened(path, policy, now)
+            outbox.recovered_from = damage.aside
+            return outbox
+
+    @classmethod
+    def _opened(cls, path: Path, policy: OutboxPolicy, now: float) -> Outbox:
+        schema = "\n\n".join((ledger.SCHEMA, items.SCHEMA, SETTINGS))
+        database, aside = Database.open(path, FORMAT, schema)
+        try:
+            outbox = cls(database, policy, aside)
             outbox.expire(now)
         except BaseException:
             database.close()
             raise
         return outbox
-
-    @property
-    def recovered_from(self) -> SetAside | None:
-        """The damaged file in whose place this outbox started empty, if there was one."""
-        return self._database.recovered_from
 
     def put(
         self, cls: Class, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
@@ -231,17 +238,19 @@ class Outbox:
         if cls not in CLASSES or not math.isfinite(now):
             raise UsageError(f"class {cls!r}, now={now}: use one of {CLASSES} and finite seconds")
         with self._lock:
-            draft = Draft(CLASSES.index(cls), topic, json.dumps(properties), make(self._seq + 1), now)
+            seq = self._seq + 1
+            number = items.item_id(self.boot, seq)
+            draft = Draft(number, CLASSES.index(cls), topic, json.dumps(properties), make(seq), now)
             draft.check(self._policy)
 
-            def work(db: sqlite3.Connection, tally: Tally) -> int | None:
+            def work(db: sqlite3.Connection, tally: Tally) -> bool:
                 if command is not None:
                     ledger.finish(db, self._policy.ledger, command, now, topic, draft.payload, properties)
                 return items.insert(db, tally, self._policy, draft)
 
-            number = self._with_room(draft.rank, draft.size, work)
-            self._seq += 1
-        return number
+            kept = self._with_room(draft.rank, draft.size, work)
+            self._seq = seq
+        return number if kept else None
 
     def _with_room(self, rank: int, size: int, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
         """Runs `work`; on a full disk again with more and more dropped before it, up to the class of `rank`."""
