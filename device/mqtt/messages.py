@@ -4,9 +4,9 @@ Rules of this file:
 
 1. Every payload is one JSON object with `v: 1`. A field that the model does not name is refused, so is a key given
    twice.
-2. Numbers are finite, whole ones fit 53 bits (what every JSON reader keeps exactly). What was not measured is null.
-3. Every text, list and object is bounded, and so is the number of values that a payload may hold before it is read:
-   no message can be huge, none costs more memory than its own kind may.
+2. What was not measured is null. What a field may hold stands in fields.py; every field is bounded.
+3. Bytes and number of values of a payload are bounded, too, before it is read: none costs more time or memory than its
+   own kind may.
 4. `(boot, seq)` of a stamp orders all messages of a board and marks a repeated one; `time` is only for people.
 5. Input is judged, never trusted: `parse` and `parse_command` give a `Refusal` that names field, value and limit for
    anything that is not a message of this version, with the command's id whenever that can be read.
@@ -17,115 +17,49 @@ from __future__ import annotations
 import binascii
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self, TypedDict, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, NoReturn, Self, TypedDict, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from device.mqtt.fields import (
+    ID,
+    MAX_DOMAINS,
+    MAX_LABELS,
+    Amount,
+    CommandId,
+    Count,
+    Data,
+    Image,
+    Known,
+    Labels,
+    Moment,
+    Name,
+    Number,
+    RequestImage,
+    Session,
+    Share,
+    Text,
+    shown,
+)
 
 VERSION: Final = 1
 PROTOCOL: Final = "edgeear/v1"
 MAX_PAYLOAD: Final = 8 << 20
-"""Bytes of any incoming payload."""
-MAX_IMAGE: Final = 4 << 20
-"""Bytes of an image to infer, before base64."""
-MAX_REQUEST_IMAGE: Final = 1 << 20
-"""Bytes of an image that a board sends to be labelled, before base64."""
-MAX_LABELS: Final = 10_000
-MAX_DOMAINS: Final = 256
+"""Bytes of the largest payload of any kind; most kinds take far less (`limit`)."""
+SMALL: Final = 16 << 10
+"""Bytes of a command that carries neither image nor labels."""
 MAX_PARTS: Final = 4 * MAX_LABELS
 """Commas and brackets of a payload: what bounds the memory that reading it takes."""
 MAX_RESULT: Final = 65_536
 """Bytes of the JSON text of a response's result."""
 MAX_REASON: Final = 1000
-SIGNATURES: Final = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-"""First bytes of a JPEG and of a PNG."""
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise PydanticCustomError("printable", "must be printable characters only")
-    return text
-
-
-def _image(most: int) -> Any:
-    """Strict base64 of a JPEG or PNG of at most `most` bytes."""
-    limit = 4 * math.ceil(most / 3)
-
-    def check(text: str) -> str:
-        try:
-            data = binascii.a2b_base64(text, strict_mode=True)
-        except (ValueError, binascii.Error):
-            data = None
-        if data is None or binascii.b2a_base64(data, newline=False) != text.encode():
-            raise PydanticCustomError("base64", "must be base64 with padding and without line breaks")
-        if len(data) > most:
-            raise PydanticCustomError(
-                "image", "must be at most {most} bytes, has {size}", {"most": most, "size": len(data)}
-            )
-        if not data.startswith(SIGNATURES):
-            raise PydanticCustomError("image", "must be a JPEG or PNG file: send one of these")
-        return text
-
-    schema: dict[str, JsonValue] = {"contentEncoding": "base64", "contentMediaType": "image/jpeg"}
-    return Field(min_length=4, max_length=limit, json_schema_extra=schema), AfterValidator(check)
-
-
-def _labels(value: object) -> object:
-    """The first wrong entry speaks for all, so that ten thousand wrong ones cost no more than one."""
-    if not isinstance(value, Mapping):
-        return value
-    if not 1 <= len(value) <= MAX_LABELS:
-        facts = {"most": MAX_LABELS, "size": len(value)}
-        raise PydanticCustomError("labels", "must have 1 to {most} entries, has {size}", facts)
-    return {_sample(key): _class_name(key, name) for key, name in value.items()}
-
-
-def _sample(key: object) -> int:
-    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 16 and str(int(key)) == key:
-        key = int(key)
-    if type(key) is int and 0 <= key <= MAX_WHOLE:
-        return key
-    message = "key {key} must be a sample number: decimal digits, 0 to 2^53 - 1"
-    raise PydanticCustomError("labels", message, {"key": _short(key)})
-
-
-def _class_name(key: object, name: object) -> str:
-    if isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable():
-        return name
-    message = "sample {key}: {name} must be a class name of 1 to 128 printable characters"
-    raise PydanticCustomError("labels", message, {"key": _short(key), "name": _short(name)})
-
-
-MAX_WHOLE: Final = (1 << 53) - 1
-Count = Annotated[int, Field(ge=0, le=MAX_WHOLE)]
-Whole = Annotated[int, Field(ge=-MAX_WHOLE, le=MAX_WHOLE)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Moment = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
-"""Unix seconds, up to the year 9999."""
-Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
-"""Of a class, a domain or an encoder."""
-Text = Annotated[str, Field(max_length=2000)]
-Session = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
-CommandId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
-Scalar = Annotated[str, Field(max_length=500)] | Whole | Number | bool | None
-Data = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Scalar], Field(max_length=64)]
-Labels = Annotated[dict[int, str], BeforeValidator(_labels), Field(min_length=1, max_length=MAX_LABELS)]
-Image = Annotated[str, *_image(MAX_IMAGE)]
-RequestImage = Annotated[str, *_image(MAX_REQUEST_IMAGE)]
 OutboxClass = Literal["telemetry", "frame", "response", "event"]
 Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 EventKind = Literal[
@@ -187,8 +121,9 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """Base of all payloads."""
+    """Base of all payloads; `limit` is the most bytes of one."""
 
+    limit: ClassVar[int] = 2 << 20
     v: Literal[1] = VERSION
 
     def payload(self) -> bytes:
@@ -212,7 +147,7 @@ class Status(Message):
     boot: Count
     time: Moment
     version: Annotated[str, Field(min_length=1, max_length=64)]
-    encoder: Name
+    encoder: Known
     generation: Count
     protocol: Literal["edgeear/v1"] = PROTOCOL
 
@@ -230,9 +165,9 @@ class Event(_Stamped):
 class Quantiles(Part):
     """Of the values in a telemetry window."""
 
-    p50: Amount
-    p90: Amount
-    p99: Amount
+    p50: Number
+    p90: Number
+    p99: Number
 
 
 class OutboxReport(Part):
@@ -257,7 +192,7 @@ class Telemetry(_Stamped):
     abstained: Count
     novelty: Quantiles | None
     latency_ms: Quantiles | None
-    routes: Annotated[dict[Name, Count], Field(max_length=MAX_DOMAINS)]
+    routes: Annotated[dict[Known, Count], Field(max_length=MAX_DOMAINS)]
     phase: Phase
     paused: bool = False
     generation: Count
@@ -276,10 +211,10 @@ class PredictionMessage(Message):
     at: Count
     time: Moment
     generation: Count
-    label: Name | None
+    label: Known | None
     score: Number | None = None
-    route: Name | None
-    novelty: Amount | None
+    route: Known | None
+    novelty: Number | None
     p: Share
     ood: bool
     ref: Annotated[str, Field(max_length=500)] | None = None
@@ -291,8 +226,8 @@ class LabelRequest(_Stamped):
 
     at: Count
     image: RequestImage
-    guess: Name | None
-    route: Name | None
+    guess: Known | None = None
+    route: Known | None = None
     until: Moment | None = None
 
     @property
@@ -325,6 +260,7 @@ class Response(_Stamped):
 class _Command(Message):
     """`id` makes a command happen once however often it arrives; after `expires` (unix seconds) it is refused."""
 
+    limit: ClassVar[int] = SMALL
     name: ClassVar[str]
     id: CommandId
     expires: Moment | None = None
@@ -333,6 +269,7 @@ class _Command(Message):
 class Infer(_Command):
     """Predict for this image; the stream and its detector do not see it."""
 
+    limit: ClassVar[int] = 6 << 20
     name: ClassVar[str] = "infer"
     image: Image
 
@@ -345,6 +282,7 @@ class Infer(_Command):
 class Label(_Command):
     """Class names of frames by sample number, which count within a session."""
 
+    limit: ClassVar[int] = MAX_PAYLOAD
     name: ClassVar[str] = "label"
     session: Session
     labels: Labels
@@ -429,6 +367,10 @@ class Refusal:
     id: str | None
     reason: str
 
+    def response(self, stamp: Stamp, command: str) -> Response:
+        """What to answer whoever sent `command`."""
+        return Response(**stamp, id=self.id, command=_bare(command), outcome="refused", reason=self.reason)
+
 
 M = TypeVar("M", bound=Message)
 
@@ -438,14 +380,14 @@ def parse_command(name: str, payload: bytes) -> Command | Refusal:
     model = COMMANDS.get(name)
     if model is None:
         known = ", ".join(COMMANDS)
-        return Refusal(_readable_id(payload), f"command {_short(name)} is not known; this board takes {known}")
+        return Refusal(_readable_id(payload), f"command {shown(name)} is not known; this board takes {known}")
     return parse(model, payload)
 
 
 def parse(model: type[M], payload: bytes) -> M | Refusal:
     """The message that `payload` holds, or why it holds none. Never raises, whatever the bytes."""
     try:
-        fields = _read(payload)
+        fields = _read(payload, model.limit)
     except ValueError as error:
         return Refusal(None, str(error))
     identity, reason = _id_of(fields), _mismatch(model, fields)
@@ -457,10 +399,11 @@ def parse(model: type[M], payload: bytes) -> M | Refusal:
     return Refusal(identity, reason[:MAX_REASON])
 
 
-def _read(payload: bytes) -> dict[str, object]:
-    """The fields of a payload. Raises ValueError, with the reason as its text, for anything but one JSON object."""
-    if len(payload) > MAX_PAYLOAD:
-        raise ValueError(f"payload of {len(payload)} bytes, at most {MAX_PAYLOAD} are taken: send less in one message")
+def _read(payload: bytes, limit: int) -> dict[str, object]:
+    """The fields of a payload of at most `limit` bytes. Raises ValueError, its text the reason, for all but one
+    JSON object."""
+    if len(payload) > limit:
+        raise ValueError(f"payload of {len(payload)} bytes, at most {limit} are taken: send less in one message")
     parts = payload.count(b",") + payload.count(b"[") + payload.count(b"{")
     if parts > MAX_PARTS:
         raise ValueError(f"payload has {parts} commas and brackets, at most {MAX_PARTS} are taken: split it")
@@ -473,7 +416,7 @@ def _read(payload: bytes) -> dict[str, object]:
     except RecursionError:
         raise ValueError("payload is nested too deeply: a message has at most 3 levels") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"payload must be a JSON object, got {_short(fields)}")
+        raise ValueError(f"payload must be a JSON object, got {shown(fields)}")
     return fields
 
 
@@ -481,7 +424,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields: dict[str, object] = {}
     for key, value in pairs:
         if key in fields:
-            raise ValueError(f"key {_short(key)} is given twice: give each once")
+            raise ValueError(f"key {shown(key)} is given twice: give each once")
         fields[key] = value
     return fields
 
@@ -498,27 +441,25 @@ def _no_number(text: str) -> NoReturn:
 
 def _readable_id(payload: bytes) -> str | None:
     try:
-        return _id_of(_read(payload))
+        return _id_of(_read(payload, SMALL))
     except ValueError:
         return None
 
 
 def _id_of(fields: Mapping[str, object]) -> str | None:
     identity = fields.get("id")
-    if not isinstance(identity, str) or not 1 <= len(identity) <= 64 or not identity.isascii():
-        return None
-    return identity if all(letter.isalnum() or letter in "_.:-" for letter in identity) else None
+    return identity if isinstance(identity, str) and re.fullmatch(ID[1:-1], identity) else None
 
 
 def _mismatch(model: type[Message], fields: Mapping[str, object]) -> str | None:
     """What is wrong with the version or the names of the fields."""
     version = fields.get("v", VERSION)
     if type(version) is not int or version != VERSION:
-        return f"v is {_short(version)}: this board speaks version {VERSION}"
+        return f"v is {shown(version)}: this board speaks version {VERSION}"
     unknown = [key for key in fields if key not in model.model_fields]
     if unknown:
         known = ", ".join(model.model_fields)
-        return f"field {_short(unknown[0])} is not known; known are {known}"
+        return f"field {shown(unknown[0])} is not known; known are {known}"
     return None
 
 
@@ -530,20 +471,9 @@ def _reason(error: ValidationError) -> str:
     if first["type"] == "json_invalid":
         return f"payload is not JSON: {first['ctx']['error']}"
     if first["type"] not in ("missing", "settings", "result", "labels", "image", "base64"):
-        told += f", got {_short(first['input'])}"
+        told += f", got {shown(first['input'])}"
     return f"{told} (and {len(rest)} more)" if rest else told
 
 
 def _bare(part: object) -> str:
-    return str(part)[:64].encode("ascii", "backslashreplace").decode()
-
-
-def _short(value: object) -> str:
-    """`value` for a person, in at most 60 characters that any encoding can carry."""
-    if isinstance(value, str):
-        value = value[:60]
-    elif isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    elif isinstance(value, int) and abs(value) > MAX_WHOLE:
-        return "a whole number beyond 2^53"
-    return ascii(value)[:60]
+    return str(part).encode("ascii", "backslashreplace").decode()[:64]

@@ -1,0 +1,151 @@
+"""Home Assistant's MQTT discovery: one retained message that makes a board a device with its sensors and buttons.
+
+Rules of this file:
+
+1. Device-based discovery (Home Assistant 2024.11 and later): topic `homeassistant/device/{site}/{device}/config`, all
+   components in one payload. An empty retained payload on the same topic takes the device away again.
+2. A value template names fields of Telemetry or Status only, and gives `None`, Home Assistant's word for unknown, where
+   the board did not measure.
+3. All but the connectivity sensor are unavailable while the board's status is offline; that one says so.
+4. A button sends an ordinary command, under an id made of the time at which it was pressed.
+
+Written from Home Assistant's documentation of the MQTT integration (home-assistant.io/integrations/mqtt).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from device.mqtt.topics import COMMAND, STATUS, TELEMETRY, prefix, topic_of
+
+DISCOVERY: Final = "homeassistant"
+PRESSED: Final = '"id": "ha-{{ (now().timestamp() * 1000) | int }}"'
+Component = dict[str, Any]
+
+_NOVELTY: Final = "value_json.novelty.p90 | round(3) if value_json.novelty else None"
+_LATENCY: Final = "value_json.latency_ms.p90 | round(2) if value_json.latency_ms else None"
+# component: name, what its template shows, and Home Assistant's options for it
+_SENSORS: Final[dict[str, tuple[str, str, Component]]] = {
+    "novelty": ("Novelty", _NOVELTY, {"state_class": "measurement", "icon": "mdi:eye-outline"}),
+    "latency": (
+        "Latency",
+        _LATENCY,
+        {"state_class": "measurement", "unit_of_measurement": "ms", "icon": "mdi:timer-outline"},
+    ),
+    "frames": ("Frames", "value_json.frames", {"state_class": "measurement", "icon": "mdi:image-multiple-outline"}),
+    "ood": (
+        "Frames out of distribution",
+        "value_json.ood",
+        {"state_class": "measurement", "icon": "mdi:help-rhombus-outline"},
+    ),
+    "phase": ("Phase", "value_json.phase", {"icon": "mdi:state-machine"}),
+    "generation": ("Generation", "value_json.generation", {"icon": "mdi:source-branch"}),
+    "outbox": (
+        "Outbox depth",
+        "value_json.outbox.depth",
+        {"state_class": "measurement", "icon": "mdi:tray-full", "entity_category": "diagnostic"},
+    ),
+    "temperature": (
+        "Temperature",
+        "value_json.temperature_c",
+        {
+            "state_class": "measurement",
+            "device_class": "temperature",
+            "unit_of_measurement": "°C",
+            "entity_category": "diagnostic",
+        },
+    ),
+}
+_BUTTONS: Final = {"rollback": ("Roll back", "mdi:undo-variant"), "confirm": ("Confirm", "mdi:check-decagram-outline")}
+
+
+def discovery_topic(site: str, device: str) -> str:
+    """Where the retained discovery payload goes. Raises UsageError for a name that no topic may hold."""
+    prefix(site, device)
+    return f"{DISCOVERY}/device/{site}/{device}/config"
+
+
+def discovery(site: str, device: str, version: str, encoder: str, telemetry_period_s: float = 60.0) -> dict[str, Any]:
+    """The discovery payload. A sensor turns unknown when three windows of telemetry have not come."""
+    identity = f"edgeear/{site}/{device}"
+    available = {"topic": topic_of(site, device, STATUS), "value_template": "{{ value_json.state }}"}
+    components = {
+        **_sensors(topic_of(site, device, TELEMETRY), int(3 * telemetry_period_s) + 1),
+        **_controls(site, device),
+    }
+    for component in components.values():
+        component["availability"] = [available]
+    components["connectivity"] = _connectivity(available)
+    return {
+        "device": {
+            "identifiers": [identity],
+            "name": device,
+            "manufacturer": "edgeear",
+            "model": encoder,
+            "sw_version": version,
+            "suggested_area": site,
+        },
+        "origin": {"name": "edgeear", "sw_version": version},
+        "qos": 1,
+        "components": {key: {**component, "unique_id": f"{identity}/{key}"} for key, component in components.items()},
+    }
+
+
+def discovery_payload(site: str, device: str, version: str, encoder: str, telemetry_period_s: float = 60.0) -> bytes:
+    """`discovery` as it goes over the wire."""
+    return json.dumps(discovery(site, device, version, encoder, telemetry_period_s), ensure_ascii=False).encode()
+
+
+def _sensors(topic: str, expire_after_s: int) -> dict[str, Component]:
+    return {
+        key: {
+            "platform": "sensor",
+            "name": name,
+            "state_topic": topic,
+            "value_template": f"{{{{ {shown} }}}}",
+            "expire_after": expire_after_s,
+            **options,
+        }
+        for key, (name, shown, options) in _SENSORS.items()
+    }
+
+
+def _controls(site: str, device: str) -> dict[str, Component]:
+    controls: dict[str, Component] = {
+        key: {
+            "platform": "button",
+            "name": name,
+            "icon": icon,
+            "command_topic": topic_of(site, device, COMMAND, key),
+            "command_template": f"{{{PRESSED}}}",
+        }
+        for key, (name, icon) in _BUTTONS.items()
+    }
+    controls["pause"] = {
+        "platform": "switch",
+        "name": "Learning paused",
+        "icon": "mdi:pause-octagon-outline",
+        "state_topic": topic_of(site, device, TELEMETRY),
+        "value_template": "{{ value_json.paused | tojson }}",
+        "state_on": "true",
+        "state_off": "false",
+        "payload_on": "true",
+        "payload_off": "false",
+        "command_topic": topic_of(site, device, COMMAND, "pause"),
+        "command_template": f'{{{PRESSED}, "paused": {{{{ value }}}}}}',
+    }
+    return controls
+
+
+def _connectivity(status: dict[str, str]) -> Component:
+    return {
+        "platform": "binary_sensor",
+        "name": "Connection",
+        "device_class": "connectivity",
+        "entity_category": "diagnostic",
+        "state_topic": status["topic"],
+        "value_template": status["value_template"],
+        "payload_on": "online",
+        "payload_off": "offline",
+    }
