@@ -83,7 +83,9 @@ class HypervectorSpace:
         self.taps = tuple(taps)
         self.policy = policy or SpacePolicy()
         _check_taps(self.taps)
-        self._widths = np.array([tap.channels for tap in self.taps])
+        self._names = [tap.name for tap in self.taps]
+        self._channels = [tap.channels for tap in self.taps]
+        self._widths = np.array(self._channels)
         self._starts = np.concatenate([[0], np.cumsum(self._widths)[:-1]])
         self._half_log = 0.5 * np.log(self._widths)
         self._floor = QUIET * np.sqrt(self._widths)
@@ -172,14 +174,15 @@ class HypervectorSpace:
 
     def _read(self, features: Features) -> list[F32]:
         """The taps in order, each `(samples, channels)`, or a `UsageError`."""
-        missing = [tap.name for tap in self.taps if tap.name not in features]
-        if missing:
-            raise UsageError(f"tap {missing[0]} is missing: the space needs all of {[t.name for t in self.taps]}")
-        arrays: list[F32] = [np.asarray(features[tap.name], np.float32) for tap in self.taps]
+        try:
+            arrays: list[F32] = [np.asarray(features[name], np.float32) for name in self._names]
+        except KeyError as error:
+            raise UsageError(f"tap {error.args[0]} is missing: the space needs all of {self._names}") from None
         rows = len(arrays[0]) if arrays[0].ndim else 0
-        for tap, x in zip(self.taps, arrays, strict=True):
-            if x.shape != (rows, *tap.shape):
-                raise UsageError(f"tap {tap.name} has shape {x.shape}: expected ({rows}, {tap.channels})")
+        if [x.shape for x in arrays] != [(rows, width) for width in self._channels]:
+            for name, width, x in zip(self._names, self._channels, arrays, strict=True):
+                if x.shape != (rows, width):
+                    raise UsageError(f"tap {name} has shape {x.shape}: expected ({rows}, {width})")
         return arrays
 
 
