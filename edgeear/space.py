@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptors.hadamard import fwht, permutation, signs, sylvester
+from adaptors.hadamard import fwht, permutation, signs, thirds
 from edgeear.errors import DataError, UsageError
 from edgeear.levels import projection, shares
 from edgeear.types import F32, Features, Tap
@@ -94,7 +94,7 @@ class HypervectorSpace:
         self.level_taps = _middle(self.taps, self.policy)
         self.level_projection = projection(self.level_taps, self.policy.levels, self.policy.seed)
         self._level_blocks = _blocks(self.level_taps, self.level_projection)
-        self._factors = _thirds(self.policy.dimensions)
+        self._factors = thirds(self.policy.dimensions)
         b, slots = len(self._factors[2]), len(self.roles)
         slot, place = np.divmod(self.index, self.policy.dimensions)
         row, column = np.divmod(place, b)
@@ -245,13 +245,6 @@ def _blocks(taps: tuple[Tap, ...], dense: F32) -> list[tuple[str, slice, F32]]:
         found.append((tap.name, columns, _frozen(np.ascontiguousarray(dense[row : row + tap.channels, columns]))))
         row, column = row + tap.channels, column + width
     return found
-
-
-def _thirds(n: int) -> tuple[F32, F32, F32]:
-    """Three matrices of +1 and -1 whose Kronecker product is the unnormalised transform of n: fewest operations."""
-    exponent = n.bit_length() - 1
-    outer = (exponent + 1) // 3
-    return sylvester(1 << outer), sylvester(1 << (exponent - 2 * outer)), sylvester(1 << outer)
 
 
 def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
