@@ -27,9 +27,9 @@ from onnxruntime import IOBinding
 from device.encoder_file import ORT_ERRORS, open_encoder
 from device.encoder_metadata import EncoderError, Metadata, Preprocessing, Problem
 from edgeear.errors import DataError, UsageError
-from edgeear.types import F32, U8, Tap
+from edgeear.types import F32, U8, Encoder, Tap
 
-__all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem", "check_encoder"]
+__all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem", "check_encoder", "pooled_taps"]
 
 Severity = Literal["error", "warning"]
 
@@ -216,6 +216,11 @@ class OnnxEncoder:
         height, width = self.input_size
         one = (3, height, width) if self.preprocessing.layout == "NCHW" else (height, width, 3)
         return np.empty((rows, *one), self._file.input_dtype)
+
+
+def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
+    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task."""
+    return tuple(t for t in encoder.taps if not t.spatial and t.name != "logits")
 
 
 def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:

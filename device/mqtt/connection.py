@@ -178,6 +178,9 @@ class Connection:
             self._retry_forbidden()
             self._drain()
             self._leave()
+            if self._link.redeliver and self.ended is None:
+                self._link.redeliver = False
+                self._end("commands found no room: the broker sends them again")
         elif self._link.stop_at is not None:
             self._end("stopped before the broker answered")
         elif time.monotonic() >= self._give_up:

@@ -157,6 +157,7 @@ class Link:
         self.unsent: deque[tuple[str, bytes]] = deque()
         self.tally: Counter[str] = Counter()
         self.last_refusal = ""
+        self.redeliver = False
         self.fresh = True  # the outbox may hold what the connection has not seen
         self.held: set[int] = set()  # items of rule 5
         self.forbidden: dict[str, float] = {}  # topics, and when to try each again
@@ -189,6 +190,11 @@ class Link:
         if inbound.token is not None:
             self.acks.append(inbound.token)
             self._ring()
+
+    def again(self) -> None:
+        """Let the broker send what was not acknowledged once more, which it does after a reconnect."""
+        self.redeliver = True
+        self._ring()
 
     def publish_now(self, topic: str, payload: bytes) -> bool:
         """Send once, QoS 0, past the outbox. False: not connected, or the network does not keep up; it is lost."""
