@@ -102,7 +102,7 @@ def link_policy(config: Config) -> LinkPolicy:
         keepalive_s=mqtt.keepalive_s,
         username=mqtt.username,
         password=None if password is None else password.get_secret_value(),
-        tls=None if mqtt.ca is None else TlsFiles(mqtt.ca, mqtt.cert, mqtt.key),
+        tls=TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None,
         session_expiry_s=mqtt.session_expiry_s,
         receive_maximum=mqtt.receive_maximum,
         inflight=mqtt.inflight,
@@ -115,12 +115,11 @@ def opened(config: Config, *, now: Callable[[], float] = time.time) -> Iterator[
     """Everything that `config` names, started; the caller runs the loop. Raises `EncoderError`, `FormatError`,
     `StoreBusy`, `OutboxBusy` and other `DeviceError`s, `UsageError`."""
     with ExitStack() as stack:
-        state = config.device.state
         file = encoder_file(config)
         encoder = OnnxEncoder(file, threads=config.device.threads)
-        store = stack.enter_context(Store.open(state / "store"))
+        store = stack.enter_context(Store.open(config.device.store))
         system = serving(store, encoder)
-        outbox = stack.enter_context(Outbox.open(state / "outbox.sqlite", outbox_policy(config), now()))
+        outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
         source = open_source(config.source, encoder.input_size, daemon.frames, now)
         link = _link(config, daemon, outbox, source, stack)

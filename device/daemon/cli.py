@@ -53,7 +53,8 @@ def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
     from device.daemon.config import load_config
     from device.daemon.doctor import diagnose, exit_code
 
-    findings = diagnose(load_config(_existing(config)))
+    path = _existing(config)
+    findings = diagnose(load_config(path), path)
     if as_json:
         typer.echo(json.dumps([_finding(f) for f in findings], indent=2))
     else:
@@ -174,8 +175,8 @@ def _address(
         if colon and not (number.isdecimal() and 0 < int(number) < 65536):
             raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
         port = int(number) if colon else (8883 if ca else 1883)
-    files = (ca, cert, key) if ca else (mqtt.ca, mqtt.cert, mqtt.key)
-    tls = None if files[0] is None else TlsFiles(files[0], files[1], files[2])
+    own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
+    tls = TlsFiles(ca, cert, key) if ca else own
     password = None if mqtt.password is None else mqtt.password.get_secret_value()
     return BrokerAddress(host, port, mqtt.username, password, tls)
 
