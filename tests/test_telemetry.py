@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def prediction(novelty: float = 0.5, route: str | None = "day", ood: bool = Fals
 
 def window(seed: int = 0) -> Window:
     return Window(0.0, random.Random(seed))
+
+
+def told(filled: Window) -> messages.Telemetry:
+    facts: dict[str, Any] = {**REST, **filled.facts()}
+    return messages.Telemetry(**facts)
 
 
 def test_every_value_is_as_likely_to_be_kept_as_any_other() -> None:
@@ -87,7 +93,7 @@ def test_any_window_is_a_telemetry_message(seen: list[tuple[Prediction, float]])
     filled = window()
     for answer, seconds in seen:
         filled.add(answer, seconds)
-    message = messages.Telemetry(**REST, **filled.facts())  # type: ignore[arg-type]
+    message = told(filled)
     assert messages.parse(messages.Telemetry, message.payload()) == message
     assert message.frames == len(seen) == message.abstained + sum(message.routes.values())
     assert message.ood == sum(answer.ood for answer, _ in seen)
@@ -105,7 +111,7 @@ def test_more_routes_than_a_message_holds_leave_the_most_frequent() -> None:
     for number in range(MAX_DOMAINS + 20):
         for _ in range(2 if number >= 20 else 1):
             filled.add(prediction(route=f"d{number}"), 0.01)
-    message = messages.Telemetry(**REST, **filled.facts())  # type: ignore[arg-type]
+    message = told(filled)
     assert set(message.routes) == {f"d{number}" for number in range(20, MAX_DOMAINS + 20)}
 
 
@@ -150,7 +156,7 @@ def test_resident_memory_without_proc_is_the_most_it_ever_was(tmp_path: Path, te
 def test_the_share_of_a_core_is_that_since_the_last_question(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"monotonic": 100.0, "process_time": 5.0}
     for name in clock:
-        monkeypatch.setattr(machine.time, name, lambda name=name: clock[name])
+        monkeypatch.setattr(time, name, lambda name=name: clock[name])
     share = CpuShare()
     clock.update(monotonic=110.0, process_time=7.5)
     assert share.read() == 0.25

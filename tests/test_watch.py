@@ -34,12 +34,12 @@ def telemetry(boot: int = 1, seq: int = 1, **changes: Any) -> messages.Telemetry
 
 def event(boot: int = 1, seq: int = 1, **changes: Any) -> messages.Event:
     facts: dict[str, Any] = dict(kind="grown", text="winter", at=7, generation=3)
-    return messages.Event(**dict(session=SESSION, boot=boot, seq=seq, time=NOW) | facts | changes)
+    return messages.Event(**facts | dict(session=SESSION, boot=boot, seq=seq, time=NOW) | changes)
 
 
 def status(state: str = "online", session: str = SESSION, boot: int = 1, **changes: Any) -> messages.Status:
     facts: dict[str, Any] = dict(time=NOW, version="1", encoder="e", generation=2)
-    return messages.Status(**dict(state=state, session=session, boot=boot) | facts | changes)
+    return messages.Status(**facts | dict(state=state, session=session, boot=boot) | changes)
 
 
 ROWS = {messages.Status: topics.STATUS, messages.Telemetry: topics.TELEMETRY, messages.Event: topics.EVENT}
@@ -48,8 +48,7 @@ ROWS = {messages.Status: topics.STATUS, messages.Telemetry: topics.TELEMETRY, me
 def hear(fleet: Fleet, *told: messages.Message, device: str = "cam-1", now: float = NOW) -> list[bool]:
     """Whether each was new."""
     return [
-        fleet.take(topics.topic_of("hall", device, ROWS[type(one)]), one.payload(), now) is not None  # type: ignore[index]
-        for one in told
+        fleet.take(topics.topic_of("hall", device, ROWS[type(one)]), one.payload(), now) is not None for one in told
     ]
 
 
