@@ -41,9 +41,13 @@ class Wire:
 
     acknowledged: list[Inbound] = field(default_factory=list)
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked_again: int = 0
 
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged.append(inbound)
+
+    def again(self) -> None:
+        self.asked_again += 1
 
     def publish_now(self, topic: str, payload: bytes) -> bool:
         self.sent.append((topic, json.loads(payload)))
@@ -386,6 +390,16 @@ def test_a_report_says_what_is_learned(rig: Rig) -> None:
     result = response["result"]
     assert [domain["name"] for domain in result["domains"]] == ["day"] and result["session"] == rig.session
     assert result["frames"]["answered"] == 65 and np.isfinite(result["rss_mb"])
+
+
+def test_commands_that_find_no_room_are_asked_for_again(rig: Rig) -> None:
+    for number in range(300):
+        payload = json.dumps({"id": f"c{number}"}).encode()
+        rig.daemon.receive(Inbound("report", "command", payload, None, None, None, False, None))
+    while rig.daemon.turn():
+        assert rig.wire.asked_again == 0
+    assert rig.wire.asked_again == 1 and len(rig.wire.acknowledged) == 256
+    assert rig.daemon.turn() is False and rig.wire.asked_again == 1
 
 
 def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

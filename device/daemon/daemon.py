@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from device.mqtt.connection import Inbound
 
 LOG = logging.getLogger("edgeear")
-INBOX = 256
-"""Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
+INBOX, INBOX_BYTES = 256, 32 << 20
+"""Commands held between two turns. Not every broker respects our receive maximum; what finds no room stays
+unacknowledged, and is asked for again once there is."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep with nothing to do, and while a learner runs, seconds."""
 
@@ -62,6 +63,8 @@ class Link(Protocol):
     """What the loop asks of device.mqtt.link.Link."""
 
     def acknowledge(self, inbound: Inbound) -> None: ...
+
+    def again(self) -> None: ...
 
     def publish_now(self, topic: str, payload: bytes) -> bool: ...
 
@@ -117,6 +120,7 @@ class Daemon:
         self.counts, self.metrics = Counts(), metrics
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
+        self._held, self._overflowed = 0, False
         self._wake = threading.Event()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
@@ -130,9 +134,12 @@ class Daemon:
 
     def receive(self, inbound: Inbound) -> None:
         """A command came."""
-        if len(self._inbox) < INBOX:
+        if len(self._inbox) < INBOX and self._held + len(inbound.payload) <= INBOX_BYTES:
+            self._held += len(inbound.payload)
             self._inbox.append(inbound)
-            self._wake.set()
+        else:
+            self._overflowed = True
+        self._wake.set()
 
     def wake(self) -> None:
         """Something is there to be done: a frame, the end."""
@@ -162,7 +169,7 @@ class Daemon:
 
     def turn(self) -> bool:
         """Do what is due: one command, one frame, the telemetry. False where there was neither command nor frame."""
-        command = self._inbox.popleft() if self._inbox else None
+        command = self._next_command()
         if command is not None:
             self._command(command)
         frame = self.frames.get(self._clock(), self.policy.max_age_s)
@@ -175,6 +182,16 @@ class Daemon:
         if self.metrics is not None:
             self._measure(self.metrics)
         return command is not None or frame is not None
+
+    def _next_command(self) -> Inbound | None:
+        if self._inbox:
+            command = self._inbox.popleft()
+            self._held -= len(command.payload)
+            return command
+        if self._overflowed and self.link is not None:
+            self._overflowed = False
+            self.link.again()
+        return None
 
     @property
     def period_s(self) -> float:

@@ -42,8 +42,9 @@ def picture(fleet: Fleet, now: float, width: int, height: int) -> Group:
     """The fleet at `now`: a summary and a table, on `width` columns and at most `height` lines."""
     rows = fleet.by_need(now)
     shown = rows if len(rows) <= height - 2 else rows[: max(0, height - 3)]
-    lines = [Text(str(fleet.summary(now)), style="bold", no_wrap=True, overflow="ellipsis"), _table(shown, now, width)]
-    return Group(*lines, *[Text(f"and {len(rows) - len(shown)} more", "dim")] * (len(shown) < len(rows)))
+    summary = Text(str(fleet.summary(now)), style="bold", no_wrap=True, overflow="ellipsis")
+    rest = [Text(f"and {len(rows) - len(shown)} more", "dim")] if len(shown) < len(rows) else []
+    return Group(summary, _table(shown, now, width), *rest)
 
 
 def _table(shown: Sequence[Row], now: float, width: int) -> Table:

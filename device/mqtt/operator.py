@@ -25,7 +25,8 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.mqtt import messages, topics
-from device.mqtt.link import TlsFiles, explain
+from device.mqtt.link import TlsFiles
+from device.mqtt.paho import explain
 from edgeear.errors import DeviceError, UsageError
 
 WAIT_S = 10.0
