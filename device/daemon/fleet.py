@@ -130,8 +130,8 @@ class SharedEncoder:
 
 @dataclass
 class Device:
-    """One daemon, what it is shown: `pictures` of its `home` domain, then `elsewhere`, those of its `target`; and the CPU
-    seconds that its turns took without the encoder."""
+    """One daemon and what it is shown: `pictures` of its `home` domain, midway those `elsewhere`, of its `target`.
+    `cpu_s`: of its turns, without the encoder."""
 
     name: str
     daemon: Daemon
@@ -153,17 +153,17 @@ def run_fleet(
     learner: Learner,
     *,
     show: Progress = lambda *_: None,
-    start: System | None = None,
+    system: System | None = None,
 ) -> FleetResult:
-    """Run the fleet and say how it went. `learner` learns the factory's generation; `start` is the empty system to
-    begin with.
+    """Run the fleet and say how it went. `system` is what all devices leave the factory with; where there is none,
+    `learner` learns it from the first domain.
 
     Raises `UsageError`, `DataError`, `DeviceError` where it could not be run at all.
     """
     raise_file_limit(options.devices)
     shared = SharedEncoder(encoder)
     pictures = read_pictures(options.data, options.order, encoder.input_size, options.samples, options.seed, show)
-    system = factory(options, shared, learner, pictures, start, show)
+    system = system or factory(options, shared, learner, pictures, show)
     look_at_all(system, shared, pictures, show)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeear-fleet-")))
@@ -297,8 +297,8 @@ class _Run:
         begun, board = time.monotonic(), device.daemon.board
         heard = self.operator.heard[device.name]
         wanted = [at for at, _, _ in board.wanted()]
-        self._await(lambda: set(wanted) <= {request.at for request in heard.wanted}, "label requests")
-        labels = {request.at: device.shown[request.at - 1].label for request in heard.wanted if request.at in wanted}
+        self._await(lambda: set(wanted) <= set(heard.wanted), "label requests")
+        labels = {at: device.shown[at - 1].label for at in heard.wanted if at in wanted}
         body = {"session": device.daemon.session, "labels": labels, "domain": device.target}
         self.operator.ask(device.name, "label", body, facts={"accepted": len(wanted)})
         self.settle()
@@ -407,13 +407,12 @@ def factory(
     encoder: SharedEncoder,
     learner: Learner,
     pictures: Pictures,
-    start: System | None,
     show: Progress,
 ) -> System:
     """What every device leaves the factory with: the first domain, learned and confirmed as on a board. Raises
     `DeviceError` where it is not."""
     lessons = pictures.lessons
-    system = start or blank(encoder)
+    system = blank(encoder)
     policy = BoardPolicy(labels=len(lessons), memory=len(lessons), probation=options.probation)
     teacher = _Teacher([lesson.label for lesson in lessons], pictures.domains[0])
     board = Board(Live(system, system), encoder, teacher, lambda: 0.0, policy, seed=options.seed, learner=learner)

@@ -58,13 +58,14 @@ class Truth:
 
 @dataclass
 class Heard:
-    """All that one device said, in the order of arrival; a repeated message is counted and not kept."""
+    """All that one device said, in the order of arrival; a repeated message is counted and not kept. `wanted`: sample
+    numbers of label requests."""
 
     births: list[str] = field(default_factory=list)
     farewells: int = 0
     telemetry: list[messages.Telemetry] = field(default_factory=list)
     events: list[messages.Event] = field(default_factory=list)
-    wanted: list[messages.LabelRequest] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     order: list[tuple[int, int]] = field(default_factory=list)
     sessions: set[str] = field(default_factory=set)
@@ -121,7 +122,7 @@ class Heard:
             case messages.Telemetry():
                 self.telemetry.append(message)
             case messages.LabelRequest():
-                self.wanted.append(message)
+                self.wanted.append(message.at)
             case messages.Response():
                 self.answers.setdefault(message.id or "", []).append(Answer(message, correlation))
 
@@ -143,7 +144,8 @@ class Heard:
 
 def faults(truth: Truth, asked: Sequence[Asked], heard: Heard) -> list[str]:
     """What is wrong with a device, in words; nothing where all is well."""
-    return [*_presence(truth, heard), *_sequence(heard), *_windows(truth, heard), *_commands(truth, asked, heard)]
+    checks = (_presence(truth, heard), _sequence(truth, heard), _windows(truth, heard), _commands(truth, asked, heard))
+    return [fault for found in checks for fault in found]
 
 
 def _presence(truth: Truth, heard: Heard) -> Iterator[str]:
@@ -157,7 +159,9 @@ def _presence(truth: Truth, heard: Heard) -> Iterator[str]:
         yield f"{len(heard.broken)} messages are none of this version: {heard.broken[0]}"
 
 
-def _sequence(heard: Heard) -> Iterator[str]:
+def _sequence(truth: Truth, heard: Heard) -> Iterator[str]:
+    if boots := {boot for boot, _ in heard.order} - {truth.boot}:
+        yield f"boot is {truth.boot}, messages say {_some(sorted(boots))}"
     if gaps := heard.gaps:
         yield f"{len(gaps)} messages are missing: seq {_some(gaps)}"
     if not heard.ordered:
