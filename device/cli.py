@@ -544,6 +544,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
     from device.daemon.fleet_result import table
     from device.daemon.worker import ProcessLearner, WorkerPolicy
     from device.encoder import OnnxEncoder
+    from device.evaluate_data import machine, versions
 
     options = FleetOptions(data=data, encoder=encoder, **how)
     if target is not None:
@@ -553,7 +554,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
         learner = ProcessLearner(encoder, urgent, on_progress=lambda phase, *at: show(f"factory: {phase}", *at))
         found = run_fleet(options, OnnxEncoder(encoder), learner, show=show)
     if target is not None:
-        _save(target, _dumped(found.fields))
+        _save(target, _dumped({**found.fields, "machine": machine(), "versions": versions()}))
     if not quiet:
         Console().print(table(found), highlight=False)
     for fault in found.faults:

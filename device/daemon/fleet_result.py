@@ -19,13 +19,14 @@
              "start_s": 0.0,                // per device, to open and connect it
              "turn_ms_per_frame": 0.0, "link_ms_per_frame": 0.0, "encoder_ms_per_frame": 0.0, "frame_ms": 0.0,
              "process_s": 0.0},             // all of this process, the operator too
+     "turn_ms": {"p50": 0.0, "p99": 0.0, "max": 0.0},  // of the wall, without the encoder, the disk's waits included
      "memory": {"rss_mb_before": 0.0, "rss_mb_started": 0.0, "rss_mb_after": 0.0, "rss_mb_per_device_started": 0.0,
                 "rss_mb_per_device": 0.0, "disk_mb_per_device": 0.0},
      "files": {"open": 0, "per_device": 0.0},
      "per_device": [{"name": "d-0000", "moved_to": null, "frames": 0, "windows": 0, "messages": 0, "answers": 0,
                      "cpu_s": 0.0, "faults": 0}]}
 
-"sequence" counts what went through the outboxes. "shift" and "taught" but for one that was asked for and did not end in
+"machine" and "versions" are added by the command line. "sequence" counts what went through the outboxes. "shift" and "taught" but for one that was asked for and did not end in
 "grown" are findings, not faults: they say what the detector and the learner did, and not whether a message was lost.
 Memory leaves out the encoder, the first generation and the pictures, which the devices of one process share.
 """
@@ -34,14 +35,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
 from device.daemon.fleet_check import Asked, Heard, Truth, correlates, faults
-from device.evaluate_data import machine, versions
 
 MAX_FAULTS = 100
 
@@ -97,6 +98,7 @@ class Costs:
     rss_mb_before: float = 0.0
     rss_mb_started: float = 0.0
     rss_mb_after: float = 0.0
+    turns_ms: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,6 @@ def result(fleet: Fleet, rows: Sequence[Row], costs: Costs, taught: Sequence[Tau
             "domains": list(fleet.domains),
             "broker": fleet.broker,
             "address": fleet.address,
-            "machine": machine(),
-            "versions": versions(),
             **fleet.settings,
             **_messages(rows),
             "taught": [
@@ -218,6 +218,7 @@ def _figures(rows: Sequence[Row], costs: Costs) -> dict[str, Any]:
             "frame_ms": 1e3 * (turns + links + encoding) / frames,
             "process_s": costs.cpu_s,
         },
+        "turn_ms": dict(zip(("p50", "p99", "max"), np.quantile(costs.turns_ms or [0.0], (0.5, 0.99, 1)), strict=True)),
         "memory": {
             "rss_mb_before": costs.rss_mb_before,
             "rss_mb_started": costs.rss_mb_started,
@@ -228,7 +229,7 @@ def _figures(rows: Sequence[Row], costs: Costs) -> dict[str, Any]:
         },
         "files": {"open": costs.files, "per_device": costs.files / devices},
     }
-    return {name: {key: round(value, 3) for key, value in group.items()} for name, group in figures.items()}
+    return {name: {key: round(float(value), 3) for key, value in group.items()} for name, group in figures.items()}
 
 
 def _device(row: Row, wrong: int) -> dict[str, Any]:
@@ -279,6 +280,10 @@ def table(found: FleetResult) -> Table:
             "CPU per frame",
             f"{cpu['turn_ms_per_frame']:.2f} ms + network {cpu['link_ms_per_frame']:.2f} ms + "
             f"encoder {cpu['encoder_ms_per_frame']:.1f} ms",
+        ),
+        (
+            "a turn takes",
+            f"{f['turn_ms']['p50']:.1f} ms, p99 {f['turn_ms']['p99']:.1f} ms, at most {f['turn_ms']['max']:.0f} ms",
         ),
         (
             "CPU per device",
