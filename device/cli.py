@@ -148,7 +148,7 @@ def demo(
 
 
 @app.command(
-    epilog="Examples: `edgeear simulate --data photos --order photo,sketch --report report.html`, "
+    epilog="Example: `edgeear simulate --data photos --order photo,sketch --report report.html`; a fleet: "
     "`edgeear simulate --devices 200 --json fleet.json`"
 )
 def simulate(
@@ -540,8 +540,8 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
     """Run a fleet, write its result and show its table; exit code 1 where anything is wrong."""
     from rich.console import Console
 
-    from device.daemon.fleet import FleetOptions, run_fleet
-    from device.daemon.fleet_result import table
+    from device.daemon.fleet.result import table
+    from device.daemon.fleet.run import FleetOptions, run_fleet
     from device.daemon.worker import ProcessLearner, WorkerPolicy
     from device.encoder import OnnxEncoder
     from device.evaluate_data import machine, versions

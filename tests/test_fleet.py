@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device import cli
-from device.daemon import fleet
 from device.daemon.assemble import Running, opened
-from device.daemon.fleet import FleetOptions, SharedEncoder, broker_address, raise_file_limit, run_fleet
-from device.daemon.fleet_check import Asked, Heard, Truth, faults
-from device.daemon.fleet_result import FleetResult, table
+from device.daemon.fleet import run as fleet
+from device.daemon.fleet.check import Asked, Heard, Truth, faults
+from device.daemon.fleet.factory import SharedEncoder
+from device.daemon.fleet.place import broker_address, raise_file_limit
+from device.daemon.fleet.result import FleetResult, table
+from device.daemon.fleet.run import FleetOptions, run_fleet
 from device.engine import OrtEngine
 from device.learner import InlineLearner, Learner
 from device.mqtt import messages, topics

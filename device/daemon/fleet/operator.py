@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-1. One subscription for the site, without its own messages. What a device says is kept by device (fleet_check.py).
+1. One subscription for the site, without its own messages. What a device says is kept by device (check.py).
 2. Answers are asked for on a topic of the operator's own or, where a command names none, on the device's.
 3. Waiting is for a message, never for a time.
 """
@@ -21,7 +21,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from device.daemon.fleet_check import Asked, Heard
+from device.daemon.fleet.check import Asked, Heard
 from device.mqtt import messages, topics
 from device.mqtt.link import explain
 from edgeear.errors import DeviceError

@@ -26,9 +26,10 @@
      "per_device": [{"name": "d-0000", "moved_to": null, "frames": 0, "windows": 0, "messages": 0, "answers": 0,
                      "cpu_s": 0.0, "faults": 0}]}
 
-"machine" and "versions" are added by the command line. "sequence" counts what went through the outboxes. "shift" and "taught" but for one that was asked for and did not end in
-"grown" are findings, not faults: they say what the detector and the learner did, and not whether a message was lost.
-Memory leaves out the encoder, the first generation and the pictures, which the devices of one process share.
+"machine" and "versions" are added by the command line. "sequence" counts what went through the outboxes. "shift" is a
+finding, not a fault: it says what the detector did, and not whether a message was lost. A device that was taught and
+did not end in "grown" is a fault. Memory leaves out the encoder, the first generation and the pictures, which the
+devices of one process share.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from device.daemon.fleet_check import Asked, Heard, Truth, correlates, faults
+from device.daemon.fleet.check import Asked, Heard, Truth, correlates, faults
 
 MAX_FAULTS = 100
 
@@ -82,7 +83,7 @@ class Taught:
 
 @dataclass
 class Costs:
-    """What it took. CPU and messages are of the time in which frames were shown; `loop_s` is the turning thread's."""
+    """What it took. CPU and messages are of the time in which frames were shown."""
 
     encoder_ms: float = 0.0
     start_s: float = 0.0
@@ -90,7 +91,6 @@ class Costs:
     stream_s: float = 0.0
     virtual_s: float = 0.0
     cpu_s: float = 0.0
-    loop_s: float = 0.0
     link_s: float = 0.0
     messages: int = 0
     files: int = 0

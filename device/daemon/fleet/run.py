@@ -9,47 +9,39 @@ Rules of this file:
 3. An encoder's answer is remembered by picture, so that N devices on two cores do not cost N encoders. What it takes
    is measured on the pictures when they are first seen, and told apart from what a device takes.
 4. An operator hears everything, commands every device, and what was said is held against what was done
-   (fleet_check.py). Whatever does not fit is a fault, and the fleet has not passed.
+   (check.py). Whatever does not fit is a fault, and the fleet has not passed.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import os
-import resource
 import secrets
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from device.board import Board, BoardPolicy
 from device.daemon import machine
-from device.daemon.assemble import blank, opened
+from device.daemon.assemble import opened
 from device.daemon.config import Config, DeviceSection, LearningSection, MqttSection, SourceSection, TelemetrySection
 from device.daemon.daemon import LEARNED, Daemon
-from device.daemon.fleet_check import Truth
-from device.daemon.fleet_data import Picture, Pictures, png, read_pictures
-from device.daemon.fleet_operator import FleetOperator
-from device.daemon.fleet_result import Costs, Fleet, FleetResult, Row, Taught, result
-from device.engine import OrtEngine
+from device.daemon.fleet.check import Truth
+from device.daemon.fleet.data import Pictures, read_pictures
+from device.daemon.fleet.factory import SharedEncoder, factory, look_at_all
+from device.daemon.fleet.operator import FleetOperator
+from device.daemon.fleet.place import EMBEDDED, broker_address, broker_at, link_cpu_s, raise_file_limit
+from device.daemon.fleet.result import Costs, Fleet, FleetResult, Row, Taught, result
+from device.daemon.fleet.script import PROBATION, STAGGER, Device, script
 from device.learner import Learner
-from device.mqtt.embedded import embedded_broker
-from edgeear.errors import DeviceError, UsageError
-from edgeear.flow import Progress, infer
-from edgeear.shift import ShiftState
-from edgeear.system import Live, System
-from edgeear.types import F32, U8, Encoder, Tap
+from edgeear.errors import UsageError
+from edgeear.flow import Progress
+from edgeear.system import System
+from edgeear.types import Encoder
 
-FILES, SPARE_FILES = 12, 256
-"""Open files of a device, with its client at an embedded broker, and of everything else."""
 PATIENCE_S = 60.0
 """Seconds without a message after which no more is expected."""
 LOOK_S = 0.02
@@ -58,7 +50,6 @@ MOVING = 0.5
 """Share of the devices that move to another domain midway."""
 FOREVER_S = 31_536_000.0
 """Labels are waited for longer than any run."""
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -96,57 +87,6 @@ class FleetOptions:
         broker_address(self.broker)
 
 
-class SharedEncoder:
-    """`edgeear.types.Encoder` that answers from memory what it has seen. `spent_s`: CPU seconds inside it; `fresh`
-    frames took `fresh_s` of them."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder, self._known = encoder, dict[tuple[bytes, tuple[str, ...]], dict[str, F32]]()
-        self.spent_s, self.fresh_s, self.fresh = 0.0, 0.0, 0
-
-    @property
-    def digest(self) -> str:
-        return self._encoder.digest
-
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        return self._encoder.taps
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self._encoder.input_size
-
-    def encode(self, frames: U8, taps: Sequence[str]) -> dict[str, F32]:
-        begun = time.thread_time()
-        key = (hashlib.sha256(np.ascontiguousarray(frames).data).digest(), tuple(taps))
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._encoder.encode(frames, taps)
-            self.fresh += len(frames)
-            self.fresh_s += time.thread_time() - begun
-        self.spent_s += time.thread_time() - begun
-        return dict(found)
-
-
-@dataclass
-class Device:
-    """One daemon and what it is shown: `pictures` of its `home` domain, midway those `elsewhere`, of its `target`.
-    `cpu_s`: of its turns, without the encoder."""
-
-    name: str
-    daemon: Daemon
-    pictures: Iterator[Picture]
-    elsewhere: Iterator[Picture]
-    home: str
-    target: str
-    shown: list[Picture] = field(default_factory=list)
-    cpu_s: float = 0.0
-
-    @property
-    def moves(self) -> bool:
-        return self.home != self.target
-
-
 def run_fleet(
     options: FleetOptions,
     encoder: Encoder,
@@ -163,7 +103,7 @@ def run_fleet(
     raise_file_limit(options.devices)
     shared = SharedEncoder(encoder)
     pictures = read_pictures(options.data, options.order, encoder.input_size, options.samples, options.seed, show)
-    system = system or factory(options, shared, learner, pictures, show)
+    system = system or factory(shared, learner, pictures, options.probation, options.seed, show)
     look_at_all(system, shared, pictures, show)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeear-fleet-")))
@@ -198,7 +138,7 @@ class _Run:
         self.costs = Costs(encoder_ms=1e3 * encoder.fresh_s / max(1, encoder.fresh))
         self._began = self._now = float(math.floor(time.time()))
         self._rounds = 0
-        self._script = script(options, pictures, system, encoder)
+        self._script = script(options.samples, pictures.shown[pictures.domains[0]][0], system, encoder)
 
     def clock(self) -> float:
         return self._now
@@ -234,7 +174,7 @@ class _Run:
         """Everybody's frames: those of the first domain, then some devices move; commands along the way."""
         costs, samples = self.costs, self.options.samples
         begun, cpu, heard = time.monotonic(), time.process_time(), self.operator.messages
-        loop, linked = time.thread_time(), link_cpu_s()
+        linked = link_cpu_s()
         for index in range(2 * samples):
             if index == samples:
                 self.settle()  # so that nobody is paused any more when the world changes
@@ -244,7 +184,7 @@ class _Run:
             self.show("frames", (index + 1) * len(self.devices), 2 * samples * len(self.devices))
         self.settle()
         costs.stream_s, costs.cpu_s = time.monotonic() - begun, time.process_time() - cpu
-        costs.loop_s, costs.link_s = time.thread_time() - loop, link_cpu_s() - linked
+        costs.link_s = link_cpu_s() - linked
         costs.messages, costs.virtual_s = self.operator.messages - heard, self._rounds * self.options.every_s
         costs.rss_mb_after = machine.rss_mb() or 0.0
 
@@ -264,18 +204,17 @@ class _Run:
 
     def _turn(self, device: Device) -> None:
         wall, begun, encoding = time.perf_counter(), time.thread_time(), self.encoder.spent_s
-        if not device.daemon.turn():
-            return
+        busy = device.daemon.turn()
         device.cpu_s += time.thread_time() - begun - (self.encoder.spent_s - encoding)
-        self.costs.turns_ms.append(1e3 * (time.perf_counter() - wall))
+        if busy:
+            self.costs.turns_ms.append(1e3 * (time.perf_counter() - wall))
 
     def settle(self) -> None:
         """Until every command is answered, without time moving."""
         self._await(self.operator.answered)
 
     def _await(self, predicate: Callable[[], bool]) -> None:
-        """Turn everybody until it is true, or nothing was heard for `PATIENCE_S`: what is missing then is a fault at the
-        end."""
+        """Turn everybody until it is true, or nothing was heard for `PATIENCE_S`: what is missing is a fault then."""
         heard, since = -1, time.monotonic()
         while not self.operator.wait(predicate, LOOK_S) and time.monotonic() - since < PATIENCE_S:
             for device in self.devices:
@@ -361,98 +300,6 @@ class _Run:
         return result(fleet, rows, self.costs, self.taught)
 
 
-PROBATION = 33
-"""What `set-policy` sets, to be found in the last report."""
-STAGGER = 10
-"""Rounds over which one command of the script is spread among the devices."""
-Ask = Callable[[FleetOperator, Device], None]
-
-
-def script(options: FleetOptions, pictures: Pictures, system: System, encoder: Encoder) -> dict[int, list[Ask]]:
-    """The commands that every device gets, by round before midway."""
-    one = pictures.shown[pictures.domains[0]][0]
-    prediction, _, _ = infer(system, OrtEngine(encoder), ShiftState(), one.frame)
-    image, said = png(one.frame), {"label": prediction.label, "route": prediction.route}
-
-    def report(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "report", {}, facts={"session": device.daemon.session}, own_topic=False)
-
-    def look(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "infer", {"image": image}, facts=said)
-
-    def pause(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "pause", {"paused": True}, facts={"paused": True})
-
-    def resume(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "pause", {"paused": False}, facts={"paused": False})
-
-    def malformed(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "pause", {"paused": "perhaps"}, "refused")
-
-    def expired(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "pause", {"paused": True, "expires": 1.0}, "refused")
-
-    def settings(operator: FleetOperator, device: Device) -> None:
-        operator.ask(device.name, "set-policy", {"probation": PROBATION})
-
-    asks: tuple[Ask, ...] = (report, look, pause, resume, malformed, expired, settings)
-    room = max(len(asks), options.samples - STAGGER)
-    return {room * k // len(asks): [ask] for k, ask in enumerate(asks)}
-
-
-def factory(
-    options: FleetOptions,
-    encoder: SharedEncoder,
-    learner: Learner,
-    pictures: Pictures,
-    show: Progress,
-) -> System:
-    """What every device leaves the factory with: the first domain, learned and confirmed as on a board. Raises
-    `DeviceError` where it is not."""
-    lessons = pictures.lessons
-    system = blank(encoder)
-    policy = BoardPolicy(labels=len(lessons), memory=len(lessons), probation=options.probation)
-    teacher = _Teacher([lesson.label for lesson in lessons], pictures.domains[0])
-    board = Board(Live(system, system), encoder, teacher, lambda: 0.0, policy, seed=options.seed, learner=learner)
-    for number, lesson in enumerate(lessons):
-        board.step(lesson.frame)
-        show("factory: frames", number + 1, len(lessons))
-    events = list(board.poll())
-    while board.phase == "learning":
-        threading.Event().wait(LOOK_S)
-        events += board.poll()
-    for one in pictures.shown[pictures.domains[0]]:
-        if board.phase != "probation":
-            break
-        events += board.step(one.frame).events
-    if board.system.names != (pictures.domains[0],) or board.phase != "serving":
-        told = "; ".join(event.text for event in events[-2:])
-        raise DeviceError(f"the factory learned nothing from {len(lessons)} frames ({told}): show it other data")
-    return board.system
-
-
-class _Teacher:
-    """`device.board.Labeller` that knows the labels of the first frames."""
-
-    def __init__(self, labels: Sequence[str], domain: str) -> None:
-        self._labels, self._domain = labels, domain
-
-    def label(self, at: Sequence[int]) -> list[str | None]:
-        return [self._labels[number - 1] if number <= len(self._labels) else None for number in at]
-
-    def domain(self, at: Sequence[int]) -> str:
-        return self._domain
-
-
-def look_at_all(system: System, encoder: SharedEncoder, pictures: Pictures, show: Progress) -> None:
-    """Have the encoder see every picture that will be shown, and time it."""
-    engine, every = OrtEngine(encoder), [one for shown in pictures.shown.values() for one in shown]
-    encoder.fresh, encoder.fresh_s = 0, 0.0
-    for number, one in enumerate(every):
-        infer(system, engine, ShiftState(), one.frame)
-        show("encode", number + 1, len(every))
-
-
 def configuration(options: FleetOptions, site: str, name: str, state: Path, host: str, port: int) -> Config:
     """What the configuration file of a device would say."""
     return Config(
@@ -464,42 +311,3 @@ def configuration(options: FleetOptions, site: str, name: str, state: Path, host
         ),
         telemetry=TelemetrySection(period_s=options.period_s),
     )
-
-
-def broker_address(text: str) -> tuple[str, int]:
-    """HOST[:PORT], read. Raises `UsageError`."""
-    host, colon, port = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "1883")
-    if not host or not 0 < int(port) < 65_536 or any(character in host for character in " /@"):
-        raise UsageError(f"broker {text!r}: say {EMBEDDED}, or HOST or HOST:PORT")
-    return host.strip("[]") if colon else host, int(port)
-
-
-@contextmanager
-def broker_at(text: str) -> Iterator[tuple[str, int, str]]:
-    """Host, port and name of the broker; one of our own is run meanwhile."""
-    if text == EMBEDDED:
-        with embedded_broker() as broker:
-            yield broker.host, broker.port, f"{broker.name} (embedded)"
-    else:
-        yield *broker_address(text), ""
-
-
-def raise_file_limit(devices: int) -> None:
-    """Let this process, and the broker that it starts, have files enough. Raises `DeviceError` where it may not."""
-    needed = devices * FILES + SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        most = max(0, (hard - SPARE_FILES) // FILES)
-        raise DeviceError(
-            f"{devices} devices need {needed} open files, the hard limit is {hard}: raise it (`ulimit -Hn {needed}` as "
-            f"root, or LimitNOFILE={needed}), or simulate at most {most}"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def link_cpu_s() -> float:
-    """CPU seconds of the devices' network threads."""
-    links = [t.ident for t in threading.enumerate() if t.name == "edgeear-link" and t.ident is not None]
-    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in links)
