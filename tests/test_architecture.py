@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("adaptors", "edgeear", "firmware_bridge", "device")
 # Not among the base dependencies, and each costs a board tens to hundreds of megabytes.
-HEAVY = ("torch", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
+HEAVY = ("torch", "cv2", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
 LEARNING = {"edgeear.growth", "edgeear.torch_space"}
 # The shell's part of it: what serves predictions, and what a board without extras starts.
 INFERENCE_SHELL = {
@@ -25,7 +25,16 @@ INFERENCE_SHELL = {
     "device.codec",
     "device.engine",
     "device.daemon",
+    "device.daemon.config",
+    "device.daemon.doctor",
+    "device.daemon.frames",
+    "device.daemon.init",
     "device.daemon.snapshot",
+    "device.daemon.sources",
+    "device.daemon.sources.camera",
+    "device.daemon.sources.replay",
+    "device.daemon.sources.sensor",
+    "device.daemon.sources.watched",
     "device.daemon.worker",
     "device.learner",
     "device.encoder",

@@ -24,7 +24,7 @@ from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.mqtt import messages
 from device.mqtt.connection import Inbound
-from device.mqtt.outbox import Outbox, OutboxPolicy
+from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.store import Store, StoreFull
 from edgeear.system import Live
 from edgeear.types import U8
@@ -41,9 +41,13 @@ class Wire:
 
     acknowledged: list[Inbound] = field(default_factory=list)
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked_again: int = 0
 
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged.append(inbound)
+
+    def again(self) -> None:
+        self.asked_again += 1
 
     def publish_now(self, topic: str, payload: bytes) -> bool:
         self.sent.append((topic, json.loads(payload)))
@@ -308,7 +312,8 @@ def test_a_stale_frame_is_counted_and_not_served(rig: Rig) -> None:
     rig.frames.put(shown(0, 1, 1)[0], rig.now - 10, "old")
     assert rig.daemon.turn() is False
     rig.daemon.report_window()
-    assert rig.told("telemetry")[0]["stale"] == 1 and rig.board.at == 0
+    rig.daemon.report_window()
+    assert [window["stale"] for window in rig.told("telemetry")] == [1, 0] and rig.board.at == 0
 
 
 def test_predictions_are_published_only_when_asked_for(rig: Rig) -> None:
@@ -331,6 +336,18 @@ def test_a_full_disk_stops_learning_and_not_predictions(rig: Rig, monkeypatch: p
     rig.show(0, 3, seed=5)
     assert "learning-failed" in rig.kinds and rig.board.system.names == ()
     assert rig.daemon.counts.frames == 43
+
+
+def test_a_full_outbox_stops_neither_predictions_nor_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OutboxFull("no space left: free some")
+
+    for name in ("put", "begin"):
+        monkeypatch.setattr(rig.outbox, name, full)
+    rig.show(0, 2)
+    response = rig.command("pause", paused=True)
+    assert response is not None and response["outcome"] == "refused" and "no space left" in response["reason"]
+    assert rig.daemon.counts.frames == 2 and not rig.board.paused
 
 
 def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +390,16 @@ def test_a_report_says_what_is_learned(rig: Rig) -> None:
     result = response["result"]
     assert [domain["name"] for domain in result["domains"]] == ["day"] and result["session"] == rig.session
     assert result["frames"]["answered"] == 65 and np.isfinite(result["rss_mb"])
+
+
+def test_commands_that_find_no_room_are_asked_for_again(rig: Rig) -> None:
+    for number in range(300):
+        payload = json.dumps({"id": f"c{number}"}).encode()
+        rig.daemon.receive(Inbound("report", "command", payload, None, None, None, False, None))
+    while rig.daemon.turn():
+        assert rig.wire.asked_again == 0
+    assert rig.wire.asked_again == 1 and len(rig.wire.acknowledged) == 256
+    assert rig.daemon.turn() is False and rig.wire.asked_again == 1
 
 
 def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from benchmarks.outbox import measure
 from device.mqtt import items as items_module
 from device.mqtt.items import ITEM_BYTES, Tally, item_id
-from device.mqtt.ledger import CLOCK_SET
+from device.mqtt.ledger import CLOCK_SET, read_tally
 from device.mqtt.outbox import (
     CLASSES,
     Class,
@@ -507,6 +507,10 @@ def test_the_ledger_is_bounded_by_count_bytes_and_age(path: Path) -> None:
         assert known(NOW + 151) == [7]
         outbox.expire(NOW + 151)
         assert known() == [7]
+        outbox.begin("c8", NOW)
+        finish(outbox, "c8", bytes(100))
+        ((count, size),) = sql(outbox).execute("SELECT count(*), sum(size) FROM ledger").fetchall()
+        assert (count, size) == (read_tally(sql(outbox), "ledger count"), read_tally(sql(outbox), "ledger bytes"))
         finish(outbox, "c6", b"anew")
 
 
@@ -629,6 +633,26 @@ def test_one_process_at_a_time(path: Path) -> None:
     Outbox.open(path, OutboxPolicy(), NOW).close()
 
 
+def test_no_reader_from_outside_can_keep_the_log_from_being_emptied(path: Path) -> None:
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        put(outbox, "event")
+        with (
+            closing(sqlite3.connect(path, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("SELECT * FROM item")
+
+
+def test_the_log_gives_back_what_a_large_item_took(path: Path) -> None:
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        put(outbox, "frame", bytes(5 << 20))
+        log = path.with_name("outbox.db-wal")
+        assert log.stat().st_size > 5 << 20
+        for _ in range(2):
+            put(outbox, "event")
+        assert log.stat().st_size <= 1 << 20
+
+
 # A full disk
 
 
@@ -733,6 +757,26 @@ def test_a_damaged_file_is_set_aside_and_the_boot_still_rises(path: Path, change
         put(outbox, "event", b"goes on")
     with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
         assert (outbox.boot, outbox.recovered_from, payloads(outbox)) == (3, None, [b"goes on"])
+
+
+def test_a_broken_chain_of_pages_is_found_at_opening(path: Path) -> None:
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        put(outbox, "event", b"x" * 30_000)
+    data = path.read_bytes()
+    page = next(at for at in range(0, len(data), 4096) if data[at + 4 : at + 4096] == b"x" * 4092)
+    path.write_bytes(data[:page] + bytes(4) + data[page + 4 :])
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        assert outbox.recovered_from is not None
+
+
+@pytest.mark.parametrize("lost", ["outbox.db", "outbox.db.lock"])
+def test_the_boot_rises_even_where_one_file_is_lost(path: Path, lost: str) -> None:
+    for boot in (1, 2):
+        with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+            assert outbox.boot == boot
+    path.with_name(lost).unlink()
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        assert outbox.boot == 3
 
 
 def test_damage_found_while_in_use_is_set_aside_too(path: Path) -> None:

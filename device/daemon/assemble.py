@@ -27,8 +27,7 @@ from device.daemon.metrics import Metrics
 from device.daemon.sources import Source, open_source
 from device.daemon.systemd import Notifier
 from device.daemon.worker import ProcessLearner, WorkerPolicy
-from device.encoder import OnnxEncoder
-from device.evaluate_data import pooled_taps
+from device.encoder import OnnxEncoder, pooled_taps
 from device.mqtt import homeassistant, messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy

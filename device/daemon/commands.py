@@ -135,12 +135,17 @@ class Commands:
         return {
             "generation": board.system.generation,
             "phase": board.phase,
-            "domains": [facts(domain) for domain in board.system.domains],
+            "domains": self._domains(),
             "encoder": board.system.encoder_digest,
             "settings": {name: value for name, value in asdict(self.settings).items() if value is not None},
             "labels_waiting": len(self.labels),
             **self.describe(),
         }
+
+    def _domains(self) -> list[Any]:
+        """All that is known of each domain, or their names alone where that is more than a response may hold."""
+        known = [facts(domain) for domain in self.board.system.domains]
+        return known if len(json.dumps(known)) < messages.MAX_RESULT // 2 else [domain["name"] for domain in known]
 
     def _infer(self, command: messages.Infer) -> Outcome:
         frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)

@@ -9,7 +9,8 @@ Rules of this file:
    answer of the first time.
 4. What must not be lost goes through the outbox, also while no broker is there. Answers to what was no command at all
    are a courtesy: sent at once or never, so that nonsense cannot fill the disk.
-5. A frame that cannot be encoded, or a disk that fails, is an event and not the end.
+5. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
+   start sets it aside and begins a new one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from device.daemon.commands import Commands, Outcome, answer
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.telemetry import Window
 from device.mqtt import messages, topics
-from device.mqtt.outbox import Outbox, OutboxCounters
+from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
 from edgeear.flow import Prediction
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
     from device.mqtt.connection import Inbound
 
 LOG = logging.getLogger("edgeear")
-INBOX = 256
-"""Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
+INBOX, INBOX_BYTES = 256, 32 << 20
+"""Commands held between two turns. Not every broker respects our receive maximum; what finds no room stays
+unacknowledged, and is asked for again once there is."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep with nothing to do, and while a learner runs, seconds."""
 
@@ -61,6 +63,8 @@ class Link(Protocol):
     """What the loop asks of device.mqtt.link.Link."""
 
     def acknowledge(self, inbound: Inbound) -> None: ...
+
+    def again(self) -> None: ...
 
     def publish_now(self, topic: str, payload: bytes) -> bool: ...
 
@@ -116,7 +120,9 @@ class Daemon:
         self.counts, self.metrics = Counts(), metrics
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
+        self._held, self._overflowed = 0, False
         self._wake = threading.Event()
+        self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
 
@@ -128,9 +134,12 @@ class Daemon:
 
     def receive(self, inbound: Inbound) -> None:
         """A command came."""
-        if len(self._inbox) < INBOX:
+        if len(self._inbox) < INBOX and self._held + len(inbound.payload) <= INBOX_BYTES:
+            self._held += len(inbound.payload)
             self._inbox.append(inbound)
-            self._wake.set()
+        else:
+            self._overflowed = True
+        self._wake.set()
 
     def wake(self) -> None:
         """Something is there to be done: a frame, the end."""
@@ -160,7 +169,7 @@ class Daemon:
 
     def turn(self) -> bool:
         """Do what is due: one command, one frame, the telemetry. False where there was neither command nor frame."""
-        command = self._inbox.popleft() if self._inbox else None
+        command = self._next_command()
         if command is not None:
             self._command(command)
         frame = self.frames.get(self._clock(), self.policy.max_age_s)
@@ -173,6 +182,16 @@ class Daemon:
         if self.metrics is not None:
             self._measure(self.metrics)
         return command is not None or frame is not None
+
+    def _next_command(self) -> Inbound | None:
+        if self._inbox:
+            command = self._inbox.popleft()
+            self._held -= len(command.payload)
+            return command
+        if self._overflowed and self.link is not None:
+            self._overflowed = False
+            self.link.again()
+        return None
 
     @property
     def period_s(self) -> float:
@@ -235,7 +254,7 @@ class Daemon:
         elif (late := self._late(inbound, command)) is not None:
             self._turn_away(inbound, messages.Refusal(command.id, late))
         else:
-            self._apply_once(inbound, command)
+            self._apply_guarded(inbound, command)
         if self.link is not None:
             self.link.acknowledge(inbound)
             self.link.wake()
@@ -246,6 +265,14 @@ class Daemon:
         if ends and min(ends) < now:
             return f"expired {now - min(ends):.1f} s ago: send it again with a later expiry"
         return None
+
+    def _apply_guarded(self, inbound: Inbound, command: messages.Command) -> None:
+        try:
+            self._apply_once(inbound, command)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
 
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
         now, topic = self._clock(), self._reply_topic(inbound)
@@ -294,7 +321,7 @@ class Daemon:
 
     def _reply_topic(self, inbound: Inbound) -> str:
         wanted = inbound.response_topic
-        return wanted if wanted and topics.may_respond(self.site, wanted) else self._topic(topics.RESPONSE)
+        return wanted if wanted and topics.may_respond(self.site, self.device, wanted) else self._topic(topics.RESPONSE)
 
     # Events and telemetry
 
@@ -315,13 +342,10 @@ class Daemon:
 
     def report_window(self) -> None:
         """Send the figures of the window that ends now, and begin the next."""
-        now, counters, queue = self._clock(), self.outbox.counters(), self.frames.counts
+        now, counters, losses = self._clock(), self.outbox.counters(), self._losses()
         body = {
             "from_time": self._window.started,
             "to_time": now,
-            "dropped": queue.dropped,
-            "stale": queue.stale,
-            "undecodable": queue.undecodable + self.counts.unusable,
             "phase": self.board.phase,
             "paused": self.board.paused,
             "generation": self.board.system.generation,
@@ -329,22 +353,32 @@ class Daemon:
             "rss_mb": machine.rss_mb(),
             "cpu_share": self._cpu.read(),
             "outbox": outbox_facts(counters, now),
-            "refused_messages": self.counts.refused_messages,
+            **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
             **self._window.facts(),
         }
-        self._window = Window(now, self._random)
+        self._window, self._lost = Window(now, self._random), losses
         self._put(topics.TELEMETRY, messages.Telemetry, body)
+
+    def _losses(self) -> dict[str, int]:
+        """What was not served since the start, by the fields of telemetry."""
+        queue = self.frames.counts
+        return {
+            "dropped": queue.dropped,
+            "stale": queue.stale,
+            "undecodable": queue.undecodable + self.counts.unusable,
+            "refused_messages": self.counts.refused_messages,
+        }
 
     def _measure(self, metrics: Metrics) -> None:
         """Bring the metrics up to what was counted elsewhere, once a second at most."""
         now = self._timer()
         if now - self._measured[0] < 1.0:
             return
-        queue, dropped = self.frames.counts, self.outbox.counters().dropped
+        losses, dropped = self._losses(), self.outbox.counters().dropped
         counts = {
-            metrics.dropped.labels("queue"): queue.dropped,
-            metrics.dropped.labels("stale"): queue.stale,
-            metrics.dropped.labels("undecodable"): queue.undecodable + self.counts.unusable,
+            metrics.dropped.labels("queue"): losses["dropped"],
+            metrics.dropped.labels("stale"): losses["stale"],
+            metrics.dropped.labels("undecodable"): losses["undecodable"],
             **{metrics.outbox_dropped.labels(cls): count for cls, count in dropped.items()},
         }
         before = self._measured[1]
@@ -387,7 +421,12 @@ class Daemon:
             stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
             return model(**stamped).payload()
 
-        self.outbox.put(row.cls, self._topic(row), payload, now)
+        try:
+            self.outbox.put(row.cls, self._topic(row), payload, now)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            LOG.error("%s is lost: %s", row.name, error)
         if self.link is not None:
             self.link.wake()
 

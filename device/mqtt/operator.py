@@ -23,7 +23,8 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.mqtt import messages, topics
-from device.mqtt.link import TlsFiles, explain
+from device.mqtt.link import TlsFiles
+from device.mqtt.paho import explain
 from edgeear.errors import DeviceError
 
 WAIT_S = 10.0
@@ -63,7 +64,7 @@ class Operator:
         """Send `command` to a board and return its response. Raises `DeviceError` where none comes in time."""
         correlation, came, answer = secrets.token_bytes(8), threading.Event(), list[bytes]()
         self._waiting[correlation] = came, answer
-        properties = Properties(PacketTypes.PUBLISH)
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ResponseTopic = topics.topic_of(site, device, topics.RESPONSE)
         properties.CorrelationData = correlation
         properties.MessageExpiryInterval = max(1, int(wait_s))

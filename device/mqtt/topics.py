@@ -4,8 +4,8 @@ Rules of this file:
 
 1. `TOPICS` is the only place that says direction, QoS, retain, expiry, outbox class and payload of a topic.
 2. Site and device are names of 1 to 64 letters, digits, `_` and `-`, so that no topic holds a wildcard or a level more.
-3. A response goes where the command asks only within the board's own site, and never to a topic of this table that
-   another reader would take for something else: nobody makes a board send commands.
+3. A response goes where the command asks only at or below the board's own `response`, which is also all that the
+   broker's access list lets it write: nobody makes a board send commands.
 """
 
 from __future__ import annotations
@@ -124,14 +124,12 @@ def match(topic: str) -> Address | None:
     return Address(site, device, row) if row is not None and row is not COMMAND else None
 
 
-def may_respond(site: str, topic: str) -> bool:
-    """Whether a board of `site` sends a response to `topic` because a command asks for it."""
-    if not topic.startswith(f"{PROTOCOL}/{_checked('site', site)}/") or len(topic) > MAX_TOPIC:
+def may_respond(site: str, device: str, topic: str) -> bool:
+    """Whether a board sends a response to `topic` because a command asks for it: to its own `response`, or below."""
+    own = topic_of(site, device, RESPONSE)
+    if len(topic) > MAX_TOPIC or not topic.isprintable() or "+" in topic or "#" in topic:
         return False
-    if not topic.isprintable() or "+" in topic or "#" in topic or topic.endswith("/"):
-        return False
-    address = match(topic)
-    return address is None or address.topic is RESPONSE
+    return topic == own or (topic.startswith(f"{own}/") and not topic.endswith("/"))
 
 
 def _checked(what: str, name: str) -> str:
