@@ -160,14 +160,15 @@ def transcript() -> list[Said]:
     status: dict[str, Any] = {"session": SESSION, "boot": 1, "time": 0.0, "version": "1", "encoder": "e"}
     window: dict[str, Any] = {name: 0 for name in ("dropped", "stale", "undecodable", "ood", "abstained", "generation")}
     window |= {"novelty": None, "latency_ms": None, "routes": {}, "phase": "serving", "temperature_c": None}
-    window |= {"rss_mb": 1.0, "cpu_share": 0.1, "refused_messages": 0, "frames": 10}
+    window |= {"rss_mb": 1.0, "cpu_share": 0.1, "frames": 10}
     outbox = messages.OutboxReport(depth=0, bytes=0, oldest_s=None)
 
     def event(seq: int, kind: Any) -> Said:
         return topics.EVENT, messages.Event(**stamp(seq, 0.0), kind=kind, text="", at=1, generation=0).payload(), None
 
-    def telemetry(seq: int, begin: float) -> Said:
-        made = messages.Telemetry(**stamp(seq, 0.0), from_time=begin, to_time=begin + 100, outbox=outbox, **window)
+    def telemetry(seq: int, begin: float, refused: int) -> Said:
+        times: dict[str, Any] = {"from_time": begin, "to_time": begin + 100, "refused_messages": refused}
+        made = messages.Telemetry(**stamp(seq, 0.0), **times, outbox=outbox, **window)
         return topics.TELEMETRY, made.payload(), None
 
     def answer(seq: int, identity: str, name: str, outcome: Any, correlation: bytes | None, **result: Any) -> Said:
@@ -178,10 +179,10 @@ def transcript() -> list[Said]:
         (topics.STATUS, messages.Status(state="online", generation=0, **status).payload(), None),
         answer(1, "a", "pause", "ok", b"a", paused=True),
         event(2, "paused"),
-        telemetry(3, 0.0),
+        telemetry(3, 0.0, 0),
         answer(0, "c", "pause", "refused", None),
         answer(4, "b", "report", "ok", b"b"),
-        telemetry(5, 100.0),
+        telemetry(5, 100.0, 1),
         event(6, "stopped"),
         (topics.STATUS, messages.Status(state="offline", generation=0, **status).payload(), None),
     ]
@@ -213,14 +214,26 @@ def test_a_repeated_message_is_none_but_an_unmarked_answer_is(again: int, where:
     assert bool(judged(said)) == (b'"seq":0,' in repeated[1])
 
 
-@given(at=st.integers(0, len(transcript()) - 1), name=st.sampled_from(["session", "boot", "outcome", "id", "frames"]))
+WRONG: dict[str, Any] = {
+    "session": "f" * 16,
+    "boot": 2,
+    "outcome": "failed",
+    "id": "other",
+    "frames": 11,
+    "refused_messages": 2,
+    "to_time": 150.0,
+    "kind": "dropped",
+}
+
+
+@given(at=st.integers(0, len(transcript()) - 1), name=st.sampled_from(list(WRONG)))
 def test_a_wrong_field_is_a_fault(at: int, name: str) -> None:
     said = transcript()
     row, payload, correlation = said[at]
     fields = json.loads(payload)
     if name not in fields or (name == "boot" and row is topics.STATUS) or (name == "boot" and not fields["seq"]):
         return
-    fields[name] = {"session": "f" * 16, "boot": 2, "outcome": "failed", "id": "other", "frames": 11}[name]
+    fields[name] = WRONG[name]
     said[at] = row, json.dumps(fields).encode(), correlation
     assert judged(said)
 

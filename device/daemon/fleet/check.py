@@ -192,6 +192,9 @@ def _commands(truth: Truth, asked: Sequence[Asked], heard: Heard) -> Iterator[st
             yield from (f"command {command.id}: {fault}" for fault in _answer(truth, command, answer))
     for identity in heard.answers.keys() - {command.id for command in asked}:
         yield f"an answer came to {identity!r}, which was not asked"
+    refused = sum(command.outcome == "refused" for command in asked)
+    if (told := sum(window.refused_messages for window in heard.telemetry)) != refused:
+        yield f"{refused} commands were to be refused, telemetry counts {told}"
     for name, kinds in EFFECTS.items():
         applied = sum(command.name == name and command.outcome == "ok" for command in asked)
         if (told := sum(heard.kinds[kind] for kind in kinds)) != applied:

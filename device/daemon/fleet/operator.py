@@ -3,7 +3,7 @@
 Rules of this file:
 
 1. One subscription for the site, without its own messages. What a device says is kept by device (check.py).
-2. Answers are asked for on a topic of the operator's own or, where a command names none, on the device's.
+2. Answers are asked for below the topic `response` of the device; where a command names no topic, they come on it.
 3. Waiting is for a message, never for a time.
 """
 
@@ -23,11 +23,13 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from device.daemon.fleet.check import Asked, Heard
 from device.mqtt import messages, topics
-from device.mqtt.link import explain
+from device.mqtt.paho import explain
 from edgeear.errors import DeviceError
 
 CONNECT_S = 10.0
 """Seconds for the connection and the subscription."""
+OWN = "/fleet"
+"""Below a device's `response`: the topic that the operator asks it to answer on."""
 VERSION = "$SYS/broker/version"
 
 
@@ -88,7 +90,7 @@ class FleetOperator:
         asked = Asked(f"{device}.{len(self.asked[device])}.{name}", name, outcome, facts or {})
         how: dict[str, Any] = {"CorrelationData": asked.id.encode(), "ContentType": "application/json"}
         if own_topic:
-            how["ResponseTopic"] = f"{messages.PROTOCOL}/{self.site}/operator/{device}"
+            how["ResponseTopic"] = topics.topic_of(self.site, device, topics.RESPONSE) + OWN
         with self.changed:
             self.asked[device].append(asked)
             self._waiting.add((device, asked.id))
@@ -132,10 +134,10 @@ class FleetOperator:
                 self._waiting -= {(device, identity) for identity in heard.answers}
 
     def _sender(self, topic: str) -> tuple[str, topics.Topic | None]:
-        address, own = topics.match(topic), f"{messages.PROTOCOL}/{self.site}/operator/"
-        if address is None:
-            return topic.removeprefix(own), topics.RESPONSE if topic.startswith(own) else None
-        return address.device, address.topic if address.topic.direction == "up" else None
+        address = topics.match(topic.removesuffix(OWN))
+        if address is None or address.topic.direction != "up":
+            return "", None
+        return address.device, address.topic
 
 
 def _properties(packet: int, **values: Any) -> Properties:
