@@ -97,7 +97,7 @@ bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published method
 	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
 	$(BIN)/python -m benchmarks.page
 
-bench-fleet: $(STAMP) system | $(RESULTS) ## 200 daemons at one broker: births, telemetry, commands, CPU and memory
+bench-fleet: $(STAMP) | $(RESULTS) ## 200 daemons at one broker: births, telemetry, commands, CPU and memory
 	OMP_NUM_THREADS=1 $(BIN)/edgeear simulate --devices 200 --broker embedded --teach 2 --json $(RESULTS)/fleet.json
 
 bench-page: $(STAMP) ## docs/benchmarks.md and its pictures, from the files in benchmarks/results
