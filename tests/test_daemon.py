@@ -93,6 +93,11 @@ class Rig:
             self.frames.put(frame, self.now, "frame")
             self.daemon.turn()
 
+    def rest(self) -> None:
+        """Turn until there is nothing to do."""
+        while self.daemon.turn():
+            pass
+
     def command(self, name: str, **extra: Any) -> dict[str, Any] | None:
         """Send a command; its response, wherever that went."""
         facts = {"id": f"id-{self.now}-{name}", **extra}
@@ -123,6 +128,7 @@ class Rig:
 
     def label_all(self, background: int, **extra: Any) -> dict[str, Any] | None:
         """Answer the label request as an operator would, from the frames that came with it."""
+        self.rest()
         wanted = self.told("frame")
         known = {request["at"]: fakes.CLASSES[index % 3] for index, request in enumerate(wanted)}
         return self.command("label", session=self.session, labels=known, **extra)
@@ -162,6 +168,7 @@ def learned(rig: Rig) -> Rig:
 def test_a_board_is_taught_over_mqtt_alone(rig: Rig) -> None:
     rig.show(0, 40)
     assert rig.kinds == ["start", "label-wanted"] and rig.board.phase == "labelling"
+    rig.rest()
     requests = rig.told("frame")
     assert [request["at"] for request in requests] == list(range(1, 41))
     assert Image.open(io.BytesIO(base64.b64decode(requests[0]["image"]))).size == (fakes.SIZE, fakes.SIZE)
@@ -410,3 +417,25 @@ def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch:
     response = rig.command("report")
     assert response is not None and response["outcome"] == "failed" and "ZeroDivisionError" in response["reason"]
     assert len(rig.wire.acknowledged) == 1
+
+
+def test_a_result_that_does_not_fit_is_left_out_and_the_answer_given(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.daemon.commands, "report", lambda: {"much": "x" * 100_000})
+    response = rig.command("report")
+    assert response is not None and response["outcome"] == "ok" and "left_out" in response["result"]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_telemetry(rig: Rig) -> None:
+    rig.now -= 1e6
+    rig.daemon.turn()
+    rig.now += 61
+    rig.daemon.turn()
+    assert len(rig.told("telemetry")) == 1
+
+
+def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None:
+    rig.show(0, 41)
+    assert 0 < len(rig.told("frame")) < 5
+    rig.command("pause", paused=True)  # drops what was collected
+    rig.rest()
+    assert len(rig.told("frame")) < 5

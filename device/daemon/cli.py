@@ -56,7 +56,8 @@ def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
     from device.daemon.config import load_config
     from device.daemon.doctor import diagnose, exit_code
 
-    findings = diagnose(load_config(_existing(config)))
+    path = _existing(config)
+    findings = diagnose(load_config(path), path)
     if as_json:
         typer.echo(json.dumps([_finding(f) for f in findings], indent=2))
     else:
@@ -235,8 +236,8 @@ def _address(
     if (cert is None) != (key is None) or (cert is not None and ca is None):
         raise UsageError("--cert, --key and --ca: a certificate needs its key and the broker's authority, give all")
     mqtt = load_config(_existing(config)).mqtt
-    files = (ca, cert, key) if ca else (mqtt.ca, mqtt.cert, mqtt.key)
-    tls = None if files[0] is None else TlsFiles(files[0], files[1], files[2])
+    own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
+    tls = TlsFiles(ca, cert, key) if ca else own
     host, port = (mqtt.host, mqtt.port) if broker is None else _host_and_port(broker, 8883 if tls else 1883)
     password = None if mqtt.password is None else mqtt.password.get_secret_value()
     return BrokerAddress(host, port, mqtt.username, password, tls)
