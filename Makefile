@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing
-.PHONY: bench-labelfree bench-science bench-page clean
+.PHONY: bench-labelfree bench-science bench-fuzz bench-daemon bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -96,6 +96,12 @@ bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## adaptation without l
 bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published methods; PART=detectors,learners picks, SEEDS=5
 	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
 	$(BIN)/python -m benchmarks.page
+
+bench-fuzz: $(STAMP) | $(RESULTS) ## a million broken messages to a board, which stays as it was
+	$(BIN)/python -m benchmarks.fuzz --messages 1000000 --json $(RESULTS)/fuzz.json
+
+bench-daemon: $(STAMP) | $(RESULTS) $(PACS) ## the daemon's start, idle CPU and memory, with 8 domains
+	$(BIN)/python -m benchmarks.daemon --data "$(PACS)" --json $(RESULTS)/daemon.json
 
 bench-page: $(STAMP) ## docs/benchmarks.md and its pictures, from the files in benchmarks/results
 	$(BIN)/python -m benchmarks.page
