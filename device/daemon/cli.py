@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import queue
+import re
 import signal
 import sys
 import threading
