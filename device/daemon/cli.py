@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import signal
 import sys
@@ -79,7 +80,7 @@ def run(
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     settings = load_config(_existing(config))
-    stop = threading.Event()
+    stop, asked = threading.Event(), queue.SimpleQueue[int]()
     running: list[Running] = []
 
     def ready(now: Running) -> None:
@@ -87,13 +88,17 @@ def run(
         where = f"; metrics on 127.0.0.1:{now.metrics_port}" if now.metrics_port else ""
         logging.getLogger("edgeear").info("%s/%s serves%s", settings.device.site, settings.device.name, where)
 
-    def end(*_: object) -> None:
+    def end() -> None:
+        asked.get()
         stop.set()
         for r in running:
             r.daemon.wake()
 
+    # A handler interrupts the loop anywhere, also inside the lock of the event that it waits on: only a SimpleQueue is
+    # safe to use there, and another thread does the rest.
+    threading.Thread(target=end, name="edgeear-end", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+        signal.signal(number, lambda number, _: asked.put(number))
     serve(settings, stop, ready)
 
 
