@@ -224,8 +224,7 @@ class Board:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
         self._at += 1
         self._events = []
-        with self._learner.aside():
-            prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
+        prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
         self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code, prediction.route))
         if self.phase == "probation":
             self._watch(prediction)

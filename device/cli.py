@@ -555,7 +555,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
     if target is not None:
         _check_target(target)
     with _bars(quiet) as show:
-        urgent = WorkerPolicy(specs=options.specs, nice=0, idle=False, spare_core=False, aside=False)
+        urgent = WorkerPolicy(specs=options.specs, nice=0, idle=False, spare_core=False)
         learner = ProcessLearner(encoder, urgent, on_progress=lambda phase, *at: show(f"factory: {phase}", *at))
         found = run_fleet(options, OnnxEncoder(encoder), learner, show=show)
     if target is not None:

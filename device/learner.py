@@ -5,14 +5,12 @@ Rules of this file:
 1. A job is a snapshot: the generation that it grows from and the frames never change, whatever the board does.
 2. A learner has one job at a time. `poll` gives its outcome once, and None before and after.
 3. A learner that dies, or is stopped at a limit, is an outcome (`Failed`), never an exception and never a candidate.
-4. Predictions come first: while a frame is served the board has the learner stand aside.
-5. How frames are shown to training is the learner's affair: it encodes the views, the board does not.
+4. How frames are shown to training is the learner's affair: it encodes the views, the board does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,9 +65,6 @@ class Learner(Protocol):
     def cancel(self) -> None:
         """End the job, if any, without an outcome."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """A context in which the learner leaves the machine to whoever serves a frame, as far as it can."""
-
 
 class InlineLearner:
     """Learns inside `start`: the simulation's, where nothing else has to go on. Errors of the flow are raised there."""
@@ -94,9 +89,6 @@ class InlineLearner:
 
     def cancel(self) -> None:
         self._outcome = None
-
-    def aside(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def learn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -265,9 +264,6 @@ class Later:
     def cancel(self) -> None:
         self.cancelled += self.busy
         self.busy, self.outcome = False, None
-
-    def aside(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def succeed(self) -> None:
         """Admit a domain that was grown before the test: the job's is `d<background>`."""

@@ -165,7 +165,7 @@ def test_another_encoder_than_the_board_serves_with_is_refused(world: World, tmp
 
 
 def test_the_child_dies_with_the_board(world: World) -> None:
-    """Even stopped in the middle of a frame, when it cannot see that a pipe has closed."""
+    """Even stopped, when it cannot see that a pipe has closed."""
     parent = subprocess.Popen(
         [sys.executable, "-c", ORPHAN, str(world.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
     )
@@ -178,6 +178,8 @@ def test_the_child_dies_with_the_board(world: World) -> None:
 
 
 ORPHAN = """
+import os
+import signal
 import sys
 from pathlib import Path
 import numpy as np
@@ -195,12 +197,12 @@ learner.start(Job(System(encoder.digest, HypervectorSpace(encoder.taps)), "d", f
 while not told:
     learner.join(0.01)
     learner.poll()
-with learner.aside():
-    pid = learner.pid
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        pass
-    print(pid, flush=True)
-    learner.join()
+pid = learner.pid
+os.kill(pid, signal.SIGSTOP)
+while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    pass
+print(pid, flush=True)
+learner.join()
 """
 
 
@@ -298,17 +300,6 @@ def test_a_cancelled_child_is_gone_and_reaped_and_the_next_job_may_start(hanging
     hanging.start(job(world.one, 1, 6))
     run.thread.join(30)
     assert not run.thread.is_alive() and not Path(f"/proc/{pid}").exists()
-
-
-def test_the_child_stands_still_while_a_frame_is_served_and_not_all_the_time(hanging: ProcessLearner) -> None:
-    pid = hanging.pid
-    assert pid is not None
-    with hanging.aside():
-        while state(pid) != "T":
-            hanging.join(0.001)
-        hanging.join(0.05)
-    with hanging.aside():  # at once: it has had no time to run
-        assert state(pid) != "T"
 
 
 def test_nothing_is_left_open(world: World) -> None:

@@ -9,8 +9,7 @@ Rules of this file:
 3. The child dies with this process (the kernel kills it, and its end of a pipe closes) and with the job; it is always
    reaped. The job is an anonymous file in memory, so nothing is left on a disk.
 4. Predictions come first. The child has the idle scheduling class, the highest niceness, one thread, and, where there
-   is more than one core, leaves the first one alone. That leaves caches and memory to compete for, so it is stopped
-   while a frame is served, but gets a third of the time in any case. The kernel takes it first when memory runs out.
+   is more than one core, leaves the first one alone. The kernel takes it first when memory runs out.
 5. Memory is what the child holds: its resident set is watched from here, and the kernel bounds its private data, which
    catches what grows between two looks. A bound on address space would not do: an adaptation that holds 450 MB, of
    which 420 MB are private data, has 1.0 to 1.4 GB mapped.
@@ -26,8 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -44,8 +42,6 @@ from edgeear.system import Candidate, Rejected
 COMMAND = (sys.executable, "-m", "device.daemon.worker_child")
 LOOK_S = 0.2
 """Seconds between two looks at the child's memory and time."""
-LEAST_SHARE = 0.5
-"""Of the time that it was stopped for a frame, the child runs before it is stopped again."""
 TAIL = 2000
 """Bytes kept of what the child says on its standard error."""
 
@@ -54,8 +50,8 @@ TAIL = 2000
 class WorkerPolicy:
     """How the child learns, and what it may take. `budget` names one of the search space's; `latency` are the prices of
     a profiled board. `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice` from 0 to 19; `idle`: the
-    scheduling class that only takes what nobody else wants; `spare_core`: leave one alone; `aside`: stop while a frame
-    is served. Raises UsageError for numbers out of range."""
+    scheduling class that only takes what nobody else wants; `spare_core`: leave one alone. Raises UsageError for
+    numbers out of range."""
 
     budget: str = "medium"
     specs: int = 300
@@ -67,7 +63,6 @@ class WorkerPolicy:
     nice: int = 19
     idle: bool = True
     spare_core: bool = True
-    aside: bool = True
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -126,18 +121,6 @@ class ProcessLearner:
         if run is not None:
             run.cancel()
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Stop the child while a frame is served, if it had its share of the time since the last one."""
-        run = self._run
-        if run is None or not self._policy.aside or not run.stop():
-            yield
-            return
-        try:
-            yield
-        finally:
-            run.go_on()
-
     def join(self, timeout: float | None = None) -> None:
         """Wait until the job at work has an outcome."""
         if self._run is not None:
@@ -159,8 +142,6 @@ class _Run:
         self._cancelled = threading.Event()
         self._inbox, self._said = Inbox(), b""
         self._answer: tuple[Kind, bytes] | None = None
-        self._spoken = False
-        self._stopped = self._freed = self._stopped_s = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -170,23 +151,6 @@ class _Run:
         self._cancelled.set()
         if self._process is not None:
             self._process.kill()
-
-    def stop(self) -> bool:
-        """Stop the child for a moment; whether that was done. Not before it has said something: until then the kernel
-        would not kill it together with this process."""
-        now = time.monotonic()
-        if self._process is None or not self._spoken or now - self._freed < LEAST_SHARE * self._stopped_s:
-            return False
-        self._process.send_signal(signal.SIGSTOP)
-        self._stopped = now
-        return True
-
-    def go_on(self) -> None:
-        """Let a stopped child go on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._freed = time.monotonic()
-        self._stopped_s = self._freed - self._stopped
 
     def _mind(self) -> None:
         try:
@@ -260,7 +224,7 @@ class _Run:
         for kind, payload in self._inbox.feed(data):
             if kind == "progress":
                 phase, done, total = opened(payload)[0]["progress"]
-                self.progress, self._spoken = (str(phase), int(done), int(total)), True
+                self.progress = (str(phase), int(done), int(total))
             else:
                 self._answer = (kind, payload)
                 return
