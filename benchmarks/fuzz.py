@@ -173,18 +173,18 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         before, outcomes, watch, seconds = board.digest(), Counter[str](), Memory(), 0.0
         step = max(1, count // checks)
         while tally.sent < count:
-            batch = [m for m in (fuzzer.next() for _ in range(step)) if tally.may_send(m)]
-            began = time.perf_counter()
-            for message in batch:
-                _taken(board, message)
-            for topic in (fuzzer.elsewhere() for _ in range(max(1, step // 100))):
-                board.take(Message(topic, b'{"id": "x"}'), qos=0)
+            target = tally.sent + step
+            while tally.sent < target:
+                message = fuzzer.next()
+                if tally.may_send(message):
+                    seconds += _taken(board, message)
+            for _ in range(max(1, step // 100)):
+                seconds += _taken(board, Message(fuzzer.elsewhere(), b'{"id": "x"}'), qos=0)
                 tally.sent += 1
                 tally.topics["elsewhere"] += 1
             outcomes += board.settle()
             if outcomes.total() > tally.valid_sent.total():
                 raise Broken("what is no command was answered through the outbox")
-            seconds += time.perf_counter() - began
             tally.state_changes += board.digest() != before
             watch.look(machine.rss_mb() or 0.0, tally.sent / count)
         return {
@@ -196,11 +196,14 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         }
 
 
-def _taken(board: Inside, message: Message) -> None:
+def _taken(board: Inside, message: Message, qos: int = 1) -> float:
+    """Seconds that the board took."""
+    began = time.perf_counter()
     try:
-        board.take(message)
+        board.take(message, qos)
     except Exception as error:
         raise Broken(f"{error!r} after {message.topic!r} {message.payload[:2000]!r}") from error
+    return time.perf_counter() - began
 
 
 class Tally:
@@ -395,7 +398,7 @@ def fuzz_wire(folder: Path, count: int, seed: int, seeds: int, checks: int = CHE
         with boards.DaemonProcess(folder, text) as daemon:
             daemon.wait_told("READY=1")
             heard = Heard()
-            filters = f"{boards.OWN}/+", f"{boards.OWN}/response/#"  # not the commands: they are ours
+            filters = tuple(f"{boards.OWN}/{name}" for name in ("response/#", "event", "label-request"))
             with operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
                 figures = _wired(daemon, us, sender, count, checks, Fuzzer(boards.OWN, "0" * 16, seed, seeds))
             if heard.wrong:
@@ -414,6 +417,7 @@ def _wired(
         began = time.perf_counter()
         for message in batch:
             sender.send(message)
+        sender.send(fuzzer.valid(f"large-{tally.sent}"))
         sender.flush()
         after = _report(us, f"at-{tally.sent}")
         seconds += time.perf_counter() - began

@@ -94,6 +94,13 @@ class Fuzzer:
             return self._message(f"{self._own}/command/{self._unknown_name()}", payload)
         return self._message(f"{self._own}/command/{name}", payload)
 
+    def valid(self, identity: str) -> Message:
+        """A report whose answer must carry as much correlation data as MQTT has room for."""
+        payload = messages.Report(id=identity).payload()
+        return Message(
+            f"{self._own}/command/report", payload, f"{self._own}/response", self._random.randbytes(65_535), 60
+        )
+
     def elsewhere(self) -> str:
         """A topic that is no command and no frame of this board."""
         return self._random.choice(

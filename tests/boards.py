@@ -145,6 +145,15 @@ class DaemonProcess:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
+    def peak_mb(self) -> float:
+        """The most resident memory so far, MiB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def maps(self) -> str:
+        """What is mapped into it, as the kernel lists it."""
+        return Path(f"/proc/{self.pid}/maps").read_text()
+
     def _read(self, log: IO[str]) -> None:
         with log:
             for line in log:
@@ -171,8 +180,8 @@ def _ending(pid: int) -> Iterator[list[int]]:
 
 
 def config(folder: Path, port: int | None, encoder: Path, **extra: str) -> str:
-    """A configuration as TOML: state in `folder`/state, the broker at `port` or none; `extra` are lines of a section
-    by its name."""
+    """A configuration as TOML: state in `folder`/state, the broker at `port` or none; `extra` has the lines of other
+    sections, or of these instead; those of mqtt come on top."""
     broker = "enabled = false" if port is None else f'host = "127.0.0.1"\nport = {port}'
     sections = {
         "device": f'site = "{SITE}"\nname = "{DEVICE}"\nstate = "{folder / "state"}"\nencoder = "{encoder}"',
@@ -180,7 +189,7 @@ def config(folder: Path, port: int | None, encoder: Path, **extra: str) -> str:
         "learning": "labels = 40\nprobation = 20\nspecs = 12\nlabel_free = false",
     }
     for name, lines in extra.items():
-        sections[name] = f"{sections.get(name, '')}\n{lines}"
+        sections[name] = f"{sections[name]}\n{lines}" if name == "mqtt" else lines
     return "\n".join(f"[{name}]\n{lines}\n" for name, lines in sections.items())
 
 

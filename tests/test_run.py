@@ -129,7 +129,7 @@ def test_no_event_that_was_put_is_lost_in_a_power_cut(tmp_path: Path) -> None:
     encoder, broker = tiny_models.saved(tmp_path, tiny_models.seeing()), Mosquitto(tmp_path / "broker")
     pictures(tmp_path / "frames", shown(0, 6, 1))
     source = f'kind = "replay"\npath = "{tmp_path / "frames"}"\nfps = 240'
-    text = config(tmp_path, broker.port, encoder, source=source, learning="label_wait_s = 0")
+    text = config(tmp_path, broker.port, encoder, source=source, learning="labels = 40\nlabel_wait_s = 0")
     board = DaemonProcess(tmp_path, text)
     with board:
         board.wait_said("refused: ", times=3)
