@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing
-.PHONY: bench-labelfree bench-science bench-fuzz bench-daemon bench-page clean
+.PHONY: bench-labelfree bench-science bench-fleet bench-fuzz bench-daemon bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -96,6 +96,9 @@ bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## adaptation without l
 bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published methods; PART=detectors,learners picks, SEEDS=5
 	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
 	$(BIN)/python -m benchmarks.page
+
+bench-fleet: $(STAMP) system | $(RESULTS) ## 200 daemons at one broker: births, telemetry, commands, CPU and memory
+	OMP_NUM_THREADS=1 $(BIN)/edgeear simulate --devices 200 --broker embedded --teach 2 --json $(RESULTS)/fleet.json
 
 bench-fuzz: $(STAMP) | $(RESULTS) ## a million broken messages to a board, which stays as it was
 	$(BIN)/python -m benchmarks.fuzz --messages 1000000 --json $(RESULTS)/fuzz.json

@@ -77,6 +77,19 @@ def factors(n: int) -> tuple[F32, F32]:
     return left, right
 
 
+@lru_cache(maxsize=8)
+def thirds(n: int) -> tuple[F32, F32, F32]:
+    """Three matrices of +1 and -1 whose Kronecker product is the unnormalised transform: fewest operations; read-only.
+
+    n is a power of two."""
+    exponent = n.bit_length() - 1
+    outer = (exponent + 1) // 3
+    left, middle = sylvester(1 << outer), sylvester(1 << (exponent - 2 * outer))
+    left.setflags(write=False)
+    middle.setflags(write=False)
+    return left, middle, left
+
+
 def sylvester(n: int) -> F32:
     """The `(n, n)` Hadamard matrix of +1 and -1 in Sylvester's order, n a power of two."""
     matrix = np.ones((1, 1), np.float32)

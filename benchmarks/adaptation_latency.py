@@ -24,8 +24,8 @@ import numpy as np
 
 from device.board import Board, BoardPolicy
 from device.daemon.worker import ProcessLearner, WorkerPolicy, resident_mb
-from device.encoder import OnnxEncoder
-from device.evaluate_data import machine, pooled_taps, versions
+from device.encoder import OnnxEncoder, pooled_taps
+from device.evaluate_data import machine, versions
 from device.export import default_encoder_path
 from device.folder import decode, read_folder, split
 from device.paths import cache_dir, write_whole

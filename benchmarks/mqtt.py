@@ -127,7 +127,7 @@ class Board:
         self.commands: queue.Queue[Inbound | None] = queue.Queue()
         self.applied: Counter[str] = Counter()
         self.online = threading.Semaphore(0)
-        self.put = 0
+        self.put = self.repeated = 0
         policy = LinkPolicy("127.0.0.1", SITE, DEVICE, port, reconnect_min_s=0.05, reconnect_max_s=0.5)
         self.link = Link(
             policy,
@@ -153,6 +153,8 @@ class Board:
                 self.applied[command] += 1
                 self.outbox.finish(command, "response", f"{PREFIX}/response", lambda seq: b"{}", START)
                 self.link.wake()
+            else:
+                self.repeated += 1
             self.link.acknowledge(inbound)
 
     def wait_drained(self, depth: int = 0) -> None:
@@ -273,6 +275,7 @@ def restarts(folder: Path, count: int, per_life: int = 200) -> Figures:
         "event_duplicates_removed": seen["duplicates"],
         "order_kept": seen["order_kept"],
         "commands": len(sent),
+        "commands_delivered_again": board.repeated,
         "commands_lost": len(set(sent) - set(board.applied)),
         "applied_twice": sum(times > 1 for times in board.applied.values()),
     }

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from device.encoder import OnnxEncoder
-from device.evaluate_data import CACHE_BYTES, machine, pooled_taps, versions
+from device.encoder import OnnxEncoder, pooled_taps
+from device.evaluate_data import CACHE_BYTES, machine, versions
 from device.export import default_encoder_path
 from device.feature_cache import FeatureCache
 from device.featurise import featurise

@@ -19,9 +19,8 @@ from typing import Literal
 import numpy as np
 
 from device.codec import from_files, to_files
-from device.encoder import OnnxEncoder
+from device.encoder import OnnxEncoder, pooled_taps
 from device.engine import OrtEngine
-from device.evaluate_data import pooled_taps
 from device.featurise import featurise
 from device.folder import FolderData, decode, read_folder
 from device.paths import cache_dir, cached_encoder

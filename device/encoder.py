@@ -27,13 +27,14 @@ from onnxruntime import IOBinding
 from device.encoder_file import ORT_ERRORS, open_encoder
 from device.encoder_metadata import EncoderError, Metadata, Preprocessing, Problem
 from edgeear.errors import DataError, UsageError
-from edgeear.types import F32, U8, Tap
+from edgeear.types import F32, U8, Encoder, Tap
 
-__all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem", "check_encoder"]
+__all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem", "check_encoder", "pooled_taps"]
 
 Severity = Literal["error", "warning"]
 
 _OFF = np.zeros(1, np.int64)
+_RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)  # a bound run raises the plain one
 _SAME = 1e-3  # relative: far above rounding, far below what batch statistics do to a frame
 _EVAL = "export it in evaluation mode: no dropout, no batch statistics"
 
@@ -133,7 +134,7 @@ class OnnxEncoder:
         """All features of the frame in `lane.image`, side by side, in memory that the next run overwrites."""
         try:
             self._file.session.run_with_iobinding(lane.binding)
-        except (*ORT_ERRORS, RuntimeError) as error:
+        except _RUN_ERRORS as error:
             what = f"ONNX Runtime fails on a frame of {self.input_size} ({str(error)[:200]})"
             raise EncoderError(what, "check the file with check_encoder, or export it again") from error
         for found, feature in lane.converted:
@@ -141,7 +142,7 @@ class OnnxEncoder:
         return lane.flat
 
     def _lane(self, names: tuple[str, ...]) -> _Lane:
-        """An idle lane for these taps or a new one. A lane in use is in nobody else's hands, so threads may share us."""
+        """An idle lane for these taps or a new one. One in use is in nobody else's hands: threads may share us."""
         try:
             lane = self._idle.pop()
         except IndexError:
@@ -215,6 +216,11 @@ class OnnxEncoder:
         height, width = self.input_size
         one = (3, height, width) if self.preprocessing.layout == "NCHW" else (height, width, 3)
         return np.empty((rows, *one), self._file.input_dtype)
+
+
+def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
+    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task."""
+    return tuple(t for t in encoder.taps if not t.spatial and t.name != "logits")
 
 
 def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:

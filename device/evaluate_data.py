@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from device.encoder import pooled_taps
 from device.feature_cache import FeatureCache
 from device.featurise import OnBad, featurise_items
 from device.folder import FolderData, Item, read_folder, shots, split
@@ -26,7 +27,7 @@ from device.paths import cache_dir
 from edgeear.errors import DataError, UsageError
 from edgeear.flow import Samples
 from edgeear.space import HypervectorSpace
-from edgeear.types import F32, Encoder, Tap
+from edgeear.types import F32, Encoder
 
 I64 = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
@@ -121,11 +122,6 @@ def open_encoder(options: DataOptions) -> tuple[Encoder, Path]:
 
         path = default_encoder_path(cache_dir())
     return OnnxEncoder(path), path
-
-
-def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
-    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task."""
-    return tuple(t for t in encoder.taps if not t.spatial and t.name != "logits")
 
 
 def read_domains(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device.evaluate_data import pooled_taps
+from device.encoder import pooled_taps
 from device.featurise import featurise_items
 from device.folder import FolderData, Item, split
 from device.record import OodPair

@@ -30,7 +30,8 @@ from adaptors.search import SearchPolicy
 from adaptors.search_space import BUDGETS, Budget
 from device.board import Board, BoardPolicy
 from device.board import Event as BoardEvent
-from device.evaluate_data import machine, pooled_taps, versions
+from device.encoder import pooled_taps
+from device.evaluate_data import machine, versions
 from device.exam import Exam
 from device.folder import FolderData, Item, UndecodableInput, decode, read_folder, split
 from device.live import LiveView

@@ -88,7 +88,7 @@ class AdaptPolicy:
 
 def judge(system: System, h: F32) -> Judgement:
     """Route hypervectors `(samples, D)` and say how well the best contenders explain them."""
-    n, scores = len(h), system.router.scores(h)
+    scores = system.router.scores(h)
     contenders = np.argsort(-scores, axis=1)[:, : system.policy.contenders]
     novelty, p, conditional = (np.empty(contenders.shape, np.float32) for _ in range(3))
     for k, asked in by_domain(contenders):

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptors.hadamard import fwht, permutation, signs, sylvester
+from adaptors.hadamard import fwht, permutation, signs, thirds
 from edgeear.errors import DataError, UsageError
 from edgeear.levels import projection, shares
 from edgeear.types import F32, Features, Tap
@@ -83,7 +83,9 @@ class HypervectorSpace:
         self.taps = tuple(taps)
         self.policy = policy or SpacePolicy()
         _check_taps(self.taps)
-        self._widths = np.array([tap.channels for tap in self.taps])
+        self._names = [tap.name for tap in self.taps]
+        self._channels = [tap.channels for tap in self.taps]
+        self._widths = np.array(self._channels)
         self._starts = np.concatenate([[0], np.cumsum(self._widths)[:-1]])
         self._half_log = 0.5 * np.log(self._widths)
         self._floor = QUIET * np.sqrt(self._widths)
@@ -92,7 +94,7 @@ class HypervectorSpace:
         self.level_taps = _middle(self.taps, self.policy)
         self.level_projection = projection(self.level_taps, self.policy.levels, self.policy.seed)
         self._level_blocks = _blocks(self.level_taps, self.level_projection)
-        self._factors = _thirds(self.policy.dimensions)
+        self._factors = thirds(self.policy.dimensions)
         b, slots = len(self._factors[2]), len(self.roles)
         slot, place = np.divmod(self.index, self.policy.dimensions)
         row, column = np.divmod(place, b)
@@ -172,14 +174,15 @@ class HypervectorSpace:
 
     def _read(self, features: Features) -> list[F32]:
         """The taps in order, each `(samples, channels)`, or a `UsageError`."""
-        missing = [tap.name for tap in self.taps if tap.name not in features]
-        if missing:
-            raise UsageError(f"tap {missing[0]} is missing: the space needs all of {[t.name for t in self.taps]}")
-        arrays: list[F32] = [np.asarray(features[tap.name], np.float32) for tap in self.taps]
+        try:
+            arrays: list[F32] = [np.asarray(features[name], np.float32) for name in self._names]
+        except KeyError as error:
+            raise UsageError(f"tap {error.args[0]} is missing: the space needs all of {self._names}") from None
         rows = len(arrays[0]) if arrays[0].ndim else 0
-        for tap, x in zip(self.taps, arrays, strict=True):
-            if x.shape != (rows, *tap.shape):
-                raise UsageError(f"tap {tap.name} has shape {x.shape}: expected ({rows}, {tap.channels})")
+        if [x.shape for x in arrays] != [(rows, width) for width in self._channels]:
+            for name, width, x in zip(self._names, self._channels, arrays, strict=True):
+                if x.shape != (rows, width):
+                    raise UsageError(f"tap {name} has shape {x.shape}: expected ({rows}, {width})")
         return arrays
 
 
@@ -242,13 +245,6 @@ def _blocks(taps: tuple[Tap, ...], dense: F32) -> list[tuple[str, slice, F32]]:
         found.append((tap.name, columns, _frozen(np.ascontiguousarray(dense[row : row + tap.channels, columns]))))
         row, column = row + tap.channels, column + width
     return found
-
-
-def _thirds(n: int) -> tuple[F32, F32, F32]:
-    """Three matrices of +1 and -1 whose Kronecker product is the unnormalised transform of n: fewest operations."""
-    exponent = n.bit_length() - 1
-    outer = (exponent + 1) // 3
-    return sylvester(1 << outer), sylvester(1 << (exponent - 2 * outer)), sylvester(1 << outer)
 
 
 def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:

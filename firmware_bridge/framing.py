@@ -15,6 +15,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ VERSION = 1
 MAX_PAYLOAD = 4096
 _HEADER, _CRC = struct.Struct("<BBH"), struct.Struct("<I")
 _BLOCK = 254
+_ONES = re.compile(b"\x01+")
 _OVERHEAD = _HEADER.size + _CRC.size
 MAX_ENCODED = MAX_PAYLOAD + _OVERHEAD + (MAX_PAYLOAD + _OVERHEAD) // _BLOCK + 1
 
@@ -79,6 +81,11 @@ def cobs_decode(data: bytes) -> bytes | None:
         code, end = data[at], at + data[at]
         if code == 0 or end > len(data):
             return None
+        if code == 1:  # a run of zeros, as in a dark frame, at once
+            end = _ONES.match(data, at).end()  # type: ignore[union-attr]
+            out += bytes(end - at - (end == len(data)))
+            at = end
+            continue
         out += data[at + 1 : end]
         at = end
         if code <= _BLOCK and at < len(data):

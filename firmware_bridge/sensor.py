@@ -8,8 +8,8 @@
 
 Rules of this file:
 
-1. The host sends Time when it opens the link and while it gets frames of a sensor that it does not know. A sensor
-   answers Time with Hello, and also says Hello when it starts.
+1. The host sends Time when it opens the link and while it gets what it cannot place: frames before any Hello, or unlike
+   it. A sensor answers Time with Hello, and also says Hello when it starts.
 2. A frame is built from chunks of the same number, total and CRC, in order; a chunk that came before is passed over. At
    the first gap, or when another frame begins, the unfinished frame is dropped and counted.
 3. A frame leaves once, whole, and only if its CRC-32 fits; raw formats have exactly width x height x channels bytes.

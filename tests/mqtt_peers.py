@@ -150,13 +150,13 @@ class Operator:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def send(self, device: str, name: str, payload: bytes, **properties: Any) -> None:
+    def send(self, device: str, name: str, payload: bytes, retain: bool = False, **properties: Any) -> None:
         """A command, or a frame with name "frame"; returns when the broker has it."""
         prefix = f"edgeear/v1/lab/{device}"
         topic, qos = (f"{prefix}/frame", 0) if name == "frame" else (f"{prefix}/command/{name}", 1)
         with self.signal.change():
             target = self._sent + 1
-        self._client.publish(topic, payload, qos, properties=properties_of(PacketTypes.PUBLISH, **properties))
+        self._client.publish(topic, payload, qos, retain, properties_of(PacketTypes.PUBLISH, **properties))
         self.signal.wait(lambda: self._sent >= target, "PUBACK")
 
     def payloads(self, end: str = "/event") -> list[bytes]:

@@ -41,9 +41,13 @@ class Wire:
 
     acknowledged: list[Inbound] = field(default_factory=list)
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked_again: int = 0
 
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged.append(inbound)
+
+    def again(self) -> None:
+        self.asked_again += 1
 
     def publish_now(self, topic: str, payload: bytes) -> bool:
         self.sent.append((topic, json.loads(payload)))
@@ -89,6 +93,11 @@ class Rig:
             self.frames.put(frame, self.now, "frame")
             self.daemon.turn()
 
+    def rest(self) -> None:
+        """Turn until there is nothing to do."""
+        while self.daemon.turn():
+            pass
+
     def command(self, name: str, **extra: Any) -> dict[str, Any] | None:
         """Send a command; its response, wherever that went."""
         facts = {"id": f"id-{self.now}-{name}", **extra}
@@ -119,6 +128,7 @@ class Rig:
 
     def label_all(self, background: int, **extra: Any) -> dict[str, Any] | None:
         """Answer the label request as an operator would, from the frames that came with it."""
+        self.rest()
         wanted = self.told("frame")
         known = {request["at"]: fakes.CLASSES[index % 3] for index, request in enumerate(wanted)}
         return self.command("label", session=self.session, labels=known, **extra)
@@ -158,6 +168,7 @@ def learned(rig: Rig) -> Rig:
 def test_a_board_is_taught_over_mqtt_alone(rig: Rig) -> None:
     rig.show(0, 40)
     assert rig.kinds == ["start", "label-wanted"] and rig.board.phase == "labelling"
+    rig.rest()
     requests = rig.told("frame")
     assert [request["at"] for request in requests] == list(range(1, 41))
     assert Image.open(io.BytesIO(base64.b64decode(requests[0]["image"]))).size == (fakes.SIZE, fakes.SIZE)
@@ -388,6 +399,16 @@ def test_a_report_says_what_is_learned(rig: Rig) -> None:
     assert result["frames"]["answered"] == 65 and np.isfinite(result["rss_mb"])
 
 
+def test_commands_that_find_no_room_are_asked_for_again(rig: Rig) -> None:
+    for number in range(300):
+        payload = json.dumps({"id": f"c{number}"}).encode()
+        rig.daemon.receive(Inbound("report", "command", payload, None, None, None, False, None))
+    while rig.daemon.turn():
+        assert rig.wire.asked_again == 0
+    assert rig.wire.asked_again == 1 and len(rig.wire.acknowledged) == 256
+    assert rig.daemon.turn() is False and rig.wire.asked_again == 1
+
+
 def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
@@ -396,3 +417,25 @@ def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch:
     response = rig.command("report")
     assert response is not None and response["outcome"] == "failed" and "ZeroDivisionError" in response["reason"]
     assert len(rig.wire.acknowledged) == 1
+
+
+def test_a_result_that_does_not_fit_is_left_out_and_the_answer_given(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.daemon.commands, "report", lambda: {"much": "x" * 100_000})
+    response = rig.command("report")
+    assert response is not None and response["outcome"] == "ok" and "left_out" in response["result"]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_telemetry(rig: Rig) -> None:
+    rig.now -= 1e6
+    rig.daemon.turn()
+    rig.now += 61
+    rig.daemon.turn()
+    assert len(rig.told("telemetry")) == 1
+
+
+def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None:
+    rig.show(0, 41)
+    assert 0 < len(rig.told("frame")) < 5
+    rig.command("pause", paused=True)  # drops what was collected
+    rig.rest()
+    assert len(rig.told("frame")) < 5

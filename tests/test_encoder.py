@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,33 @@ def test_frames_are_encoded_one_by_one_whatever_the_batch(tmp_path: Path) -> Non
     content = model([mixing, node("Sub", ["image", "neighbours"], "map")], {"map": FREE}, shape=FREE)
     features = OnnxEncoder(saved(tmp_path, content)).encode(np.stack([frame(0), frame(1)]), ["map"])
     assert not features["map"].any()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_features_are_the_callers_to_keep_whatever_is_encoded_next(tmp_path: Path, layout: Any) -> None:
+    """The memory that the network writes into is used again, by another choice of taps as well."""
+    shape = (1, 3, SIZE, SIZE) if layout == "NCHW" else (1, SIZE, SIZE, 3)
+    content = model(
+        [node("Relu", ["image"], "map"), node("Neg", ["image"], "minus")], {"map": shape, "minus": shape}, shape=shape
+    )
+    encoder = OnnxEncoder(saved(tmp_path, content), preprocessing=Preprocessing(SIZE, SIZE, layout=layout))
+    choices = [("map", "minus"), ("minus",), ("map", "minus"), ("minus", "map"), ("map",)]
+    kept = [encoder.encode(frame(i)[None], taps) for i, taps in enumerate(choices)]
+    for i, (taps, features) in enumerate(zip(choices, kept, strict=True)):
+        expected = frame(i).transpose(2, 0, 1)[None].astype(np.float32) / 255
+        assert tuple(features) == taps
+        for name, feature in features.items():
+            np.testing.assert_array_equal(feature, -expected if name == "minus" else expected)
+
+
+def test_threads_share_an_encoder(tmp_path: Path) -> None:
+    encoder = OnnxEncoder(saved(tmp_path, sound()))
+    frames = [frame(i)[None] for i in range(8)]
+    expected = [encoder.encode(f, ["mean"])["mean"] for f in frames]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: encoder.encode(frames[i % 8], ["mean"])["mean"], range(200)))
+    for i, feature in enumerate(found):
+        np.testing.assert_array_equal(feature, expected[i % 8])
 
 
 def test_a_tap_named_twice_comes_once_and_none_comes_as_nothing(tmp_path: Path) -> None:

@@ -191,6 +191,16 @@ def test_only_the_contenders_are_asked(contenders: int) -> None:
     np.testing.assert_array_equal(verdict.ood, verdict.p <= np.float32(0.05))
 
 
+def test_many_inputs_are_judged_as_each_alone() -> None:
+    system, h = fakes.grown(0, 1, 2, 3), halfway()
+    together = judge(system, h)
+    for i in range(len(h)):
+        alone = judge(system, h[i : i + 1])
+        assert alone.novelty[0] == pytest.approx(together.novelty[i], rel=1e-4)
+        for name in ("route", "p", "conditional_p", "ood", "second"):
+            assert getattr(alone, name)[0] == getattr(together, name)[i]
+
+
 def test_more_contenders_can_only_make_an_input_more_familiar() -> None:
     alone, all_four = (judge(fakes.grown(0, 1, 2, 3, contenders=n), halfway()) for n in (1, 4))
     assert (all_four.novelty <= alone.novelty).all() and (all_four.novelty < alone.novelty).any()

@@ -149,9 +149,9 @@ def test_threads_lose_nothing_uncounted_and_keep_each_source_in_order(limit: int
 
 def test_a_frame_and_the_end_both_wake_who_waits() -> None:
     queue, answers = FrameQueue(1), list[bool]()
-    joined(lambda: answers.append(queue.wait(30)), lambda: queue.put(PIXELS, 0.0, "a"))  # type: ignore[arg-type]
+    joined(lambda: answers.append(queue.wait(600)), lambda: queue.put(PIXELS, 0.0, "a"))  # type: ignore[arg-type]
     assert queue.get(0.0, 1.0) is not None
-    joined(lambda: answers.append(queue.wait(30)), queue.close)
+    joined(lambda: answers.append(queue.wait(600)), queue.close)
     assert answers == [True, False]
     assert queue.wait(30) is False
 
@@ -159,9 +159,9 @@ def test_a_frame_and_the_end_both_wake_who_waits() -> None:
 def test_room_and_the_end_both_wake_a_source() -> None:
     queue, answers = FrameQueue(1), list[bool]()
     queue.put(PIXELS, 0.0, "a")
-    joined(lambda: answers.append(queue.room(30)), lambda: queue.get(0.0, 1.0))  # type: ignore[arg-type]
+    joined(lambda: answers.append(queue.room(600)), lambda: queue.get(0.0, 1.0))  # type: ignore[arg-type]
     queue.put(PIXELS, 0.0, "b")
-    joined(lambda: answers.append(queue.room(30)), queue.close)
+    joined(lambda: answers.append(queue.room(600)), queue.close)
     assert answers == [True, False]
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-LONG = ("demo", "bench", "run")
+LONG = ("demo", "bench", "run", "doctor", "watch", "send", "requests", "label")
 SECONDS = 300
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeear.memory import DomainMemory, learn
-from edgeear.router import FLOOR, SHRINKAGE, router
+from edgeear.router import FLOOR, SHRINKAGE, by_domain, router
 from edgeear.types import F32
 
 M = 6
@@ -89,3 +89,16 @@ def test_separable_domains_are_told_apart(domains: int) -> None:
     one = router(memories)
     for s in range(domains):
         assert (one.route(cloud(500, s, 12, draw=1)) == s).mean() >= 0.99
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
+def test_contenders_by_domain_cover_every_place_once(samples: int, domains: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    contenders = np.argsort(rng.random((samples, domains)), axis=1)[:, :3]
+    seen, times = np.full(contenders.shape, -1), np.zeros(contenders.shape, int)
+    asked = list(by_domain(contenders))
+    for k, where in asked:
+        seen[where] = k
+        times[where] += 1
+    np.testing.assert_array_equal(seen, contenders)
+    assert (times == 1).all() and len({k for k, _ in asked}) == len(asked)

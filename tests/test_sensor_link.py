@@ -214,6 +214,29 @@ def test_a_frame_without_its_first_chunk_or_a_middle_one_counts_once() -> None:
     assert (host.counts.incomplete, host.counts.frames) == (3, 3)
 
 
+def test_a_gap_frees_the_frame_at_once() -> None:
+    host, sensor = HostEnd(), SensorEnd(GRAY)
+    first, _, third, _ = sensor.frame(bytes(range(32)), 8)
+    assert heard(host, [sensor.hello(), first, third]) == [] and host.counts.incomplete == 1
+
+
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_a_whole_frame_that_is_repeated_leaves_once(chunk: int) -> None:
+    host, sensor = HostEnd(), SensorEnd(GRAY)
+    pieces = list(sensor.frame(b"\1" * 32, chunk))
+    assert len(heard(host, [sensor.hello(), *pieces, *pieces])) == 1 and host.counts.incomplete == 0
+
+
+def test_a_frame_that_is_not_what_its_crc_says_never_leaves() -> None:
+    host, sensor = HostEnd(), SensorEnd(GRAY)
+    key = (0, 32, zlib.crc32(b"\1" * 32))
+    parts = ((0, b"\1" * 16), (16, b"\2" * 16))  # two sensors with one number, or a broken memory
+    wrong = [
+        encode_packet(Packet(Kind.CHUNK, n, struct.pack("<IIII", *key, at) + d)) for n, (at, d) in enumerate(parts)
+    ]
+    assert heard(host, [sensor.hello(), *wrong]) == [] and host.counts.incomplete == 1
+
+
 def test_its_time_is_that_of_its_first_chunk() -> None:
     host, sensor = HostEnd(), SensorEnd(GRAY)
     (frame,) = heard(host, [sensor.hello(), *sensor.frame(b"\1" * 32, 8)])

@@ -152,6 +152,15 @@ def test_its_frame_is_that_of_training_and_as_old_as_its_first_sight(tmp_path: P
     assert np.array_equal(frame.pixels, decode(tmp_path / "a.png", SIZE)) and frame.captured == seen
 
 
+def test_a_file_that_takes_long_to_write_is_not_stale_for_it(tmp_path: Path) -> None:
+    watch, data = Watch(tmp_path), encoded(picture())
+    for part in range(1, 30):  # 5.8 s, and 2 s is the limit
+        write(tmp_path / "a.png", data[: 40 * part])
+        assert watch.look() == []
+    write(tmp_path / "a.png", data)
+    assert watch.look() + watch.look() == ["a.png"] and watch.queue.counts.stale == 0
+
+
 def test_a_file_renamed_in_or_changed_later_is_a_new_frame(tmp_path: Path) -> None:
     watch = Watch(tmp_path)
     write(tmp_path / ".a.png.part", encoded(picture()))
@@ -218,7 +227,17 @@ def test_an_unchanged_folder_is_not_listed_but_now_and_then(tmp_path: Path, monk
     monkeypatch.setattr(os, "scandir", slow)
     for _ in range(100):
         watch.look()
-    assert 4 <= len(listed) <= 6  # 100 s, and 20 s of rest after 0.1 s
+    assert 2 <= len(listed) <= 3  # 100 s, and 50 s of rest after 0.1 s
+
+
+def test_a_change_that_hides_behind_the_same_time_stamp_is_seen(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    watch.wall.now = tmp_path.stat().st_mtime + 1
+    watch._watched._rested = 1e9
+    stamp = tmp_path.stat().st_mtime_ns
+    write(tmp_path / "a.png", encoded(picture()))
+    os.utime(tmp_path, ns=(stamp, stamp))
+    assert watch.look() + watch.look() == ["a.png"]
 
 
 def test_a_folder_that_vanishes_is_a_lost_device_and_comes_back(tmp_path: Path) -> None:
@@ -520,6 +539,21 @@ def test_a_sensor_that_is_not_known_is_greeted_again(terminal: tuple[int, str]) 
     send(lambda part: os.write(line, part), sensor.hello() + b"".join(sensor.frame(picture().tobytes())))
     (frame,) = got(queue, 1)
     assert frame.ref == "gate 2"
+    assert source.stop(30)
+
+
+def test_a_sensor_that_changed_unheard_is_asked_who_it_is(terminal: tuple[int, str]) -> None:
+    line, tty = terminal
+    queue, old, new = FrameQueue(9), SensorEnd(RGB), SensorEnd(Hello("gate", PixelFormat.GRAY8, 30, 20))
+    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), SIZE, queue, Clock()), queue)
+    source.start()
+    heard_host(old, lambda: os.read(line, 99))
+    gray = picture()[..., 0]
+    send(lambda part: os.write(line, part), old.hello() + b"".join(new.frame(gray.tobytes())))
+    heard_host(new, lambda: os.read(line, 99))
+    send(lambda part: os.write(line, part), new.hello() + b"".join(new.frame(gray.tobytes())))
+    (frame,) = got(queue, 1)
+    assert np.array_equal(frame.pixels, fit_pixels(gray, SIZE))
     assert source.stop(30)
 
 

@@ -52,12 +52,13 @@ def test_transform_refuses_other_lengths(n: int) -> None:
         fwht(np.zeros((1, n), np.float32))
 
 
-def test_encoding_is_the_sum_of_bound_projected_taps() -> None:
-    space, given_features = HypervectorSpace(TAPS, POLICY), features(2)
-    full = fwht(np.eye(256, dtype=np.float32))
-    code, expected = space.code(given_features), np.zeros((2, 256))
+@pytest.mark.parametrize("d", [2, 4, 8, 64, 128, 256, 1024])
+def test_encoding_is_the_sum_of_bound_projected_taps(d: int) -> None:
+    space, given_features = HypervectorSpace(TAPS, SpacePolicy(dimensions=d, seed=3, levels=0)), features(2)
+    full = fwht(np.eye(d, dtype=np.float32))
+    code, expected = space.code(given_features), np.zeros((2, d))
     for i, (flat, sign) in enumerate(zip(space.index, space.sign, strict=True)):
-        slot, place = divmod(int(flat), 256)
+        slot, place = divmod(int(flat), d)
         row = sign * full[place] * space.roles[slot] * space.weights[slot]
         expected += code[:, i : i + 1] * row
     np.testing.assert_allclose(space.encode(given_features), expected, atol=1e-5)

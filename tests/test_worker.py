@@ -240,6 +240,11 @@ def test_a_child_that_takes_too_much_memory_is_killed(world: World) -> None:
     assert "over its limit of 150 MB" in failure(world, f"x = b'x' * (200 << 20); {HANGS}", policy)
 
 
+def test_a_real_child_feels_its_memory_limit(world: World) -> None:
+    outcome = outcome_of(ProcessLearner(world.path, replace(QUICK, memory_limit_mb=120)), job(world.one, 1))
+    assert isinstance(outcome, Failed) and "memory" in outcome.reason.lower()
+
+
 def test_a_child_that_cannot_be_started_is_an_outcome(world: World) -> None:
     outcome = outcome_of(ProcessLearner(world.path, QUICK, command=("/no/such/python",)), job(world.one, 1, 6))
     assert isinstance(outcome, Failed) and "No such file" in outcome.reason

@@ -27,8 +27,7 @@ from device.daemon.metrics import Metrics
 from device.daemon.sources import Source, open_source
 from device.daemon.systemd import Notifier
 from device.daemon.worker import ProcessLearner, WorkerPolicy
-from device.encoder import OnnxEncoder
-from device.evaluate_data import pooled_taps
+from device.encoder import OnnxEncoder, pooled_taps
 from device.mqtt import homeassistant, messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
@@ -65,11 +64,16 @@ def encoder_file(config: Config) -> Path:
     return path
 
 
-def serving(store: Store, encoder: Encoder) -> System:
-    """What a board serves at boot: the confirmed generation, or nothing learned. Raises `FormatError`."""
+def blank(encoder: Encoder) -> System:
+    """A system that has learned nothing."""
+    return System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
+
+
+def serving(store: Store, encoder: Encoder, start: System | None = None) -> System:
+    """What a board serves at boot: the confirmed generation, or `start`, else nothing learned. Raises `FormatError`."""
     number = store.recover()
     if number is None:
-        return System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
+        return start or blank(encoder)
     system = from_files(store.read(number))
     if system.encoder_digest != encoder.digest:
         raise FormatError(
@@ -103,7 +107,7 @@ def link_policy(config: Config) -> LinkPolicy:
         keepalive_s=mqtt.keepalive_s,
         username=mqtt.username,
         password=None if password is None else password.get_secret_value(),
-        tls=None if mqtt.ca is None else TlsFiles(mqtt.ca, mqtt.cert, mqtt.key),
+        tls=TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None,
         session_expiry_s=mqtt.session_expiry_s,
         receive_maximum=mqtt.receive_maximum,
         inflight=mqtt.inflight,
@@ -112,19 +116,25 @@ def link_policy(config: Config) -> LinkPolicy:
 
 
 @contextmanager
-def opened(config: Config, *, now: Callable[[], float] = time.time) -> Iterator[Running]:
-    """Everything that `config` names, started; the caller runs the loop. Raises `EncoderError`, `FormatError`,
-    `StoreBusy`, `OutboxBusy` and other `DeviceError`s, `UsageError`."""
+def opened(
+    config: Config,
+    *,
+    now: Callable[[], float] = time.time,
+    encoder: Encoder | None = None,
+    start: System | None = None,
+) -> Iterator[Running]:
+    """Everything that `config` names, started; the caller runs the loop. `encoder` is one that is open already, `start`
+    what a board serves whose store is new. Raises `EncoderError`, `FormatError`, `StoreBusy`, `OutboxBusy` and other
+    `DeviceError`s, `UsageError`."""
     with ExitStack() as stack:
-        state = config.device.state
         file = encoder_file(config)
-        encoder = OnnxEncoder(file, threads=config.device.threads)
-        store = stack.enter_context(Store.open(state / "store"))
-        system = serving(store, encoder)
-        outbox = stack.enter_context(Outbox.open(state / "outbox.sqlite", outbox_policy(config), now()))
+        encoder = encoder or OnnxEncoder(file, threads=config.device.threads)
+        store = stack.enter_context(Store.open(config.device.store))
+        system = serving(store, encoder, start)
+        outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
         source = open_source(config.source, encoder.input_size, daemon.frames, now)
-        link = _link(config, daemon, outbox, source, stack)
+        link = _link(config, daemon, outbox, source, now, stack)
         port = _metrics(config, daemon, outbox, link, stack)
         if source is not None:
             daemon.source = source
@@ -151,7 +161,7 @@ def outbox_policy(config: Config) -> OutboxPolicy:
 
 def _daemon(
     config: Config,
-    encoder: OnnxEncoder,
+    encoder: Encoder,
     file: Path,
     store: Store,
     system: System,
@@ -227,7 +237,14 @@ def _worker_policy(config: Config) -> WorkerPolicy:
     )
 
 
-def _link(config: Config, daemon: Daemon, outbox: Outbox, source: Source | None, stack: ExitStack) -> Link | None:
+def _link(
+    config: Config,
+    daemon: Daemon,
+    outbox: Outbox,
+    source: Source | None,
+    now: Callable[[], float],
+    stack: ExitStack,
+) -> Link | None:
     if not config.mqtt.enabled:
         return None
     link = Link(
@@ -238,6 +255,7 @@ def _link(config: Config, daemon: Daemon, outbox: Outbox, source: Source | None,
         source.offer if source is not None else lambda _: None,
         daemon.connection_changed,
         random.Random(),  # boards that lost one broker must not come back at the same moment
+        now,
     )
     daemon.link = link
     stack.callback(link.stop, FAREWELL_S)

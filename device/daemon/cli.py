@@ -1,4 +1,5 @@
-"""The commands of a board in the field: `edgeear run`, `init`, `doctor`, `asyncapi`, `watch`, `send`.
+"""Commands of a board in the field: `edgeear run`, `init`, `doctor`, `asyncapi`; and of its operator: `watch`, `send`,
+`requests`, `label`.
 
 As in device/cli.py: a command parses, calls one function and prints; nothing heavy is imported before it is needed.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import re
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from edgeear.errors import UsageError
 if TYPE_CHECKING:
     from device.daemon.assemble import Running
     from device.daemon.doctor import Finding
+    from device.mqtt.messages import Response
     from device.mqtt.operator import BrokerAddress
 
 DEFAULT = Path("edgeear.toml")
@@ -54,7 +57,8 @@ def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
     from device.daemon.config import load_config
     from device.daemon.doctor import diagnose, exit_code
 
-    findings = diagnose(load_config(_existing(config)))
+    path = _existing(config)
+    findings = diagnose(load_config(path), path)
     if as_json:
         typer.echo(json.dumps([_finding(f) for f in findings], indent=2))
     else:
@@ -132,9 +136,13 @@ def watch(
     follow(_address(broker, config, ca, cert, key), site, seconds, as_json)
 
 
+BoardName = Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)]
+Wait = Annotated[float, typer.Option("--wait", min=0.1, max=86_400, help="Seconds to wait for the answer.")]
+
+
 @app.command(epilog="Example: `edgeear send plant/cam-1 forget domain=winter`")
 def send(
-    board: Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)],
+    board: BoardName,
     command: Annotated[
         str, typer.Argument(help="infer, label, adapt, rollback, confirm, pause, set-policy, report or forget.")
     ],
@@ -147,19 +155,78 @@ def send(
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
-    wait: Annotated[float, typer.Option("--wait", min=0.1, help="Seconds to wait for the answer.")] = 10.0,
+    wait: Wait = 10.0,
     identity: Annotated[str | None, typer.Option("--id", help="Command id, to repeat one safely.")] = None,
 ) -> None:
     """Command a board and print its response as JSON. Ends in 1 where it was refused or failed."""
+    from device.daemon.labelling import named
     from device.daemon.watching import command_of
     from device.mqtt.operator import operator
     from device.mqtt.topics import RESPONSE, topic_of
 
-    site, _, device = board.partition("/")
+    site, device = named(board)
     asked = command_of(command, fields or [], identity)
     with operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
-        response = us.ask(site, device, asked, wait)
-    typer.echo(response.model_dump_json(indent=2))
+        _answer(us.ask(site, device, asked, wait))
+
+
+@app.command(
+    epilog="Example: `edgeear requests plant/cam-1 --out frames`, sort them into frames/CLASS/, `edgeear label`"
+)
+def requests(
+    board: BoardName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.", show_default=False)],
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="End after so many pictures.")] = None,
+) -> None:
+    """Save the frames that a board wants labelled, until Ctrl-C. The broker keeps what comes until the next call for
+    this folder, for a day, so call it once before the board needs you."""
+    from device.daemon.labelling import collect
+
+    def saved(path: Path) -> None:
+        typer.echo(path)
+
+    total = collect(_address(broker, config, ca, cert, key), board, out, seconds=seconds, count=count, saved=saved)
+    typer.echo(f"{total} pictures in {out}: sort them into {out}/CLASS/, then `edgeear label`", err=True)
+
+
+@app.command(epilog="Example: `edgeear label plant/cam-1 --from frames --domain winter`")
+def label(
+    board: BoardName,
+    folder: Annotated[Path, typer.Option("--from", "-f", help="Folder of `edgeear requests`, sorted.")],
+    domain: Annotated[str | None, typer.Option("--domain", "-d", help="What the new domain is called.")] = None,
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    wait: Wait = 10.0,
+) -> None:
+    """Send the folders DIR/CLASS/ as labels of the pictures in them. Ends in 1 where the board refused them."""
+    from device.daemon.labelling import named
+    from device.daemon.labelling import send as send_labels
+    from device.mqtt.operator import operator
+    from device.mqtt.topics import RESPONSE, topic_of
+
+    topic = topic_of(*named(board), RESPONSE)
+    with operator(_address(broker, config, ca, cert, key), (topic,)) as us:
+        response, found = send_labels(us, board, folder, domain, wait)
+    if found.waiting or found.stale:
+        told = f"{found.waiting} pictures are in no class, {found.stale} are of earlier sessions and count no more"
+        typer.echo(told, err=True)
+    _answer(response)
+
+
+def _answer(response: Response) -> None:
+    """Print what a board said, and end with the exit code that fits."""
+    from device.daemon.screen import dumped
+
+    typer.echo(dumped(response.model_dump(mode="json"), indent=2))
     raise typer.Exit(0 if response.outcome == "ok" else 1)
 
 
@@ -171,18 +238,24 @@ def _address(
     from device.mqtt.link import TlsFiles
     from device.mqtt.operator import BrokerAddress
 
+    if (cert is None) != (key is None) or (cert is not None and ca is None):
+        raise UsageError("--cert, --key and --ca: a certificate needs its key and the broker's authority, give all")
     mqtt = load_config(_existing(config)).mqtt
-    host, port = mqtt.host, mqtt.port
-    if broker is not None:
-        name, colon, number = broker.rpartition(":")
-        host = name if colon else broker
-        if colon and not (number.isdecimal() and 0 < int(number) < 65536):
-            raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
-        port = int(number) if colon else (8883 if ca else 1883)
-    files = (ca, cert, key) if ca else (mqtt.ca, mqtt.cert, mqtt.key)
-    tls = None if files[0] is None else TlsFiles(files[0], files[1], files[2])
+    own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
+    tls = TlsFiles(ca, cert, key) if ca else own
+    host, port = (mqtt.host, mqtt.port) if broker is None else _host_and_port(broker, 8883 if tls else 1883)
     password = None if mqtt.password is None else mqtt.password.get_secret_value()
     return BrokerAddress(host, port, mqtt.username, password, tls)
+
+
+def _host_and_port(broker: str, usual: int) -> tuple[str, int]:
+    """HOST, HOST:PORT or [IPV6]:PORT, or an IPv6 address alone."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]+))(?::([0-9]{1,5}))?", broker)
+    if match is None and ":" in broker.partition(":")[2] and re.fullmatch(r"[0-9A-Fa-f:.]+", broker):
+        return broker, usual
+    if match is None or not 0 < int(match[3] or usual) < 65536:
+        raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
+    return match[1] or match[2], int(match[3] or usual)
 
 
 def _existing(config: Path | None) -> Path | None:

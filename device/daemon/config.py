@@ -28,6 +28,8 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -50,6 +52,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_truth(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would take true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
+
 
 class DeviceSection(Section):
     """Who this board is and where it keeps what it learned."""
@@ -65,6 +75,16 @@ class DeviceSection(Section):
     threads: int = Field(1, ge=1, le=64, description="Threads of the encoder.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of all randomness in learning.")
 
+    @property
+    def store(self) -> Path:
+        """The folder of generations (device.store)."""
+        return self.state / "store"
+
+    @property
+    def outbox(self) -> Path:
+        """The database of the outbox and the ledger (device.mqtt.outbox)."""
+        return self.state / "outbox.db"
+
 
 class SourceSection(Section):
     """Where frames come from. Relative paths start at the working directory."""
@@ -76,7 +96,8 @@ class SourceSection(Section):
     )
     path: HomePath | None = Field(None, description="folder, replay: the folder.", examples=["/srv/frames"])
     after: Literal["keep", "delete"] = Field(
-        "keep", description="folder: what happens to a file that was read; keep: it is remembered until it goes."
+        "keep",
+        description="folder: what happens to files that were read. keep: those there at the start are not.",
     )
     fps: float = Field(5.0, gt=0, le=240, description="replay: frames a second; camera: at most so many.")
     loop: bool = Field(True, description="replay: begin again after the last file.")
@@ -108,7 +129,7 @@ class SourceSection(Section):
 
 
 class MqttSection(Section):
-    """The broker. TLS is used as soon as `ca` is set."""
+    """The broker, with TLS where `tls` or `ca` is set."""
 
     enabled: bool = Field(True, description="Whether this board talks to a broker at all.")
     host: str = Field("localhost", pattern=_HOST, description="Name or address of the broker.")
@@ -120,8 +141,11 @@ class MqttSection(Section):
     password: SecretStr | None = Field(
         None, description="Better kept out of this file, in EDGEEAR_MQTT__PASSWORD.", examples=["change me"]
     )
+    tls: bool = Field(False, description="TLS, by the authorities that this system trusts.")
     ca: HomePath | None = Field(
-        None, description="PEM file of the authority that signed the broker.", examples=["/etc/edgeear/ca.pem"]
+        None,
+        description="TLS, by the authority in this PEM file alone.",
+        examples=["/etc/edgeear/ca.pem"],
     )
     cert: HomePath | None = Field(
         None, description="PEM file of this board's certificate.", examples=["/etc/edgeear/board.pem"]
@@ -129,13 +153,18 @@ class MqttSection(Section):
     key: HomePath | None = Field(
         None, description="PEM file of its key, readable by this user only.", examples=["/etc/edgeear/board.key"]
     )
-    keepalive_s: int = Field(30, ge=5, le=3600, description="Seconds between signs of life.")
+    keepalive_s: int = Field(60, ge=5, le=3600, description="Seconds between signs of life.")
     session_expiry_s: int = Field(
-        86_400, ge=0, le=2**32 - 1, description="Seconds for which the broker keeps commands for an absent board."
+        604_800, ge=0, le=2**32 - 1, description="Seconds for which the broker keeps commands for an absent board."
     )
     receive_maximum: int = Field(32, ge=1, le=65535, description="Commands taken from the broker at once.")
-    inflight: int = Field(64, ge=1, le=65535, description="Messages sent and not yet acknowledged, at most.")
+    inflight: int = Field(128, ge=1, le=65535, description="Messages sent and not yet acknowledged, at most.")
     discovery: bool = Field(False, description="Announce this board to Home Assistant.")
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS is spoken."""
+        return self.tls or self.ca is not None
 
     @model_validator(mode="after")
     def _credentials_are_whole(self) -> Self:
@@ -145,8 +174,8 @@ class MqttSection(Section):
         if (self.cert is None) != (self.key is None):
             missing = "cert" if self.cert is None else "key"
             faults.append(f"{missing} = (not set): certificate and key belong together; set both or none")
-        if self.cert is not None and self.ca is None:
-            faults.append("ca = (not set): mqtt.cert is; name the authority that signed the broker")
+        if self.cert is not None and not self.secure:
+            faults.append("tls = False: mqtt.cert is set; set mqtt.ca, or tls = true")
         return _without(self, faults)
 
 
@@ -164,9 +193,9 @@ class LearningSection(Section):
     label_requests: bool = Field(True, description="Publish the frames whose labels are wanted.")
     budget: Literal["small", "medium", "large"] = Field("medium", description="Upper limits of a head.")
     specs: int = Field(300, ge=1, le=100_000, description="Heads that a search scores.")
-    time_limit_s: float = Field(3600.0, ge=1, le=604_800, description="Seconds after which learning is stopped.")
-    memory_limit_mb: int = Field(2048, ge=256, le=1_048_576, description="Memory above which learning is stopped.")
-    nice: int = Field(10, ge=0, le=19, description="How far learning steps back: 19 is furthest.")
+    time_limit_s: float = Field(1800.0, ge=1, le=604_800, description="Seconds after which learning is stopped.")
+    memory_limit_mb: int = Field(1200, ge=256, le=1_048_576, description="Memory above which learning is stopped.")
+    nice: int = Field(19, ge=0, le=19, description="How far learning steps back: 19 is furthest.")
 
 
 class TelemetrySection(Section):

@@ -3,41 +3,35 @@
 Rules of this file:
 
 1. One thread does everything that changes something. Sources and the network only put into bounded queues and wake it.
-   A turn does at most one command and one frame, so neither can starve the other.
+   A turn does at most one frame, one command and one label request, so none can starve the others.
 2. A frame is answered first, whatever else is due; learning runs in a process of its own (worker.py).
 3. A command is acknowledged to the broker only when what it did and its answer are on disk. A repeated one gets the
    answer of the first time.
-4. What must not be lost goes through the outbox, also while no broker is there. Answers to what was no command at all
-   are a courtesy: sent at once or never, so that nonsense cannot fill the disk.
-5. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
+4. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
    start sets it aside and begins a new one.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Literal
 
 from device.board import Board
 from device.board import Event as BoardEvent
 from device.daemon import machine
-from device.daemon.commands import Commands, Outcome, answer
+from device.daemon.commands import Commands, Outcome
 from device.daemon.frames import Frame, FrameQueue
+from device.daemon.outgoing import Link, Outgoing, outbox_facts
 from device.daemon.telemetry import Window
-from device.mqtt import messages, topics
-from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
+from device.mqtt import messages
+from device.mqtt.outbox import Outbox, OutboxDamaged
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
-from edgeear.flow import Prediction
 from edgeear.types import U8
 
 if TYPE_CHECKING:
@@ -48,24 +42,13 @@ if TYPE_CHECKING:
     from device.mqtt.connection import Inbound
 
 LOG = logging.getLogger("edgeear")
-INBOX = 256
-"""Commands held between two turns; beyond it, in MQTT 3.1.1 alone, they stay unacknowledged and come again later."""
+INBOX, INBOX_BYTES = 256, 32 << 20
+"""Commands held between two turns. Not every broker respects our receive maximum; what finds no room stays
+unacknowledged, and is asked for again once there is."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep with nothing to do, and while a learner runs, seconds."""
-
-
 LEARNED = ("grown", "rejected", "learning-failed")
 """Events that end an adaptation."""
-
-
-class Link(Protocol):
-    """What the loop asks of device.mqtt.link.Link."""
-
-    def acknowledge(self, inbound: Inbound) -> None: ...
-
-    def publish_now(self, topic: str, payload: bytes) -> bool: ...
-
-    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -108,19 +91,32 @@ class Daemon:
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.commands, self.outbox, self.frames = board, commands, outbox, frames
-        self.site, self.device = address
-        self.session, self.policy = session, policy or DaemonPolicy()
-        self._stamp = messages.Stamper(session, outbox.boot)
-        commands.describe = self.describe
-        self.link: Link | None = None
+        self.out = Outgoing(outbox, address, session, clock)
+        self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
         self.source: Source | None = None
-        self.counts, self.metrics = Counts(), metrics
+        commands.describe = self.describe
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
+        self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
         self._wake = threading.Event()
+        self._requests: deque[tuple[int, U8, str | None]] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
+
+    @property
+    def session(self) -> str:
+        """Names this start of the daemon in every message."""
+        return self.out.session
+
+    @property
+    def link(self) -> Link | None:
+        """The way to the broker; None for a board without one."""
+        return self.out.link
+
+    @link.setter
+    def link(self, link: Link | None) -> None:
+        self.out.link = link
 
     # Called by other threads
 
@@ -130,13 +126,21 @@ class Daemon:
 
     def receive(self, inbound: Inbound) -> None:
         """A command came."""
-        if len(self._inbox) < INBOX:
-            self._inbox.append(inbound)
-            self._wake.set()
+        with self._inbox_lock:
+            if len(self._inbox) < INBOX and self._held + len(inbound.payload) <= INBOX_BYTES:
+                self._held += len(inbound.payload)
+                self._inbox.append(inbound)
+            else:
+                self._overflowed = True
+        self._wake.set()
 
     def wake(self) -> None:
         """Something is there to be done: a frame, the end."""
         self._wake.set()
+
+    def status(self, state: Literal["online", "offline"]) -> bytes:
+        """The birth of this session, or its last will."""
+        return self.out.status(state, self.board.system)
 
     # Before the loop
 
@@ -161,20 +165,21 @@ class Daemon:
         self._tell(self.board.event("stopped", "the daemon was asked to stop"))
 
     def turn(self) -> bool:
-        """Do what is due: one command, one frame, the telemetry. False where there was neither command nor frame."""
-        command = self._inbox.popleft() if self._inbox else None
-        if command is not None:
-            self._command(command)
+        """Do what is due: one frame, one command, one label request, the telemetry. False where there was none of the
+        first three."""
         frame = self.frames.get(self._clock(), self.policy.max_age_s)
         if frame is not None:
             self._serve(frame)
         elif self.board.waiting:
-            self._guarded(self.board.poll)
-        if self._clock() >= self._window.started + self.period_s:
-            self.report_window()
+            self._poll()
+        command = self._next_command()
+        if command is not None:
+            self._command(command)
+        asked = self._ask_label()
+        self._close_window()
         if self.metrics is not None:
             self._measure(self.metrics)
-        return command is not None or frame is not None
+        return frame is not None or command is not None or asked
 
     @property
     def period_s(self) -> float:
@@ -201,8 +206,8 @@ class Daemon:
         self._window.add(step.prediction, seconds)
         if self.metrics is not None:
             self.metrics.answered(step.prediction, seconds)
-        if self._publishes and self.link is not None:
-            self.link.publish_now(self._topic(topics.PREDICTION), self._prediction(frame, step.prediction))
+        if self._publishes:
+            self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
         self._tell(*step.events)
 
     @property
@@ -210,25 +215,24 @@ class Daemon:
         chosen = self.commands.settings.predictions
         return self.policy.predictions if chosen is None else chosen
 
-    def _prediction(self, frame: Frame, prediction: Prediction) -> bytes:
-        message = messages.PredictionMessage(
-            session=self.session,
-            boot=self.outbox.boot,
-            at=self.board.at,
-            time=frame.captured,
-            generation=self.board.system.generation,
-            ref=frame.ref[-500:],
-            **answer(prediction),
-        )
-        return message.payload()
-
-    def _guarded(self, what: Callable[[], Iterable[BoardEvent]]) -> None:
+    def _poll(self) -> None:
         try:
-            self._tell(*what())
+            self._tell(*self.board.poll())
         except DeviceError as error:
             self._tell(self.board.event("learning-failed", str(error)))
 
     # Commands
+
+    def _next_command(self) -> Inbound | None:
+        with self._inbox_lock:
+            if self._inbox:
+                command = self._inbox.popleft()
+                self._held -= len(command.payload)
+                return command
+            overflowed, self._overflowed = self._overflowed, False
+        if overflowed and self.link is not None:
+            self.link.again()
+        return None
 
     def _command(self, inbound: Inbound) -> None:
         command = messages.parse_command(inbound.name, inbound.payload)
@@ -240,7 +244,6 @@ class Daemon:
             self._apply_guarded(inbound, command)
         if self.link is not None:
             self.link.acknowledge(inbound)
-            self.link.wake()
 
     def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
         ends = [t for t in (inbound.expires, command.expires) if t is not None]
@@ -258,20 +261,14 @@ class Daemon:
             self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
 
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
-        now, topic = self._clock(), self._reply_topic(inbound)
-        properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
+        now = self._clock()
         recorded = self.outbox.recall(command.id, now)
         if recorded is not None and recorded.payload is not None:
-            again = recorded.payload
-            self.outbox.put("response", topic, lambda _: again, now, properties=properties)
+            self.out.answer_again(inbound, recorded.payload)
             return
         self.outbox.begin(command.id, now)
         outcome = self._applied(command, again=recorded is not None)
-
-        def response(seq: int) -> bytes:
-            return self._response(seq, command.id, inbound.name, outcome)
-
-        self.outbox.finish(command.id, "response", topic, response, now, properties=properties)
+        self.out.answer(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
         self._tell(*outcome.events)
 
@@ -285,48 +282,44 @@ class Daemon:
     def _turn_away(self, inbound: Inbound, refusal: messages.Refusal) -> None:
         self.counts.refused_messages += 1
         self._count(inbound.name, "refused")
-        if self.link is not None and (refusal.id or inbound.response_topic):
-            message = refusal.response(self._stamp(0, self._clock()), inbound.name)
-            self.link.publish_now(self._reply_topic(inbound), message.payload())
-
-    def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
-        stamp, reason = self._stamp(seq, self._clock()), outcome.reason and outcome.reason[: messages.MAX_REASON]
-        return messages.Response(
-            **stamp, id=identity, command=name, outcome=outcome.outcome, reason=reason, result=outcome.result
-        ).payload()
+        self.out.refuse(inbound, refusal)
 
     def _count(self, name: str, outcome: str) -> None:
         if self.metrics is not None:
-            self.metrics.commands.labels(name, outcome).inc()
-
-    def _topic(self, row: topics.Topic) -> str:
-        return topics.topic_of(self.site, self.device, row)
-
-    def _reply_topic(self, inbound: Inbound) -> str:
-        wanted = inbound.response_topic
-        return wanted if wanted and topics.may_respond(self.site, self.device, wanted) else self._topic(topics.RESPONSE)
+            known = name if name in messages.COMMANDS else "unknown"  # a label for each invented name would never end
+            self.metrics.commands.labels(known, outcome).inc()
 
     # Events and telemetry
 
     def _tell(self, *events: BoardEvent) -> None:
         for event in events:
             LOG.info("%s: %s", event.kind, event.text)
-            facts: dict[str, Any] = {"kind": event.kind.replace(" ", "-"), "text": event.text[:2000], "at": event.at}
-            facts["generation"] = self.board.system.generation
-            self._put(topics.EVENT, messages.Event, facts)
+            self.out.event(event, self.board.system.generation)
             if self.metrics is not None and event.kind in LEARNED:
                 self.metrics.learning_runs.labels(event.kind).inc()
             if event.kind == "label-wanted" and self.policy.label_requests:
-                self._ask_labels()
+                self._requests = deque(self.board.wanted())
 
-    def _ask_labels(self) -> None:
-        for at, frame, route in self.board.wanted():
-            self._put(topics.LABEL_REQUEST, messages.LabelRequest, {"at": at, "image": picture(frame), "route": route})
+    def _ask_label(self) -> bool:
+        """Send one frame that wants a label, if its label is still wanted."""
+        if not self._requests:
+            return False
+        at, frame, route = self._requests.popleft()
+        if any(at == number for number, _, _ in self.board.wanted()):
+            self.out.label_request(at, frame, route)
+        return True
+
+    def _close_window(self) -> None:
+        now = self._clock()
+        if now < self._window.started:  # the clock was set back: this window would not end for as long
+            self._window.started = now
+        if now >= self._window.started + self.period_s:
+            self.report_window()
 
     def report_window(self) -> None:
         """Send the figures of the window that ends now, and begin the next."""
-        now, counters, losses = self._clock(), self.outbox.counters(), self._losses()
-        body = {
+        now, losses = self._clock(), self._losses()
+        facts = {
             "from_time": self._window.started,
             "to_time": now,
             "phase": self.board.phase,
@@ -335,12 +328,11 @@ class Daemon:
             "temperature_c": machine.temperature_c(),
             "rss_mb": machine.rss_mb(),
             "cpu_share": self._cpu.read(),
-            "outbox": outbox_facts(counters, now),
             **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
             **self._window.facts(),
         }
         self._window, self._lost = Window(now, self._random), losses
-        self._put(topics.TELEMETRY, messages.Telemetry, body)
+        self.out.telemetry(facts)
 
     def _losses(self) -> dict[str, int]:
         """What was not served since the start, by the fields of telemetry."""
@@ -370,19 +362,6 @@ class Daemon:
         metrics.phase(self.board.phase)
         self._measured = now, counts
 
-    def status(self, state: Literal["online", "offline"]) -> bytes:
-        """The birth of this session, or its last will. Called by the network's thread."""
-        system = self.board.system
-        return messages.Status(
-            state=state,
-            session=self.session,
-            boot=self.outbox.boot,
-            time=self._clock(),
-            version=__version__,
-            encoder=system.encoder_digest,
-            generation=system.generation,
-        ).payload()
-
     def describe(self) -> dict[str, Any]:
         """The daemon's part of a report."""
         return {
@@ -396,37 +375,7 @@ class Daemon:
             "rss_mb": machine.rss_mb(),
         }
 
-    def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
-        now = self._clock()
-        assert row.cls is not None
-
-        def payload(seq: int) -> bytes:
-            stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
-            return model(**stamped).payload()
-
-        try:
-            self.outbox.put(row.cls, self._topic(row), payload, now)
-        except OutboxDamaged:
-            raise
-        except DeviceError as error:
-            LOG.error("%s is lost: %s", row.name, error)
-        if self.link is not None:
-            self.link.wake()
-
-
-def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:
-    """What telemetry says of the outbox."""
-    oldest = None if counters.oldest is None else max(0.0, now - counters.oldest)
-    return {"depth": counters.depth, "bytes": counters.bytes, "oldest_s": oldest, "dropped": counters.dropped}
-
 
 def source_facts(source: Source) -> dict[str, Any]:
     """What a report says of where frames come from."""
     return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}
-
-
-def picture(frame: U8) -> str:
-    """A frame as JPEG in base64, as a person would label it."""
-    target = io.BytesIO()
-    Image.fromarray(frame).save(target, "JPEG", quality=85)
-    return base64.b64encode(target.getvalue()).decode("ascii")

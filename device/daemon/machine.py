@@ -1,22 +1,26 @@
-"""Readings of this process and this board, for telemetry. Each answers None where the system has no such thing."""
+"""Readings of this process and this board, for telemetry. A sensor that is not there, or raves, is None."""
 
 from __future__ import annotations
 
 import os
+import resource
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _ZONES = Path("/sys/class/thermal")
+_STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+PLAUSIBLE = (-60.0, 150.0)
+"""Degrees Celsius of a board that still works; drivers answer far outside of it for a sensor that is off."""
 
 
-def rss_mb() -> float | None:
-    """Resident memory of this process now, MiB."""
+def rss_mb(statm: Path = _STATM) -> float:
+    """Resident memory of this process now, MiB; without /proc the most that it ever was."""
     with suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE / 2**20
-    return None
+        return int(statm.read_text().split()[1]) * _PAGE / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def temperature_c(zones: Path = _ZONES) -> float | None:
@@ -25,7 +29,7 @@ def temperature_c(zones: Path = _ZONES) -> float | None:
     for zone in zones.glob("thermal_zone*/temp"):
         with suppress(OSError, ValueError):
             found.append(int(zone.read_text()) / 1000)
-    return max(found, default=None)
+    return max((degrees for degrees in found if PLAUSIBLE[0] <= degrees <= PLAUSIBLE[1]), default=None)
 
 
 @dataclass

@@ -4,7 +4,8 @@ Rules of this file:
 
 1. A window costs the same however many frames it sees: beyond `KEPT` values of a quantity each further one replaces a
    random one (reservoir sampling, Vitter, "Random Sampling with a Reservoir", 1985, algorithm R).
-2. Counts are exact. Quantiles leave out what is not finite, such as the novelty before anything was learned.
+2. Counts are exact, of the `MAX_DOMAINS` most frequent routes. Quantiles are values that occurred; they leave out what
+   is not finite, such as the novelty before anything was learned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from device.mqtt.fields import MAX_DOMAINS
 from edgeear.flow import Prediction
 
 KEPT = 4096
@@ -42,7 +44,7 @@ class Reservoir:
         """p50, p90 and p99, None where nothing was added."""
         if not self.values:
             return None
-        p50, p90, p99 = np.quantile(self.values, (0.5, 0.9, 0.99))
+        p50, p90, p99 = np.quantile(self.values, (0.5, 0.9, 0.99), method="inverted_cdf")
         return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}
 
 
@@ -77,7 +79,7 @@ class Window:
             "frames": self.frames,
             "ood": self.ood,
             "abstained": self.abstained,
-            "routes": dict(self.routes),
+            "routes": dict(self.routes.most_common(MAX_DOMAINS)),
             "novelty": self.novelty.quantiles(),
             "latency_ms": self.latency.quantiles(),
         }

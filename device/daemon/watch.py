@@ -1,30 +1,51 @@
-"""What an operator sees of a fleet: the boards' messages folded into one row each. `edgeear watch` shows them.
+"""What an operator knows of a fleet: the boards' messages folded into one row each. `edgeear watch` shows them.
 
 Rules of this file:
 
-1. A repeated message changes nothing: (boot, seq) of the latest is kept for each board, and what is not newer is
-   passed over. Messages with seq 0 stand outside of that order.
-2. A message that is none of this version's is counted for its board, never shown as if it were.
-3. Nothing here prints, connects or asks for the time.
+1. A repeated or late message changes nothing: (boot, seq) of the latest of its kind is kept for each board, and what is
+   not newer is passed over. Messages with seq 0 stand outside of that order.
+2. A birth is always believed, also one with a lower boot: that board lost its disk, and its order begins anew. A
+   farewell of an earlier session, which a broker may deliver late, is passed over.
+3. A message that is none of this version's is counted for its board, never shown as if it were.
+4. Nothing here prints, connects or asks for the time.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from device.mqtt import messages, topics
 
 LATEST = 8
-"""Events that the table shows below it."""
+"""Events kept of the whole fleet."""
+MINUTE = 60.0
+SILENT_S = 180.0
+"""An online board that says nothing for so long, or for three of its telemetry windows, is in trouble."""
+BAD = {"learning-failed", "rolled-back", "rejected", "refused", "dropped"}
+"""Events after which somebody should look, for `BAD_S` seconds."""
+BAD_S = 3600.0
+
+Place = tuple[int, int]
+
+
+class Need(IntEnum):
+    """How much a board needs a person, the most needy first."""
+
+    OFFLINE = 0
+    TROUBLE = 1
+    LABELS = 2
+    BUSY = 3
+    NONE = 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one board; `seen` is the operator's time of its last message, unix seconds."""
+    """What is known of one board; `seen` is the operator's time of its last message, unix seconds. `latest`: the place
+    of the newest message by kind. `strange`: messages of another version, or none at all."""
 
     site: str
     device: str
@@ -32,8 +53,38 @@ class Row:
     status: messages.Status | None = None
     telemetry: messages.Telemetry | None = None
     event: messages.Event | None = None
-    latest: tuple[int, int] = (0, 0)
+    latest: Mapping[str, Place] = field(default_factory=dict)
     strange: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.site}/{self.device}"
+
+    @property
+    def online(self) -> bool:
+        return self.status is not None and self.status.state == "online"
+
+    @property
+    def foreign(self) -> float:
+        """Share of the last window's frames that were out of distribution."""
+        return self.telemetry.ood / self.telemetry.frames if self.telemetry and self.telemetry.frames else 0.0
+
+    def silent(self, now: float) -> bool:
+        """Whether it should have said something by now."""
+        window = 0.0 if self.telemetry is None else self.telemetry.to_time - self.telemetry.from_time
+        return now - self.seen > max(SILENT_S, 3 * window)
+
+    def need(self, now: float) -> Need:
+        """Why a person should look at this board, the gravest reason."""
+        seen = self.telemetry
+        if self.status is not None and not self.online:
+            return Need.OFFLINE
+        bad = self.event is not None and self.event.kind in BAD and now - self.event.time < BAD_S
+        if bad or self.silent(now) or self.strange or self.foreign > 0.5:
+            return Need.TROUBLE
+        if seen is not None and seen.phase == "labelling":
+            return Need.LABELS
+        return Need.BUSY if seen is not None and (seen.paused or seen.phase != "serving") else Need.NONE
 
 
 @dataclass(frozen=True)
@@ -51,12 +102,32 @@ class Heard:
         return {"site": self.site, "device": self.device, "kind": self.kind, "message": facts}
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A fleet in a few numbers; `learning`: boards in any phase but serving; `events` in the last minute."""
+
+    boards: int
+    online: int
+    offline: int
+    learning: int
+    labels: int
+    trouble: int
+    events: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.boards} boards: {self.online} online", f"{self.offline} offline", f"{self.trouble} trouble"]
+        parts += [f"{self.learning} learning", f"{self.labels} to label", f"{self.events} events/min"]
+        return ", ".join(parts)
+
+
 @dataclass
 class Fleet:
     """All boards heard of, by (site, device), and the latest events of any."""
 
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
-    events: list[Heard] = field(default_factory=list)
+    events: deque[Heard] = field(default_factory=lambda: deque(maxlen=LATEST))
+    moments: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
+    """The operator's time of each event of the last minute."""
 
     def take(self, topic: str, payload: bytes, now: float) -> Heard | None:
         """Fold one message in; what it was, None where it was nothing new or nothing of ours."""
@@ -75,20 +146,42 @@ class Fleet:
         self.rows[key] = replace(taken, seen=now)
         heard = Heard(*key, address.topic.name, message)
         if isinstance(message, messages.Event):
-            self.events = [*self.events, heard][-LATEST:]
+            self.events.append(heard)
+            self.moments.append(now)
         return heard
+
+    def summary(self, now: float) -> Summary:
+        """The fleet at `now`."""
+        while self.moments and self.moments[0] <= now - MINUTE:
+            self.moments.popleft()
+        needs = Counter(row.need(now) for row in self.rows.values())
+        phases = Counter(row.telemetry.phase for row in self.rows.values() if row.online and row.telemetry)
+        return Summary(
+            boards=len(self.rows),
+            online=sum(row.online for row in self.rows.values()),
+            offline=needs[Need.OFFLINE],
+            learning=phases.total() - phases["serving"],
+            labels=phases["labelling"],
+            trouble=needs[Need.TROUBLE],
+            events=len(self.moments),
+        )
+
+    def by_need(self, now: float) -> list[Row]:
+        """All rows, those that need a person first, then by name."""
+        return sorted(self.rows.values(), key=lambda row: (row.need(now), row.site, row.device))
 
 
 def _taken(row: Row, message: messages.Message) -> Row | None:
-    """The row after a message; None for one that was taken before."""
+    """The row after a message; None for one that changes nothing."""
     match message:
         case messages.Status():
-            return replace(row, status=message)
+            return _restated(row, message)
         case messages.Telemetry() | messages.Event():
-            place = (message.boot, message.seq)
-            if message.seq and place <= row.latest:
-                return None
-            row = replace(row, latest=max(place, row.latest))
+            kind, place = type(message).__name__, (message.boot, message.seq)
+            if message.seq:
+                if place <= row.latest.get(kind, (0, 0)):
+                    return None
+                row = replace(row, latest={**row.latest, kind: place})
             if isinstance(message, messages.Event):
                 return replace(row, event=message)
             return replace(row, telemetry=message)
@@ -96,44 +189,13 @@ def _taken(row: Row, message: messages.Message) -> Row | None:
             return None
 
 
-def table(fleet: Fleet, now: float) -> Table:
-    """The fleet as a person would rather look at it; offline boards and trouble stand out."""
-    shown = Table(title=f"{len(fleet.rows)} boards", title_justify="left", box=None, pad_edge=False)
-    for name in ("board", "state", "phase", "gen"):
-        shown.add_column(name)
-    for name in ("fps", "OOD", "novelty", "p99 ms", "°C", "MiB", "outbox", "heard"):
-        shown.add_column(name, justify="right")
-    shown.add_column("last event", overflow="ellipsis", no_wrap=True)
-    for _, row in sorted(fleet.rows.items()):
-        shown.add_row(*_cells(row, now))
-    return shown
-
-
-def _cells(row: Row, now: float) -> list[Text]:
-    seen, status, heard = row.telemetry, row.status, max(0.0, now - row.seen)
-    state = Text("-") if status is None else Text(status.state, "green" if status.state == "online" else "bold red")
-    generation = seen.generation if seen else status.generation if status else None
-    cells = [Text(f"{row.site}/{row.device}"), state]
-    if seen is None:
-        cells += [Text("-"), Text("-" if generation is None else str(generation)), *[Text("-")] * 7]
-    else:
-        span = max(seen.to_time - seen.from_time, 1e-9)
-        ood = seen.ood / seen.frames if seen.frames else 0.0
-        cells += [
-            Text("paused" if seen.paused else seen.phase, "" if seen.phase == "serving" else "yellow"),
-            Text(str(generation)),
-            Text(f"{seen.frames / span:.1f}"),
-            Text(f"{ood:.0%}", "bold red" if ood > 0.5 else ""),
-            Text("-" if seen.novelty is None else f"{seen.novelty.p50:.2f}"),
-            Text("-" if seen.latency_ms is None else f"{seen.latency_ms.p99:.1f}"),
-            Text("-" if seen.temperature_c is None else f"{seen.temperature_c:.0f}"),
-            Text(f"{seen.rss_mb:.0f}"),
-            Text(str(seen.outbox.depth), "yellow" if seen.outbox.depth > 100 else ""),
-        ]
-    event = Text("-" if row.event is None else printable(f"{row.event.kind}: {row.event.text}"))
-    return [*cells, Text(f"{heard:.0f} s"), event]
-
-
-def printable(text: str) -> str:
-    """Without control codes, which could move the cursor or colour the terminal."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+def _restated(row: Row, status: messages.Status) -> Row | None:
+    known = row.status
+    if status == known:
+        return None
+    if known is not None and status.session != known.session:
+        if status.state == "offline" and status.boot < known.boot:
+            return None
+        if status.boot < known.boot:
+            row = replace(row, latest={})
+    return replace(row, status=status)

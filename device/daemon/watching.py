@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import queue
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -15,10 +17,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from device.daemon.watch import Fleet, Heard, printable, table
+from device.daemon.screen import dumped, picture, printable
+from device.daemon.watch import LATEST, Fleet, Heard
 from device.mqtt import messages
 from device.mqtt.operator import BrokerAddress, operator
-from device.mqtt.topics import EVENT, STATUS, TELEMETRY
+from device.mqtt.topics import EVENT, STATUS, TELEMETRY, prefix
 from edgeear.errors import UsageError
 
 PERIOD_S = 0.5
@@ -30,21 +33,40 @@ def follow(address: BrokerAddress, site: str, seconds: float | None, as_json: bo
     with `as_json` each message as a line. Raises `DeviceError` where the broker cannot be reached."""
     console, fleet = Console(), Fleet()
     heard: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
-    filters = tuple(f"{messages.PROTOCOL}/{site}/+/{row.name}" for row in (STATUS, TELEMETRY, EVENT))
     until = None if seconds is None else time.monotonic() + seconds
     with ExitStack() as stack, suppress(KeyboardInterrupt):
-        stack.enter_context(operator(address, filters, lambda topic, payload: heard.put((topic, payload))))
+        us = stack.enter_context(operator(address, _filters(site), lambda topic, payload: heard.put((topic, payload))))
         fancy = console.is_terminal and not as_json
-        live = stack.enter_context(Live(console=console, auto_refresh=False)) if fancy else None
+        live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True)) if fancy else None
         while until is None or time.monotonic() < until:
-            for new in _news(fleet, heard, PERIOD_S):
-                if as_json:
-                    print(json.dumps(new.line()), flush=True)
-                elif live is None and new.kind != TELEMETRY.name:
-                    print(_line(new), flush=True)
+            if not _printed(_news(fleet, heard, PERIOD_S), as_json, quiet=live is not None):
+                return
             if live is not None:
-                lines = [Text(_line(event), style="dim") for event in fleet.events]
-                live.update(Group(table(fleet, time.time()), Text(""), *lines), refresh=True)
+                live.update(_picture(fleet, time.time(), console, us.connected), refresh=True)
+
+
+def _filters(site: str) -> tuple[str, ...]:
+    if site != "+":
+        prefix(site, "any")  # it names what is wrong
+    return tuple(f"{messages.PROTOCOL}/{site}/+/{row.name}" for row in (STATUS, TELEMETRY, EVENT))
+
+
+def _picture(fleet: Fleet, now: float, console: Console, connected: bool) -> Group:
+    shown = picture(fleet, now, console.width, max(5, console.height - LATEST - 2))
+    lines = [Text(_line(event), style="dim", no_wrap=True, overflow="ellipsis") for event in fleet.events]
+    return Group(shown, Text("" if connected else "the broker is gone: waiting for it", style="bold red"), *lines)
+
+
+def _printed(news: list[Heard], as_json: bool, quiet: bool) -> bool:
+    """Print what is new; False where nobody reads any more, such as `head`."""
+    lines = [dumped(new.line()) if as_json else _line(new) for new in news if as_json or new.kind != TELEMETRY.name]
+    try:
+        if lines and not quiet:
+            print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return False
+    return True
 
 
 def _news(fleet: Fleet, heard: queue.SimpleQueue[tuple[str, bytes]], wait_s: float) -> list[Heard]:
@@ -71,17 +93,30 @@ def _clock(seconds: float) -> str:
 
 
 def command_of(name: str, fields: Sequence[str], identity: str | None) -> messages.Command:
-    """The command that was typed: fields are NAME=VALUE. Raises `UsageError` naming field, value and limit."""
-    facts: dict[str, Any] = {"id": identity or f"cli-{messages.new_session()}"}
+    """The command that was typed: fields are NAME=VALUE. A value is JSON where the field takes that, else text. Raises
+    `UsageError` naming field, value and limit."""
+    typed: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals or not key:
             raise UsageError(f"field {field!r}: give NAME=VALUE, such as domain=winter")
-        facts[key] = _value(value)
-    command = messages.parse_command(name, json.dumps(facts).encode())
+        if key in typed:
+            raise UsageError(f"field {key} is given twice, {typed[key]!r} and {value!r}: give it once")
+        typed[key] = value
+    own = {"id": identity or f"cli-{messages.new_session()}"}
+    read = {key: _value(value) for key, value in typed.items()}
+    as_text = {key: typed[key] if isinstance(value, int | float | None) else value for key, value in read.items()}
+    command = _parsed(name, {**own, **read})
     if isinstance(command, messages.Refusal):
-        raise UsageError(f"{name}: {command.reason}")
+        again = _parsed(name, {**own, **as_text})  # a domain may be called 2024
+        if isinstance(again, messages.Refusal):
+            raise UsageError(f"{name}: {command.reason}")
+        return again
     return command
+
+
+def _parsed(name: str, facts: dict[str, Any]) -> messages.Command | messages.Refusal:
+    return messages.parse_command(name, json.dumps(facts).encode())
 
 
 def _value(text: str) -> Any:

@@ -37,8 +37,6 @@ from edgeear.system import Candidate
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PROGRESS_S = 0.5
 """Least seconds between two messages of progress in one phase."""
-SLACK_MB = 600
-"""Private data allowed above the limit on resident memory: arenas and stacks are counted whole, touched or not."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     _make_small(how)
     try:
         kind, parts = _answer(job, how, out)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         kind, parts = _failed(f"{error}: learning needs torch, pip install 'edgeear[learn]'")
     except MemoryError:
         kind, parts = _failed(f"out of memory at its limit of {how['memory_limit_mb']} MB: raise the limit")
@@ -123,7 +121,7 @@ def _watch_input() -> None:
 
 
 def _make_small(how: dict[str, Any]) -> None:
-    limit = (how["memory_limit_mb"] + SLACK_MB) << 20
+    limit = how["memory_limit_mb"] << 20
     allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

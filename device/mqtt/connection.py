@@ -22,31 +22,27 @@ asks: a receiver of QoS 1 keeps no state about identifiers, so nobody can tell; 
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import select
-import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
+from paho.mqtt import MQTTException
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from device.mqtt import topics
+from device.mqtt import paho, topics
 
 if TYPE_CHECKING:
     from device.mqtt.link import Link
 
-CONNECT_S: Final = 10.0
-"""Seconds for the TCP connection and TLS, and again for the broker's CONNACK."""
 FETCH: Final = 64
 """Items read from the outbox at once."""
 BATCH: Final = 256
@@ -128,12 +124,12 @@ class Outgoing(Protocol):
 
 
 class Connection:
-    """`open`, then `step` until `ended` says why, then `close`. `hung_up_on`: the first unacknowledged item where the
-    broker closed the connection; `progress`: whether any item was acknowledged."""
+    """`open`, then `step` until `ended` says why, then `close`. `hung_up_on`: the only message in
+    flight when the broker closed the connection; `crowded`: there were more; `progress`: an item was acknowledged."""
 
     def __init__(self, link: Link, number: int, protocol: Literal["5", "3.1.1"], cautious: bool) -> None:
         self.ended: str | None = None
-        self.connected = self.unsupported = self.progress = False
+        self.connected = self.unsupported = self.progress = self.crowded = False
         self.hung_up_on: int | None = None
         self._link, self._policy, self._number, self._five = link, link.policy, number, protocol == "5"
         self._status_topic = topics.topic_of(link.policy.site, link.policy.device, topics.STATUS)
@@ -149,24 +145,30 @@ class Connection:
         self._rate = Rate(link.policy.rate, time.monotonic())
         self._farewell: int | None = None
         self._last = 0  # packet identifier
-        self._give_up = time.monotonic() + CONNECT_S
-        self._errors = LastError()
-        self._client = self._make_client()
+        self._give_up = time.monotonic() + paho.CONNECT_S
+        self._errors = paho.LastError()
+        client_id, user, password = link.policy.client_id, link.policy.username, link.policy.password
+        self._client = paho.make_client(client_id, self._five, user, password, self._errors)
 
     def open(self) -> None:
-        """Raises OSError or ValueError where there is no way through to the broker."""
-        policy, properties = self._policy, None
-        if self._five:
-            properties = _make(PacketTypes.CONNECT)
-            properties.SessionExpiryInterval = policy.session_expiry_s
-            properties.ReceiveMaximum = policy.receive_maximum
-            properties.MaximumPacketSize = policy.maximum_packet
-        if policy.tls is not None:
-            self._client.tls_set_context(policy.tls.context())
-        self._client.will_set(self._status_topic, self._link.status("offline"), 1, True, self._will_properties())
-        clean: dict[str, Any] = {"clean_start": False} if self._five else {}
-        self._client.connect(policy.host, policy.port, policy.keepalive_s, properties=properties, **clean)
-        self._give_up = time.monotonic() + CONNECT_S
+        """Reach the broker and ask it in; `ended` says where that fails."""
+        policy, client = self._policy, self._client
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
+        client.on_message = self._on_message
+        will = paho.will_properties(topics.STATUS.content_type) if self._five else None
+        client.will_set(self._status_topic, self._link.status("offline"), 1, True, will)
+        try:
+            if policy.tls is not None:
+                client.tls_set_context(policy.tls.context())
+            if self._five:
+                asked = paho.connect_properties(policy.session_expiry_s, policy.receive_maximum, policy.maximum_packet)
+                client.connect(policy.host, policy.port, policy.keepalive_s, clean_start=False, properties=asked)
+            else:
+                client.connect(policy.host, policy.port, policy.keepalive_s)
+        except (OSError, ValueError) as error:
+            self._end(paho.explain(error, policy.host, policy.port))
+        self._give_up = time.monotonic() + paho.CONNECT_S
 
     def step(self) -> None:
         """Do what can be done now, then wait until there is more."""
@@ -176,10 +178,13 @@ class Connection:
             self._retry_forbidden()
             self._drain()
             self._leave()
+            if self._link.redeliver and self.ended is None:
+                self._link.redeliver = False
+                self._end("commands found no room: the broker sends them again")
         elif self._link.stop_at is not None:
             self._end("stopped before the broker answered")
         elif time.monotonic() >= self._give_up:
-            self._end(f"{self._policy.host} took the connection but did not answer within {CONNECT_S:g} s")
+            self._end(f"{self._policy.host} took the connection but did not answer within {paho.CONNECT_S:g} s")
         self._settle(at_least=1 if not self._in_flight else BATCH)
         if self.ended is None:
             self._wait()
@@ -229,7 +234,7 @@ class Connection:
         return item.id in self._link.held or item.topic in self._link.forbidden or item.id in self._seen
 
     def _retry_forbidden(self) -> None:
-        """Topics that were held for long enough are tried again, in place of the oldest item."""
+        """After `hold_s` the outbox is read from its start again, for the items of a topic that were passed over."""
         forbidden, now = self._link.forbidden, time.monotonic()
         over = [topic for topic, until in forbidden.items() if now >= until]
         if over:
@@ -243,11 +248,15 @@ class Connection:
         return len(self._in_flight) < self._window and not self._client.want_write()
 
     def _send(self, item: OutgoingItem) -> None:
-        properties = self._properties(CLASS_ROWS[item.cls], item.properties)
-        if self._fits(item.topic, item.payload, properties):
-            self._publish(item.topic, item.payload, bool(item.properties.get("retain")), properties, item)
-        else:
-            self._drop(item.id, f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}")
+        try:
+            properties = self._properties(CLASS_ROWS[item.cls], item.properties)
+            if self._fits(item.topic, item.payload, properties):
+                self._publish(item.topic, item.payload, bool(item.properties.get("retain")), properties, item)
+                return
+            why = f"{len(item.payload)} bytes are too large for the broker, it takes {self._largest}"
+        except (ValueError, TypeError, struct.error, MQTTException) as error:
+            why = f"MQTT cannot hold it: {error}"  # and never will: a wildcard in the topic, a property too long
+        self._drop(item.id, why)
 
     def _fetch(self) -> bool:
         if self._link.fresh:
@@ -287,13 +296,13 @@ class Connection:
         `correlation` data in hexadecimal. The expiry counts from publication: the wait here has the outbox's bound."""
         if not self._five:
             return None
-        return _publish_properties(row.content_type, extra.get("expiry_s", row.expiry_s), extra.get("correlation"))
+        return paho.publish_properties(row.content_type, extra.get("expiry_s", row.expiry_s), extra.get("correlation"))
 
     def _fits(self, topic: str, payload: bytes, properties: Properties | None) -> bool:
         size = 9 + len(topic.encode()) + len(payload)  # 9: type, remaining length, length of topic, identifier
         if size + 2 * 65_535 <= self._largest or properties is None:
             return size <= self._largest
-        return size + len(cast(Any, properties).pack()) <= self._largest
+        return size + paho.packed(properties) <= self._largest
 
     # What comes in: called by paho inside `loop_read`
 
@@ -409,9 +418,11 @@ class Connection:
         elif reason.value == SILENT:
             self._end(f"the broker was silent for longer than the keep-alive of {client.keepalive} s")
         else:
-            waiting = [item.id for item in self._in_flight.values() if item is not None]
             told = flags.is_disconnect_packet_from_server
-            self.hung_up_on = waiting[0] if waiting and not (told and reason.value in NOT_OUR_FAULT) else None
+            if not (told and reason.value in NOT_OUR_FAULT):
+                items = [item for item in self._in_flight.values() if item is not None]
+                self.crowded = bool(items) and len(self._in_flight) > 1
+                self.hung_up_on = items[0].id if items and not self.crowded else None
             if told:
                 self._end(f"the broker ended the connection: {reason}")
             elif reason.value == PROTOCOL_ERROR:
@@ -429,11 +440,11 @@ class Connection:
         poll = select.poll()
         poll.register(self._link.bell, select.POLLIN)
         poll.register(sock, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
-        ready = dict(poll.poll(0 if _decrypted(sock) else self._patience()))
+        ready = dict(poll.poll(0 if paho.decrypted(sock) else self._patience()))
         if self._link.bell.fileno() in ready:
             self._link.bell.recv(4096)
         events = ready.get(sock.fileno(), 0)
-        if events & ~select.POLLOUT or _decrypted(sock):
+        if events & ~select.POLLOUT or paho.decrypted(sock):
             client.loop_read()
         if events & select.POLLOUT:
             client.loop_write()
@@ -464,37 +475,11 @@ class Connection:
         self.ended = self.ended or why
 
     def _tell(self, what: str) -> None:
-        """To the operator, once for each kind of refusal in a connection."""
+        """To the operator, once in a connection; `last_refusal` has the latest."""
         self._link.last_refusal = what
         if not self._told:
             self._link.report(True, what)
         self._told = True
-
-    def _make_client(self) -> Client:
-        policy = self._policy
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            policy.client_id,
-            clean_session=None if self._five else False,
-            protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        client.max_inflight_messages_set(0)  # the window is ours
-        client.connect_timeout = CONNECT_S
-        client.enable_logger(self._errors.logger)
-        client.username_pw_set(policy.username, policy.password)
-        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
-        client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
-        client.on_message, client.on_socket_open = self._on_message, _send_at_once
-        return client
-
-    def _will_properties(self) -> Properties | None:
-        if not self._five:
-            return None
-        properties = _make(PacketTypes.WILLMESSAGE)
-        properties.ContentType, properties.WillDelayInterval = topics.STATUS.content_type, 0
-        return properties
 
 
 class Rate:
@@ -519,61 +504,8 @@ class Rate:
         return 0.0 if self._rate == 0 else max(0.0, (1 - self._tokens) / self._rate - (now - self._at))
 
 
-class LastError(logging.Handler):
-    """Keeps the last error that paho logs: it passes no other word on why a socket failed."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.text = ""
-        self.logger = logging.Logger("paho", logging.ERROR)  # of this connection only, not in the tree of loggers
-        self.logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
-
-    def __str__(self) -> str:
-        return f": {self.text}" if self.text else ""
-
-
-def _make(packet: int) -> Properties:
-    new: Any = Properties  # untyped in paho
-    return cast(Properties, new(packet))
-
-
 def _address(message: MQTTMessage) -> topics.Address | None:
     try:
         return topics.match(message.topic)
     except UnicodeDecodeError:
         return None
-
-
-def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
-    """Without Nagle's algorithm, which delays the small packets of a window: half as much again drained per second."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _decrypted(sock: Any) -> bool:
-    """Whether TLS holds bytes that poll(2) does not see."""
-    return bool(sock.pending()) if hasattr(sock, "pending") else False
-
-
-def _publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
-    if correlation is None:
-        return _usual_properties(content_type, expiry_s)
-    properties = _new_properties(content_type, expiry_s)
-    properties.CorrelationData = bytes.fromhex(correlation)
-    return properties
-
-
-@functools.lru_cache(maxsize=64)
-def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
-    """Made once; those with correlation data are not kept, because each is another one, of up to 64 KiB."""
-    return _new_properties(content_type, expiry_s)
-
-
-def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
-    properties = _make(PacketTypes.PUBLISH)
-    properties.ContentType = content_type
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return properties

@@ -11,9 +11,9 @@ Rules of this file:
    2^tries)] (Brooker, "Exponential Backoff And Jitter", 2015). Only a connection that lasted `reconnect_max_s` takes
    the back-off down again; thus two boards with one name do not take turns at full speed.
 4. A broker that does not know MQTT 5 gets 3.1.1 at once; the next reconnect asks for MQTT 5 again.
-5. An item on which the broker has hung up `STRIKES` times in a row, but for the first time with nothing else in
-   flight, is passed over until the next start of the process: in MQTT 3.1.1 a broker has no other word for "too large".
-   It stays in the outbox, whose bounds end it, because the fault may be the broker's.
+5. Where a broker hangs up and has acknowledged nothing of what was in flight, the next connection sends one message at
+   a time. An item on which the broker has thus hung up `STRIKES` times in a row is passed over until the next start of
+   the process: in MQTT 3.1.1 a broker has no other word for "too large". It stays in the outbox, whose bounds end it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from device.mqtt import topics
-from device.mqtt.connection import CONNECT_S, Connection, Inbound, LinkCounters, Outgoing, Token
-from edgeear.errors import UsageError
+from device.mqtt.connection import Connection, Inbound, LinkCounters, Outgoing, Token
+from edgeear.errors import DeviceError, UsageError
 
 __all__ = ["Inbound", "Link", "LinkCounters", "LinkPolicy", "TlsFiles"]
 
@@ -64,6 +64,8 @@ class TlsFiles:
 
     def context(self) -> ssl.SSLContext:
         """Checks the broker's certificate and name; TLS 1.2 or later. Raises OSError for an unreadable file."""
+        for path in filter(None, (self.ca, self.cert, self.key)):
+            path.open("rb").close()  # ssl's own error does not name the file
         context = ssl.create_default_context(cafile=self.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslsocket_class = _TlsSocket
@@ -155,6 +157,7 @@ class Link:
         self.unsent: deque[tuple[str, bytes]] = deque()
         self.tally: Counter[str] = Counter()
         self.last_refusal = ""
+        self.redeliver = False
         self.fresh = True  # the outbox may hold what the connection has not seen
         self.held: set[int] = set()  # items of rule 5
         self.forbidden: dict[str, float] = {}  # topics, and when to try each again
@@ -162,7 +165,7 @@ class Link:
         self._on_change, self._rng = on_change, rng
         self._reported: tuple[bool, str] | None = None
         self._stopping = threading.Event()
-        self._suspect, self._strikes = 0, 0
+        self._cautious, self._suspect, self._strikes = False, 0, 0  # rule 5
         self._thread = threading.Thread(target=self._run, name="edgeear-link", daemon=True)
         self.bell, self._rope = socket.socketpair()
         self.bell.setblocking(False)
@@ -188,6 +191,11 @@ class Link:
             self.acks.append(inbound.token)
             self._ring()
 
+    def again(self) -> None:
+        """Let the broker send what was not acknowledged once more, which it does after a reconnect."""
+        self.redeliver = True
+        self._ring()
+
     def publish_now(self, topic: str, payload: bytes) -> bool:
         """Send once, QoS 0, past the outbox. False: not connected, or the network does not keep up; it is lost."""
         if not self.connected or len(self.unsent) >= MOST_UNSENT:
@@ -208,7 +216,10 @@ class Link:
         self.stop_at = now + timeout / 2, now + timeout
         self._stopping.set()
         self._ring()
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            self.bell.close()
+            self._rope.close()
+        else:
             self._thread.join(timeout + 1.0)
 
     def report(self, connected: bool, text: str) -> None:
@@ -225,11 +236,8 @@ class Link:
         tries, number, protocol = 0, 0, self.policy.protocol
         while not self._stopping.is_set():
             number, began = number + 1, time.monotonic()
-            connection = Connection(self, number, protocol, cautious=self._strikes > 0)
-            reason = self._live(connection)
-            self.unsent.clear()
-            self.report(False, reason)
-            self._judge(connection)
+            connection = Connection(self, number, protocol, self._cautious)
+            self._live(connection)
             if connection.unsupported and protocol == "5":
                 protocol = "3.1.1"
                 continue
@@ -242,52 +250,43 @@ class Link:
         self.bell.close()
         self._rope.close()
 
-    def _live(self, connection: Connection) -> str:
-        """One connection from its start to its end; why it ended."""
-        policy = self.policy
+    def _live(self, connection: Connection) -> None:
+        """One connection from its start to its end, which is told."""
         try:
-            connection.open()
-            while connection.ended is None:
-                connection.step()
-            return connection.ended
-        except (OSError, ValueError) as error:
-            return explain(error, policy.host, policy.port)
-        except Exception as error:  # a bug must not leave a board without its link for years
+            reason = self._steps(connection)
+            self.unsent.clear()
+            self.report(False, reason)
+            self._judge(connection)
+        except Exception as error:  # of a callback or a bug: it must not leave a board without its link for years
             logging.getLogger(__name__).exception("the link failed and starts again")
-            return f"internal error {type(error).__name__}: {error}"
-        finally:
-            connection.close()
+            with contextlib.suppress(Exception):
+                self.report(False, f"internal error {type(error).__name__}: {error}")
+
+    def _steps(self, connection: Connection) -> str:
+        try:
+            try:
+                connection.open()
+                while connection.ended is None:
+                    connection.step()
+            finally:
+                connection.close()
+        except DeviceError as error:  # the outbox's disk
+            return str(error)
+        return connection.ended
 
     def _judge(self, connection: Connection) -> None:
         """Rule 5."""
-        if connection.progress or self._stopping.is_set():
-            self._strikes = 0
+        if connection.progress:
+            self._cautious, self._strikes = False, 0
         elif connection.hung_up_on is not None:
             same = connection.hung_up_on == self._suspect
-            self._suspect, self._strikes = connection.hung_up_on, self._strikes + 1 if same else 1
+            self._cautious, self._suspect = True, connection.hung_up_on
+            self._strikes = self._strikes + 1 if same else 1
+        elif connection.crowded:
+            self._cautious = True
         if self._strikes >= STRIKES:
             self.held.add(self._suspect)
             self._strikes = 0
             self.tally["held"] += 1
             self.last_refusal = f"item {self._suspect}: {STRIKES} connections in a row ended on it, it is held back"
             self.report(False, self.last_refusal)
-
-
-def explain(error: Exception, host: str, port: int) -> str:
-    """What an operator should read where a connection could not be made."""
-    where = f"{host}:{port}"
-    match error:
-        case socket.gaierror():
-            return f"cannot resolve host {host}: {error.strerror}; check mqtt.host and the name server"
-        case ssl.SSLCertVerificationError():
-            return f"the certificate of {where} is not accepted: {error.verify_message}; check mqtt.ca and mqtt.host"
-        case ssl.SSLError():
-            return f"TLS with {where} failed: {error.reason or error}; check mqtt.port, mqtt.ca, mqtt.cert and mqtt.key"
-        case ConnectionRefusedError():
-            return f"nothing listens on {where}; check that the broker runs and mqtt.port"
-        case TimeoutError():
-            return f"{where} did not answer within {CONNECT_S:g} s; check the network and the firewall"
-        case OSError():
-            return f"no connection with {where}: {error.strerror or error}"
-        case _:
-            return f"no connection with {where}: {error}; check mqtt.host"

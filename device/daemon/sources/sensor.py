@@ -64,7 +64,7 @@ class SensorFrames:
         data = os.read(descriptor, _READ)
         if not data:
             raise DeviceError("sensor: it hung up; check cable and power")
-        unannounced, incomplete = host.counts.unannounced, host.counts.incomplete
+        before = host.counts
         for event in host.feed(data, self._clock()):
             match event:
                 case SensorFrame():
@@ -73,9 +73,10 @@ class SensorFrames:
                     _log.log(event.level, "sensor: %s", _printable(event.text))
                 case Hello():
                     _log.info("sensor %s: %s, %d x %d", event.sensor, event.format.name, event.width, event.height)
-        for _ in range(host.counts.incomplete - incomplete):
+        after = host.counts
+        for _ in range(after.incomplete - before.incomplete):
             self._sink.undecodable()
-        if host.counts.unannounced > unannounced:
+        if (after.unannounced, after.refused) != (before.unannounced, before.refused):  # is it who we think it is?
             _send(descriptor, host.greet(self._wall()))
 
     def _put(self, frame: SensorFrame) -> None:

@@ -4,11 +4,11 @@ Rules of this file:
 
 1. It looks five times a second, by one `stat` of the folder. It lists the folder when that changed, when its last
    change is so fresh that another may hide behind the same time stamp, and now and then for files that were written
-   in place, but spends at most 0.5 % of the time on that. So it needs no inotify and works on network file systems.
+   in place, but spends at most 0.2 % of the time on that. So it needs no inotify and works on network file systems.
 2. A file is read when its size and time were the same at two looks in a row: what is being written is left alone.
    A file that changes later is a new frame. Hidden names and other suffixes than device.folder's are passed over.
-3. Files that wait do so on disk: one is decoded when the queue has room. What has waited longer than `max_age_s` since
-   it was first seen is passed over, and counted as stale.
+3. Files that wait do so on disk: one is decoded when the queue has room. A frame is as old as the first sight of its
+   file in that state; a file older than `max_age_s` is passed over, and counted as stale.
 4. Kept files are remembered by name, size and time for as long as they are there; those that were there at the start
    are not read. With `delete`, every file is removed once it was read or passed over; one that gives no frame stays,
    for a person to see.
@@ -29,14 +29,14 @@ from edgeear.errors import DeviceError
 
 PERIOD_S = 0.2
 _FRESH_S = 2.5  # FAT keeps times to 2 s
-_REST = 200  # so many times as long as a listing took, the next one waits
+_REST = 500  # so many times as long as a listing took, the next one waits
 Mark = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A file that is not read yet."""
+    """A file that is not read yet; `seen` is when it was first seen as it is."""
 
     mark: Mark
     seen: float
@@ -106,9 +106,10 @@ class WatchedFolder:
         self._done = {name: mark for name, mark in self._done.items() if name in found}
         before, now = self._waiting, self._clock()
         unread = {name: mark for name, mark in found.items() if self._done.get(name) != mark}
-        seen = {name: before[name].seen if name in before else now for name in unread}
-        self._waiting = {name: _Waiting(mark, seen[name]) for name, mark in unread.items()}
-        ready = [name for name, file in self._waiting.items() if name in before and before[name].mark == file.mark]
+        ready = [name for name, mark in unread.items() if name in before and before[name].mark == mark]
+        self._waiting = {name: _Waiting(mark, now) for name, mark in unread.items()} | {
+            name: before[name] for name in ready
+        }
         return sorted(ready, key=lambda name: (self._waiting[name].seen, self._waiting[name].mark[1], name))
 
     def _read(self, name: str, stop: Stop) -> None:

@@ -1,0 +1,175 @@
+"""What a board says: each kind of message made, stamped, and put where it belongs.
+
+Rules of this file:
+
+1. What must not be lost goes through the outbox, also while no broker is there. A full disk loses it, and the log
+   says so; a damaged outbox is not for us to mend.
+2. Predictions, and answers to what was no command at all, are a courtesy: sent at once or never, so that nonsense
+   cannot fill the disk. They carry seq 0, which stands outside of the order of (boot, seq).
+3. An answer goes at or below the board's own response topic, wherever the command wants it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
+
+from device.board import Event as BoardEvent
+from device.daemon.commands import Outcome, answer
+from device.daemon.frames import Frame
+from device.mqtt import messages, topics
+from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
+from edgeear import __version__
+from edgeear.errors import DeviceError
+from edgeear.flow import Prediction
+from edgeear.system import System
+from edgeear.types import U8
+
+if TYPE_CHECKING:
+    from device.mqtt.connection import Inbound
+
+LOG = logging.getLogger("edgeear")
+
+
+class Link(Protocol):
+    """What is asked of device.mqtt.link.Link."""
+
+    def acknowledge(self, inbound: Inbound) -> None: ...
+
+    def again(self) -> None: ...
+
+    def publish_now(self, topic: str, payload: bytes) -> bool: ...
+
+    def wake(self) -> None: ...
+
+
+class Outgoing:
+    """The messages of one session of the board at `address`, site and device. `clock` gives unix seconds."""
+
+    def __init__(self, outbox: Outbox, address: tuple[str, str], session: str, clock: Callable[[], float]) -> None:
+        self.outbox, self.session = outbox, session
+        self.link: Link | None = None
+        self._site, self._device = address
+        self._clock, self._stamp = clock, messages.Stamper(session, outbox.boot)
+
+    def event(self, event: BoardEvent, generation: int) -> None:
+        """Something that an operator wants to know."""
+        kind, text = event.kind.replace(" ", "-"), event.text[:2000]
+        self._put(topics.EVENT, messages.Event, {"kind": kind, "text": text, "at": event.at, "generation": generation})
+
+    def telemetry(self, facts: dict[str, Any]) -> None:
+        """The figures of a window."""
+        state = outbox_facts(self.outbox.counters(), self._clock())
+        self._put(topics.TELEMETRY, messages.Telemetry, {**facts, "outbox": state})
+
+    def label_request(self, at: int, frame: U8, route: str | None) -> None:
+        """A frame whose label is wanted, as a person would look at it."""
+        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {"at": at, "image": picture(frame), "route": route})
+
+    def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
+        """The answer for a frame."""
+        if self.link is None:
+            return
+        message = messages.PredictionMessage(
+            session=self.session,
+            boot=self.outbox.boot,
+            at=at,
+            time=frame.captured,
+            generation=generation,
+            ref=frame.ref[-500:],
+            **answer(prediction),
+        )
+        self.link.publish_now(self._topic(topics.PREDICTION), message.payload())
+
+    def answer(self, inbound: Inbound, identity: str, outcome: Outcome) -> None:
+        """The response to a command, noted in the ledger in the same step. Raises `DeviceError` where neither was."""
+        topic, properties, now = self._reply_topic(inbound), _correlation(inbound), self._clock()
+
+        def payload(seq: int) -> bytes:
+            return self._response(seq, identity, inbound.name, outcome)
+
+        self.outbox.finish(identity, "response", topic, payload, now, properties=properties)
+        self._wake()
+
+    def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
+        facts: dict[str, Any] = {**self._stamp(seq, self._clock()), "id": identity, "command": name}
+        facts |= {"outcome": outcome.outcome, "reason": outcome.reason and outcome.reason[: messages.MAX_REASON]}
+        try:
+            return messages.Response(**facts, result=outcome.result).payload()
+        except ValueError as error:  # what was done is done: better half an answer than none
+            LOG.error("the result of %s does not fit: %s", name, error)
+            return messages.Response(**facts, result={"left_out": "the result does not fit into a message"}).payload()
+
+    def answer_again(self, inbound: Inbound, payload: bytes) -> None:
+        """The response that was given the first time."""
+        topic, properties = self._reply_topic(inbound), _correlation(inbound)
+        self.outbox.put("response", topic, lambda _: payload, self._clock(), properties=properties)
+        self._wake()
+
+    def refuse(self, inbound: Inbound, refusal: messages.Refusal) -> None:
+        """The answer to what was no command, or one that came too late."""
+        if self.link is not None and (refusal.id or inbound.response_topic):
+            message = refusal.response(self._stamp(0, self._clock()), inbound.name)
+            self.link.publish_now(self._reply_topic(inbound), message.payload())
+
+    def status(self, state: Literal["online", "offline"], system: System) -> bytes:
+        """The payload of a birth or last will; it is the link that sends these."""
+        return messages.Status(
+            state=state,
+            session=self.session,
+            boot=self.outbox.boot,
+            time=self._clock(),
+            version=__version__,
+            encoder=system.encoder_digest,
+            generation=system.generation,
+        ).payload()
+
+    def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
+        now = self._clock()
+        assert row.cls is not None
+
+        def payload(seq: int) -> bytes:
+            stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
+            return model(**stamped).payload()
+
+        try:
+            self.outbox.put(row.cls, self._topic(row), payload, now)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            LOG.error("%s is lost: %s", row.name, error)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.link is not None:
+            self.link.wake()
+
+    def _topic(self, row: topics.Topic) -> str:
+        return topics.topic_of(self._site, self._device, row)
+
+    def _reply_topic(self, inbound: Inbound) -> str:
+        wanted = inbound.response_topic
+        allowed = wanted and topics.may_respond(self._site, self._device, wanted)
+        return wanted if wanted and allowed else self._topic(topics.RESPONSE)
+
+
+def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:
+    """What telemetry says of the outbox."""
+    oldest = None if counters.oldest is None else max(0.0, now - counters.oldest)
+    return {"depth": counters.depth, "bytes": counters.bytes, "oldest_s": oldest, "dropped": counters.dropped}
+
+
+def picture(frame: U8) -> str:
+    """A frame as JPEG in base64, as a person would label it."""
+    target = io.BytesIO()
+    Image.fromarray(frame).save(target, "JPEG", quality=85)
+    return base64.b64encode(target.getvalue()).decode("ascii")
+
+
+def _correlation(inbound: Inbound) -> dict[str, str]:
+    return {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}

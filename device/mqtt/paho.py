@@ -1,0 +1,132 @@
+"""What the link asks of paho-mqtt 2: a client for one connection, its properties, and words for what goes wrong.
+
+The client keeps no window, does not reconnect, acknowledges nothing by itself: `device.mqtt.connection` does all that.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+import ssl
+from typing import Any, Final, cast
+
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+CONNECT_S: Final = 10.0
+"""Seconds for the TCP connection and TLS, and again for the broker's CONNACK."""
+
+
+def make_client(client_id: str, five: bool, username: str | None, password: str | None, errors: LastError) -> Client:
+    """For one connection, with MQTT 5 or 3.1.1, to be driven by `loop_read`, `loop_write` and `loop_misc`."""
+    client = Client(
+        CallbackAPIVersion.VERSION2,
+        client_id,
+        clean_session=None if five else False,
+        protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+        reconnect_on_failure=False,
+        manual_ack=True,
+    )
+    client.max_inflight_messages_set(0)  # the window is ours
+    client.connect_timeout = CONNECT_S
+    client.enable_logger(errors.logger)
+    client.username_pw_set(username, password)
+    client.on_socket_open = _send_at_once
+    return client
+
+
+def connect_properties(session_expiry_s: int, receive_maximum: int, maximum_packet: int) -> Properties:
+    properties = _make(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = session_expiry_s
+    properties.ReceiveMaximum = receive_maximum
+    properties.MaximumPacketSize = maximum_packet
+    return properties
+
+
+def will_properties(content_type: str) -> Properties:
+    """The will is published at once."""
+    properties = _make(PacketTypes.WILLMESSAGE)
+    properties.ContentType, properties.WillDelayInterval = content_type, 0
+    return properties
+
+
+def publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
+    if correlation is None:
+        return _usual_properties(content_type, expiry_s)
+    properties = _new_properties(content_type, expiry_s)
+    properties.CorrelationData = bytes.fromhex(correlation)
+    return properties
+
+
+@functools.lru_cache(maxsize=64)
+def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
+    """Made once; those with correlation data are not kept, because each is another one, of up to 64 KiB."""
+    return _new_properties(content_type, expiry_s)
+
+
+def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
+    properties = _make(PacketTypes.PUBLISH)
+    properties.ContentType = content_type
+    if expiry_s is not None:
+        properties.MessageExpiryInterval = expiry_s
+    return properties
+
+
+def packed(properties: Properties) -> int:
+    """Bytes of `properties` in a packet."""
+    return len(cast(Any, properties).pack())
+
+
+def explain(error: Exception, host: str, port: int) -> str:
+    """What an operator should read where a connection could not be made."""
+    where = f"{host}:{port}"
+    match error:
+        case socket.gaierror():
+            return f"cannot resolve host {host}: {error.strerror}; check mqtt.host and the name server"
+        case ssl.SSLCertVerificationError():
+            return f"the certificate of {where} is not accepted: {error.verify_message}; check mqtt.ca and mqtt.host"
+        case ssl.SSLError():
+            return f"TLS with {where} failed: {error.reason or error}; check mqtt.port, mqtt.ca, mqtt.cert and mqtt.key"
+        case ConnectionRefusedError():
+            return f"nothing listens on {where}; check that the broker runs and mqtt.port"
+        case TimeoutError():
+            return f"{where} did not answer within {CONNECT_S:g} s; check the network and the firewall"
+        case OSError():
+            named = f": {error.filename}" if error.filename else ""
+            return f"no connection with {where}: {error.strerror or error}{named}"
+        case _:
+            return f"no connection with {where}: {error}; check mqtt.host"
+
+
+class LastError(logging.Handler):
+    """Keeps the last error that paho logs: it passes no other word on why a socket failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+        self.logger = logging.Logger("paho", logging.ERROR)  # of this connection only, not in the tree of loggers
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+    def __str__(self) -> str:
+        return f": {self.text}" if self.text else ""
+
+
+def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
+    """Without Nagle's algorithm, which holds small packets back until the one before is acknowledged."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def decrypted(sock: Any) -> bool:
+    """Whether TLS holds bytes that poll(2) does not see."""
+    return bool(sock.pending()) if hasattr(sock, "pending") else False
+
+
+def _make(packet: int) -> Properties:
+    new: Any = Properties  # untyped in paho
+    return cast(Properties, new(packet))
