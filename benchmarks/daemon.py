@@ -26,7 +26,7 @@ from device.mqtt import messages
 from device.mqtt.operator import BrokerAddress, operator
 from device.paths import cache_dir, cached_encoder
 from device.store import Store
-from tests.boards import DEVICE, SITE, DaemonProcess, config
+from tests.boards import DEVICE, SITE, DaemonProcess, config, state
 from tests.broker import Mosquitto, mosquitto
 
 DOMAINS, FPS = 8, 10
@@ -40,7 +40,7 @@ def learned(folder: Path, encoder: Path) -> None:
     """A store with one confirmed generation of `DOMAINS` domains."""
     _write_generation(encoder, folder / "generation", DOMAINS)
     files = {path.name: path.read_bytes() for path in (folder / "generation").iterdir()}
-    with Store.open(folder / "state" / "store") as store:
+    with Store.open(state(folder).store) as store:
         number = store.write(files, created=0.0)
         store.commit(number)
         store.confirm(number)

@@ -77,6 +77,9 @@ class Wire:
         self.refused += _answered(topic, payload) == "refused"
         return True
 
+    def again(self) -> None:
+        raise Broken("a command found no room, though one comes at a time")
+
     def wake(self) -> None:
         pass
 

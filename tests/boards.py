@@ -24,6 +24,7 @@ from typing import IO
 from adaptors.search import SearchPolicy
 from adaptors.train import TrainPolicy
 from device.codec import to_files
+from device.daemon.config import DeviceSection
 from device.encoder import OnnxEncoder
 from device.engine import OrtEngine
 from device.learner import Job, learn
@@ -179,12 +180,17 @@ def _ending(pid: int) -> Iterator[list[int]]:
         os.close(end)
 
 
+def state(folder: Path) -> DeviceSection:
+    """Where `config` keeps the state of a board in `folder`."""
+    return DeviceSection(state=folder / "state")
+
+
 def config(folder: Path, port: int | None, encoder: Path, **extra: str) -> str:
     """A configuration as TOML: state in `folder`/state, the broker at `port` or none; `extra` has the lines of other
     sections, or of these instead; those of mqtt come on top."""
     broker = "enabled = false" if port is None else f'host = "127.0.0.1"\nport = {port}'
     sections = {
-        "device": f'site = "{SITE}"\nname = "{DEVICE}"\nstate = "{folder / "state"}"\nencoder = "{encoder}"',
+        "device": f'site = "{SITE}"\nname = "{DEVICE}"\nstate = "{state(folder).state}"\nencoder = "{encoder}"',
         "mqtt": broker,
         "learning": "labels = 40\nprobation = 20\nspecs = 12\nlabel_free = false",
     }
@@ -213,7 +219,7 @@ def taught() -> tuple[bytes, dict[str, bytes]]:
 def teach(folder: Path) -> Path:
     """Put a store that knows `TAUGHT` where `config` looks for it; the encoder's file."""
     content, files = taught()
-    with Store.open(folder / "state" / "store") as store:
+    with Store.open(state(folder).store) as store:
         number = store.write(files, created=0.0)
         store.commit(number)
         store.confirm(number)

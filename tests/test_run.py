@@ -20,7 +20,7 @@ from device.mqtt.outbox import Outbox, OutboxPolicy
 from edgeear.types import U8
 from tests import fakes, tiny_models
 from tests import mqtt_peers as peers
-from tests.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, teach
+from tests.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, state, teach
 from tests.broker import Mosquitto, mosquitto
 
 Facts = dict[str, Any]
@@ -134,7 +134,7 @@ def test_no_event_that_was_put_is_lost_in_a_power_cut(tmp_path: Path) -> None:
     with board:
         board.wait_said("refused: ", times=3)
         board.kill()
-        with Outbox.open(tmp_path / "state" / "outbox.sqlite", OutboxPolicy(), 0.0) as outbox:
+        with Outbox.open(state(tmp_path).outbox, OutboxPolicy(), 0.0) as outbox:
             put = {(m["boot"], m["seq"]) for i in outbox.pending(0, 1000) if (m := json.loads(i.payload))["kind"]}
         assert len(put) >= 3  # start, and all that was refused but the last, which may have been only logged
         broker.start()
