@@ -67,7 +67,7 @@ def measured(name: str, board: DaemonProcess, broker: Mosquitto, seconds: float)
         share = (board.cpu_s() - cpu) / (time.monotonic() - began)
         rss, peak, torch = board.rss_mb(), board.peak_mb(), "torch" in board.maps()
         with operator(BrokerAddress("127.0.0.1", broker.port), (f"edgeear/v1/{SITE}/{DEVICE}/response",)) as us:
-            report = us.ask(SITE, DEVICE, messages.Report(id=f"after-{name}")).result
+            report: dict[str, Any] = us.ask(SITE, DEVICE, messages.Report(id=f"after-{name}")).result
         board.terminate()
     figures = {"cpu_share": round(share, 5), "rss_mb": round(rss, 1), "rss_peak_mb": round(peak, 1), "torch": torch}
     return {**figures, "domains": len(report["domains"]), "frames": report["frames"]["answered"]}

@@ -55,7 +55,7 @@ class DaemonProcess:
         self._changed = threading.Condition()
         self._reader = threading.Thread()
         self._config.write_text(config)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._systemd.bind(b"")  # the kernel picks a free abstract name
         self.told: list[str] = []
@@ -81,7 +81,7 @@ class DaemonProcess:
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": f"@{self._name()}"}
         self.told.clear()
         self.begun = time.monotonic()
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [*COMMAND, "run", "--config", str(self._config)],
             cwd=self.folder,
             env={**os.environ, **own, **self._environment},
@@ -89,7 +89,7 @@ class DaemonProcess:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._reader = threading.Thread(target=self._read, args=(self._process.stderr,))
+        self._reader = threading.Thread(target=self._read, args=(process.stderr,))
         self._reader.start()
         return self
 
@@ -97,8 +97,8 @@ class DaemonProcess:
         """Seconds from the start until systemd was told `text`, `times` times since."""
         with _ending(self.pid) as end:
             while sum(text in told for told in self.told) < times:
-                ready, _, _ = select.select([self._systemd, *end], [], [], PATIENCE if end else 0)
-                assert self._systemd in ready, f"{text} was not told:\n{self.said()}"
+                ready, _, _ = select.select([self._systemd.fileno(), *end], [], [], PATIENCE if end else 0)
+                assert self._systemd.fileno() in ready, f"{text} was not told:\n{self.said()}"
                 self.told.append(self._systemd.recv(4096).decode())
         return time.monotonic() - self.begun
 

@@ -49,7 +49,7 @@ class Wire:
     def again(self) -> None:
         self.asked_again += 1
 
-    def publish_now(self, topic: str, payload: bytes) -> bool:
+    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
         self.sent.append((topic, json.loads(payload)))
         return True
 

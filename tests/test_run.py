@@ -209,6 +209,8 @@ def test_a_replay_is_served_and_ends(tmp_path: Path, broker: Mosquitto) -> None:
         assert windows[0]["routes"] == {TAUGHT: 6} and windows[0]["latency_ms"]["p50"] > 0
         report = ear.report()
         assert report["source"]["finished"] and report["frames"]["answered"] == 6
+        late = ear.ask(messages.Report(id="late", expires=1.0))  # refused before the ledger knows of it
+        assert late.outcome == "refused" and late.reason and "expired" in late.reason
         assert board.terminate() == 0
         for _, facts in (heard for heard in ear.heard if heard[0] == "prediction"):
             at = int(facts["ref"].removesuffix(".png"))

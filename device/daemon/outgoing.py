@@ -43,7 +43,7 @@ class Link(Protocol):
 
     def again(self) -> None: ...
 
-    def publish_now(self, topic: str, payload: bytes) -> bool: ...
+    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool: ...
 
     def wake(self) -> None: ...
 
@@ -115,7 +115,9 @@ class Outgoing:
         """The answer to what was no command, or one that came too late."""
         if self.link is not None and (refusal.id or inbound.response_topic):
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
-            self.link.publish_now(self._reply_topic(inbound), message.payload())
+            self.link.publish_now(
+                self._reply_topic(inbound), message.payload(), _correlation(inbound).get("correlation")
+            )
 
     def status(self, state: Literal["online", "offline"], system: System) -> bytes:
         """The payload of a birth or last will; it is the link that sends these."""

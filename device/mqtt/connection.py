@@ -209,8 +209,8 @@ class Connection:
         """Messages of QoS 0, while the network keeps up; what waits here is bounded by `publish_now`."""
         unsent = self._link.unsent
         while unsent and not self._client.want_write():
-            topic, payload = unsent.popleft()
-            properties = self._properties(topics.PREDICTION, {})
+            topic, payload, correlation = unsent.popleft()
+            properties = self._properties(topics.PREDICTION, {"correlation": correlation})
             if self._fits(topic, payload, properties) and not self._wraps():
                 self._last = self._client.publish(topic, payload, 0, properties=properties).mid
 

@@ -154,7 +154,7 @@ class Link:
         self.policy, self.outbox, self.status = policy, outbox, status
         self.on_command, self.on_frame, self.clock = on_command, on_frame, clock
         self.acks: deque[Token] = deque()
-        self.unsent: deque[tuple[str, bytes]] = deque()
+        self.unsent: deque[tuple[str, bytes, str | None]] = deque()
         self.tally: Counter[str] = Counter()
         self.last_refusal = ""
         self.redeliver = False
@@ -196,11 +196,12 @@ class Link:
         self.redeliver = True
         self._ring()
 
-    def publish_now(self, topic: str, payload: bytes) -> bool:
-        """Send once, QoS 0, past the outbox. False: not connected, or the network does not keep up; it is lost."""
+    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
+        """Send once, QoS 0, past the outbox; `correlation` data are in hexadecimal. False: not connected, or the
+        network does not keep up; it is lost."""
         if not self.connected or len(self.unsent) >= MOST_UNSENT:
             return False
-        self.unsent.append((topic, payload))
+        self.unsent.append((topic, payload, correlation))
         self._ring()
         return True
 
