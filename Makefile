@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing
-.PHONY: bench-labelfree bench-science bench-fleet bench-fuzz bench-daemon bench-page clean
+.PHONY: bench-labelfree bench-science bench-fleet bench-fuzz bench-daemon bench-mqtt bench-adaptation bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -97,7 +97,7 @@ bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published method
 	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)
 	$(BIN)/python -m benchmarks.page
 
-bench-fleet: $(STAMP) system | $(RESULTS) ## 200 daemons at one broker: births, telemetry, commands, CPU and memory
+bench-fleet: $(STAMP) | $(RESULTS) ## 200 daemons at one broker: births, telemetry, commands, CPU and memory
 	OMP_NUM_THREADS=1 $(BIN)/edgeear simulate --devices 200 --broker embedded --teach 2 --json $(RESULTS)/fleet.json
 
 bench-fuzz: $(STAMP) | $(RESULTS) ## a million broken messages to a board, which stays as it was
@@ -105,6 +105,12 @@ bench-fuzz: $(STAMP) | $(RESULTS) ## a million broken messages to a board, which
 
 bench-daemon: $(STAMP) | $(RESULTS) $(PACS) ## the daemon's start, idle CPU and memory, with 8 domains
 	$(BIN)/python -m benchmarks.daemon --data "$(PACS)" --json $(RESULTS)/daemon.json
+
+bench-mqtt: $(STAMP) system | $(RESULTS) ## a day without a broker, and 50 restarts of it under load
+	$(BIN)/python -m benchmarks.mqtt --folder /tmp --json $(RESULTS)/mqtt.json
+
+bench-adaptation: $(STAMP) | $(RESULTS) $(PACS) ## latency of predictions without and during a full adaptation
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.adaptation_latency --data "$(PACS)" --json $(RESULTS)/adaptation.json
 
 bench-page: $(STAMP) ## docs/benchmarks.md and its pictures, from the files in benchmarks/results
 	$(BIN)/python -m benchmarks.page

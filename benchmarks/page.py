@@ -274,6 +274,11 @@ OTHERS = {
     "routing": "Routing among many domains",
     "labelfree": "Adaptation without labels",
     "runtime": "Run time",
+    "daemon": "The daemon: start, idle CPU, memory",
+    "adaptation": "Predictions while the board learns",
+    "mqtt": "A day without a broker, and a broker that restarts",
+    "fuzz": "A million broken messages",
+    "fleet": "200 daemons at one broker",
     "class-incremental": "Class-incremental by `edgeear eval`",
 }
 HIDDEN = {
@@ -287,6 +292,9 @@ HIDDEN = {
     "domains",
     "accuracy_matrix",
     "policy",
+    "per_device",
+    "address",
+    "faults",
 }
 
 

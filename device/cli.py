@@ -128,13 +128,16 @@ def demo(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Watch a classifier meet three kinds of digits, adapt to each, and keep what it knew. Needs no network."""
+    """Watch a classifier meet three kinds of digits, adapt to each, keep what it knew; then four boards at a broker.
+
+    Needs no network. The broker is a private mosquitto where one is installed, else iotcore."""
     _need(_DEMO)
     from device.simulate import SimulateOptions
 
+    digits = _digits(seed, quiet)
     _simulated(
         SimulateOptions(
-            data=_digits(seed, quiet),
+            data=digits,
             report=out / "report.html",
             json=out / "run.json",
             title="edgeear demo: three kinds of digits",
@@ -145,6 +148,8 @@ def demo(
         None,
         quiet,
     )
+    fleet = {"devices": 4, "broker": "embedded", "teach": 1, "samples": 60, "seed": seed}
+    _fleet(digits, _default_encoder(), fleet, out / "fleet.json", quiet)
 
 
 @app.command(

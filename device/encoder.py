@@ -65,6 +65,7 @@ class OnnxEncoder:
         self._scale = self._by_channel(self.preprocessing.scale)
         self._taps = {tap.name: tap for tap in self._file.metadata.taps}
         self._idle: deque[_Lane] = deque(maxlen=1)
+        self._asked: tuple[str, ...] = ()  # the taps of the last call, known to be ours
 
     @property
     def digest(self) -> str:
@@ -102,7 +103,7 @@ class OnnxEncoder:
         Raises `UsageError` for frames of another type or shape and for unknown taps, `DataError` for features
         that are not finite.
         """
-        names = self._known(taps)
+        names = self._asked if taps is self._asked else self._known(taps)
         self._check_frames(frames)
         if not names:
             return {}
@@ -124,10 +125,13 @@ class OnnxEncoder:
             # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
             surely_finite = math.isfinite(flat.dot(flat))
         self._idle.append(lane)
-        features = {
-            name: np.ascontiguousarray(block[:, columns]).reshape(len(block), *shape)
-            for name, columns, shape in lane.places
-        }
+        if len(frames) == 1:
+            features = {name: flat[columns].reshape(1, *shape) for name, columns, shape in lane.places}
+        else:
+            features = {
+                name: np.ascontiguousarray(block[:, columns]).reshape(len(block), *shape)
+                for name, columns, shape in lane.places
+            }
         return features, surely_finite
 
     def _run(self, lane: _Lane) -> F32:
@@ -203,6 +207,9 @@ class OnnxEncoder:
         unknown = [name for name in names if name not in self._taps]
         if unknown:
             raise UsageError(f"unknown taps {unknown}: this encoder has {', '.join(self._taps)}")
+        if names == taps:
+            self._asked = taps
+            return taps
         return names
 
     def _check_frames(self, frames: U8) -> None:

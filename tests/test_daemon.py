@@ -49,7 +49,12 @@ class Wire:
     def again(self) -> None:
         self.asked_again += 1
 
+<<<<<<< HEAD
     def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
+=======
+    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
+        assert correlation == (None if topic.endswith("prediction") else b"\1\2")
+>>>>>>> main
         self.sent.append((topic, json.loads(payload)))
         return True
 
@@ -439,3 +444,35 @@ def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None
     rig.command("pause", paused=True)  # drops what was collected
     rig.rest()
     assert len(rig.told("frame")) < 5
+
+
+@dataclass
+class Camera:
+    """A source played by hand."""
+
+    alive: bool = True
+    finished: bool = False
+    last_error: str | None = None
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        return True
+
+    def offer(self, payload: bytes) -> None: ...
+
+
+def test_a_source_that_goes_is_told_once_and_again_when_it_is_back(rig: Rig) -> None:
+    camera = rig.daemon.source = Camera()
+    rig.show(0, 1)
+    camera.alive, camera.last_error = False, "camera 0: gone; plug it in"
+    for _ in range(3):  # its retries
+        rig.daemon.turn()
+        camera.alive = not camera.alive
+    assert rig.kinds == ["start", "source"] and "plug it in" in rig.told()[-1]["text"]
+    camera.alive = True
+    rig.show(0, 2)
+    assert rig.kinds == ["start", "source", "source"] and "again" in rig.told()[-1]["text"]
+    camera.alive, camera.finished = False, True
+    rig.daemon.turn()
+    assert "end" in rig.told()[-1]["text"]

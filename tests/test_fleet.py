@@ -180,7 +180,7 @@ def transcript() -> list[Said]:
         answer(1, "a", "pause", "ok", b"a", paused=True),
         event(2, "paused"),
         telemetry(3, 0.0, 0),
-        answer(0, "c", "pause", "refused", None),
+        answer(0, "c", "pause", "refused", b"c"),
         answer(4, "b", "report", "ok", b"b"),
         telemetry(5, 100.0, 1),
         event(6, "stopped"),

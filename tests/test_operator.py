@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -15,15 +18,19 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from PIL import Image
+from rich.console import Console
 
 from device import cli
 from device.daemon import labelling
 from device.daemon.cli import _host_and_port
-from device.daemon.watching import command_of
+from device.daemon.watch import Fleet
+from device.daemon.watching import _picture, command_of
 from device.mqtt import messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.operator import BrokerAddress, Operator, operator
@@ -301,6 +308,26 @@ def test_a_value_is_json_where_the_field_takes_it_else_text(field: str, value: s
     assert isinstance(command, messages.Adapt) and command.domain == value
 
 
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(messages.COMMANDS)), st.lists(st.text() | st.builds("{}={}".format, st.text(), st.text()))
+)
+def test_whatever_is_typed_is_a_command_or_a_mistake_with_a_name(name: str, fields: list[str]) -> None:
+    try:
+        command = command_of(name, fields, None)
+    except UsageError as error:
+        assert str(error)
+    else:
+        assert command.name == name
+
+
+def test_what_nests_too_deep_is_text() -> None:
+    command = command_of("adapt", ["domain=" + "[" * 100], None)
+    assert isinstance(command, messages.Adapt) and command.domain == "[" * 100
+    with pytest.raises(UsageError, match="adapt: payload of 100044 bytes"):
+        command_of("adapt", ["domain=" + "[" * 100_000], None)
+
+
 def test_a_picture_goes_as_base64(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(png := base64.b64decode(jpeg(shown(0, 1, 1)[0])))
     command = command_of("infer", [f"image=@{tmp_path}/p.png"], "one")
@@ -406,6 +433,41 @@ def test_watch_ends_after_its_time_and_refuses_a_site_that_is_none(
     assert "site 'a/#'" in capsys.readouterr().err
 
 
+def test_watch_on_a_terminal_shows_the_table_and_what_happened(broker: Mosquitto) -> None:
+    ours, theirs = pty.openpty()
+    script = "from device.cli import main; main()"
+    command = [sys.executable, "-c", script, "watch", "--broker", f"127.0.0.1:{broker.port}"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    seen = b""
+    with board(broker.port, "tty", echo) as client:
+        tell(client, "status", status().payload(), "tty")
+        with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+            os.close(theirs)
+            try:
+                while b"hall/tty" not in seen:
+                    seen += os.read(ours, 65536)
+                tell(client, "event", event(seq=2, text=EVIL).payload(), "tty")
+                while seen.count(b"grown") < 2:  # in its row, and below the table
+                    seen += os.read(ours, 65536)
+            finally:
+                process.kill()
+        tell(client, "status", b"", "tty")
+    os.close(ours)
+    assert b"1 online" in seen and b"owned\x07" not in seen and b"\x1b[2J\x1b]0;" not in seen
+
+
+def test_a_screen_is_never_left_in_the_dark_about_the_broker() -> None:
+    fleet = Fleet()
+    for seq in range(1, 20):
+        fleet.take(f"edgeear/v1/hall/cam-{seq}/event", event(seq=seq, text="x" * 400).payload(), 1.0)
+    for connected in (True, False):
+        console = Console(file=io.StringIO(), width=60, height=24)
+        console.print(_picture(fleet, 1.0, console, connected))
+        assert isinstance(console.file, io.StringIO)
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) <= 24 and ("the broker is gone: waiting for it" in lines) is not connected
+
+
 # `edgeear requests` and `edgeear label`, against a real daemon
 
 
@@ -472,6 +534,44 @@ def test_a_board_is_taught_with_a_file_manager(
             sort(frames)
             assert code(broker, "label", "plant/cam-1", "--from", frames) == 0
         assert rig.board.phase == "probation" and rig.board.system.names == ("day",)
+
+
+def named_session(command: str, asked: dict[str, Any]) -> dict[str, Any]:
+    if command == "report":
+        return {"result": {"session": SESSION}}
+    return {"outcome": "refused", "reason": "not now"}
+
+
+def put(folder: Path, label: str, at: int) -> None:
+    (folder / label).mkdir(exist_ok=True)
+    (folder / label / f"{SESSION}-{at:06}.jpg").touch()
+
+
+def test_label_ends_in_1_where_the_board_refuses(
+    broker: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "cat", 1)
+    with board(broker.port, "busy", named_session):
+        assert code(broker, "label", "hall/busy", "--from", tmp_path) == 1
+    assert json.loads(capsys.readouterr().out)["reason"] == "not now"
+
+
+@pytest.mark.parametrize("label", ["a\tb", "x" * 129])
+def test_a_folder_that_no_class_may_be_called_is_named(
+    broker: Mosquitto, tmp_path: Path, label: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, label, 7)
+    with board(broker.port, "picky", named_session):
+        assert code(broker, "label", "hall/picky", "--from", tmp_path) == 2
+    assert "sample '7'" in capsys.readouterr().err
+
+
+def test_a_board_that_names_no_session_is_an_error(
+    broker: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with board(broker.port, "odd", lambda *_: {}):
+        assert code(broker, "label", "hall/odd", "--from", tmp_path) == 2
+    assert "does not name its session" in capsys.readouterr().err
 
 
 def request(at: int = 12, session: str = SESSION, image: bytes = b"\xff\xd8\xff0") -> bytes:

@@ -149,8 +149,15 @@ def run(config: Config, stop: threading.Event, ready: Callable[[Running], None] 
     with opened(config) as running:
         ready(running)
         notifier.ready(f"{config.device.site}/{config.device.name} serves")
-        running.daemon.run(stop, lambda: notifier.alive(time.monotonic()))
+        running.daemon.run(stop, lambda: _lives(notifier, running.daemon.metrics))
         notifier.stopping()
+
+
+def _lives(notifier: Notifier, metrics: Metrics | None) -> None:
+    """The loop took a step: tell whoever watches that it goes on."""
+    notifier.alive(time.monotonic())
+    if metrics is not None:
+        metrics.alive(time.time())
 
 
 def outbox_policy(config: Config) -> OutboxPolicy:

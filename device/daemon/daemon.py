@@ -94,6 +94,7 @@ class Daemon:
         self.out = Outgoing(outbox, address, session, clock)
         self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
         self.source: Source | None = None
+        self._trouble_at: int | None = None
         commands.describe = self.describe
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
@@ -176,6 +177,7 @@ class Daemon:
         if command is not None:
             self._command(command)
         asked = self._ask_label()
+        self._look_at_source()
         self._close_window()
         if self.metrics is not None:
             self._measure(self.metrics)
@@ -308,6 +310,20 @@ class Daemon:
         if any(at == number for number, _, _ in self.board.wanted()):
             self.out.label_request(at, frame, route)
         return True
+
+    def _look_at_source(self) -> None:
+        """Tell when frames stop coming for a reason, once, and when they come again."""
+        source = self.source
+        if source is None:
+            return
+        received = self.frames.counts.received
+        if self._trouble_at is not None and received > self._trouble_at:
+            self._trouble_at = None
+            self._tell(self.board.event("source", "frames come again"))
+        elif self._trouble_at is None and not source.alive and (source.last_error or source.finished):
+            self._trouble_at = received
+            why = "the source came to its end" if source.finished else f"no frames come: {source.last_error}"
+            self._tell(self.board.event("source", why))
 
     def _close_window(self) -> None:
         now = self._clock()

@@ -5,7 +5,7 @@ Rules of this file:
 1. What must not be lost goes through the outbox, also while no broker is there. A full disk loses it, and the log
    says so; a damaged outbox is not for us to mend.
 2. Predictions, and answers to what was no command at all, are a courtesy: sent at once or never, so that nonsense
-   cannot fill the disk. They carry seq 0, which stands outside of the order of (boot, seq).
+   cannot fill the disk. They have seq 0, outside of the order of (boot, seq). An answer given again has its first seq.
 3. An answer goes at or below the board's own response topic, wherever the command wants it.
 """
 
@@ -43,7 +43,11 @@ class Link(Protocol):
 
     def again(self) -> None: ...
 
+<<<<<<< HEAD
     def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool: ...
+=======
+    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool: ...
+>>>>>>> main
 
     def wake(self) -> None: ...
 
@@ -88,7 +92,8 @@ class Outgoing:
 
     def answer(self, inbound: Inbound, identity: str, outcome: Outcome) -> None:
         """The response to a command, noted in the ledger in the same step. Raises `DeviceError` where neither was."""
-        topic, properties, now = self._reply_topic(inbound), _correlation(inbound), self._clock()
+        topic, now = self._reply_topic(inbound), self._clock()
+        properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
 
         def payload(seq: int) -> bytes:
             return self._response(seq, identity, inbound.name, outcome)
@@ -106,18 +111,21 @@ class Outgoing:
             return messages.Response(**facts, result={"left_out": "the result does not fit into a message"}).payload()
 
     def answer_again(self, inbound: Inbound, payload: bytes) -> None:
-        """The response that was given the first time."""
-        topic, properties = self._reply_topic(inbound), _correlation(inbound)
-        self.outbox.put("response", topic, lambda _: payload, self._clock(), properties=properties)
-        self._wake()
+        """The response that was given the first time; that one was in the outbox."""
+        if self.link is not None:
+            self.link.publish_now(self._reply_topic(inbound), payload, inbound.correlation)
 
     def refuse(self, inbound: Inbound, refusal: messages.Refusal) -> None:
         """The answer to what was no command, or one that came too late."""
         if self.link is not None and (refusal.id or inbound.response_topic):
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
+<<<<<<< HEAD
             self.link.publish_now(
                 self._reply_topic(inbound), message.payload(), _correlation(inbound).get("correlation")
             )
+=======
+            self.link.publish_now(self._reply_topic(inbound), message.payload(), inbound.correlation)
+>>>>>>> main
 
     def status(self, state: Literal["online", "offline"], system: System) -> bytes:
         """The payload of a birth or last will; it is the link that sends these."""
@@ -171,7 +179,3 @@ def picture(frame: U8) -> str:
     target = io.BytesIO()
     Image.fromarray(frame).save(target, "JPEG", quality=85)
     return base64.b64encode(target.getvalue()).decode("ascii")
-
-
-def _correlation(inbound: Inbound) -> dict[str, str]:
-    return {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}

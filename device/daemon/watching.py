@@ -123,9 +123,10 @@ def _value(text: str) -> Any:
     if text.startswith("@"):
         try:
             return base64.b64encode(Path(text[1:]).read_bytes()).decode("ascii")
-        except OSError as error:
-            raise UsageError(f"{text[1:]}: cannot be read ({error.strerror}): name a JPEG or PNG file") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"{text[1:]}: cannot be read ({why}): name a JPEG or PNG file") from error
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

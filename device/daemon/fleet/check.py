@@ -215,8 +215,8 @@ def _answer(truth: Truth, command: Asked, answer: Answer) -> Iterator[str]:
 
 
 def correlates(command: Asked, answer: Answer) -> bool:
-    """Whether the correlation data is the command's. What was refused unread may go without."""
-    return answer.correlation == command.id.encode() or (command.outcome == "refused" and answer.correlation is None)
+    """Whether the correlation data is the command's."""
+    return answer.correlation == command.id.encode()
 
 
 def fact(result: Mapping[str, Any], path: str) -> object:

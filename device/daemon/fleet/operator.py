@@ -35,14 +35,14 @@ VERSION = "$SYS/broker/version"
 
 class FleetOperator:
     """Hears the devices of `site`, and commands them. Use as a context manager; raises `DeviceError` where the broker
-    cannot be reached. `changed` guards all that was heard."""
+    cannot be reached. `broker` is its name where that is known. `changed` guards all that was heard."""
 
-    def __init__(self, host: str, port: int, site: str) -> None:
+    def __init__(self, host: str, port: int, site: str, broker: str = "") -> None:
         self.site, self.changed = site, threading.Condition()
         self.heard: dict[str, Heard] = {}
         self.asked: dict[str, list[Asked]] = {}
         self.messages = 0
-        self.broker = ""
+        self.broker = broker
         self._where, self._waiting, self._subscribed = (host, port), set[tuple[str, str]](), False
         self._client = Client(CallbackAPIVersion.VERSION2, f"{site}-operator", protocol=MQTTProtocolVersion.MQTTv5)
         self._client.max_inflight_messages_set(0)
@@ -109,11 +109,13 @@ class FleetOperator:
 
     def _on_connect(self, client: Client, *_: object) -> None:
         options = SubscribeOptions(qos=1, noLocal=True)
-        client.subscribe([(f"{messages.PROTOCOL}/{self.site}/#", options), (VERSION, SubscribeOptions(qos=0))])
+        client.subscribe([(f"{messages.PROTOCOL}/{self.site}/#", options)])
+        if not self.broker:  # iotcore, which only runs embedded, ends the connection of who asks for $SYS
+            client.subscribe(VERSION)
 
     def _on_subscribe(self, *given: Any) -> None:
         with self.changed:
-            self._subscribed = not given[3][0].is_failure
+            self._subscribed |= not given[3][0].is_failure
             self.changed.notify_all()
 
     def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:

@@ -108,14 +108,14 @@ def run_fleet(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeear-fleet-")))
         host, port, broker = stack.enter_context(broker_at(options.broker))
-        operator = stack.enter_context(FleetOperator(host, port, f"fleet-{secrets.token_hex(4)}"))
+        operator = stack.enter_context(FleetOperator(host, port, f"fleet-{secrets.token_hex(4)}", broker))
         run = _Run(options, shared, pictures, system, operator, show)
         with run.started(folder, host, port):
             run.stream()
             run.teach()
             run.end()
         run.leave()
-        return run.result(broker or operator.broker or "unknown", f"{host}:{port}")
+        return run.result(operator.broker or "unknown", f"{host}:{port}")
 
 
 class _Run:
