@@ -11,7 +11,8 @@ are sent (`valid_sent`).
 
 `state_changes` counts checks at which a digest of all state differed from the one before: every generation in the
 store, the serving system, phase, detector, buffers, settings, labels, the outbox's depth. `rss_growth_mb` is the
-largest resident size after the warm-up (a tenth of the messages) less that at its end.
+largest resident size after the warm-up (the largest messages there are, and a tenth of all) less that at its end: what
+one huge message takes, malloc may keep, but no more.
 """
 
 from __future__ import annotations
@@ -73,9 +74,12 @@ class Wire:
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged += 1
 
-    def publish_now(self, topic: str, payload: bytes) -> bool:
+    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
         self.refused += _answered(topic, payload) == "refused"
         return True
+
+    def again(self) -> None:
+        raise Broken("a command found no room, though one comes at a time")
 
     def wake(self) -> None:
         pass
@@ -172,19 +176,21 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         tally = Tally(board.daemon.board.system.names, board.rig.session, (fakes.SIZE, fakes.SIZE))
         before, outcomes, watch, seconds = board.digest(), Counter[str](), Memory(), 0.0
         step = max(1, count // checks)
+        for message in fuzzer.largest():
+            _taken(board, message, _qos(message))
         while tally.sent < count:
-            batch = [m for m in (fuzzer.next() for _ in range(step)) if tally.may_send(m)]
-            began = time.perf_counter()
-            for message in batch:
-                _taken(board, message)
-            for topic in (fuzzer.elsewhere() for _ in range(max(1, step // 100))):
-                board.take(Message(topic, b'{"id": "x"}'), qos=0)
+            target = tally.sent + step
+            while tally.sent < target:
+                message = fuzzer.next()
+                if tally.may_send(message):
+                    seconds += _taken(board, message, _qos(message))
+            for _ in range(max(1, step // 100)):
+                seconds += _taken(board, Message(fuzzer.elsewhere(), b'{"id": "x"}'), qos=0)
                 tally.sent += 1
                 tally.topics["elsewhere"] += 1
             outcomes += board.settle()
             if outcomes.total() > tally.valid_sent.total():
                 raise Broken("what is no command was answered through the outbox")
-            seconds += time.perf_counter() - began
             tally.state_changes += board.digest() != before
             watch.look(machine.rss_mb() or 0.0, tally.sent / count)
         return {
@@ -196,11 +202,19 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         }
 
 
-def _taken(board: Inside, message: Message) -> None:
+def _qos(message: Message) -> int:
+    """As a board subscribes. In-process this matters, too: paho keeps acknowledgements for want of a connection."""
+    return 0 if message.topic.endswith("/frame") else 1
+
+
+def _taken(board: Inside, message: Message, qos: int) -> float:
+    """Seconds that the board took."""
+    began = time.perf_counter()
     try:
-        board.take(message)
+        board.take(message, qos)
     except Exception as error:
         raise Broken(f"{error!r} after {message.topic!r} {message.payload[:2000]!r}") from error
+    return time.perf_counter() - began
 
 
 class Tally:
@@ -344,8 +358,7 @@ class Sender:
         if any(map(_malformed, texts)) or {"+", "#"} & set(message.topic):
             self.forbidden += 1
             return False
-        qos = 0 if message.topic.endswith("/frame") else 1
-        self._client.publish(message.topic, message.payload, qos, properties=_properties(message))
+        self._client.publish(message.topic, message.payload, _qos(message), properties=_properties(message))
         self._sent += 1
         return True
 
@@ -395,7 +408,7 @@ def fuzz_wire(folder: Path, count: int, seed: int, seeds: int, checks: int = CHE
         with boards.DaemonProcess(folder, text) as daemon:
             daemon.wait_told("READY=1")
             heard = Heard()
-            filters = f"{boards.OWN}/+", f"{boards.OWN}/response/#"  # not the commands: they are ours
+            filters = tuple(f"{boards.OWN}/{name}" for name in ("response/#", "event", "label-request"))
             with operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
                 figures = _wired(daemon, us, sender, count, checks, Fuzzer(boards.OWN, "0" * 16, seed, seeds))
             if heard.wrong:
@@ -409,11 +422,14 @@ def _wired(
     before = _report(us, "before")
     tally = Tally((boards.TAUGHT,), before["session"], (fakes.SIZE, fakes.SIZE))
     watch, seconds, step = Memory(), 0.0, max(1, count // checks)
+    for message in fuzzer.largest():
+        sender.send(message)
     while tally.sent - sender.forbidden < count:
         batch = [m for m in (fuzzer.next() for _ in range(step)) if tally.may_send(m)]
         began = time.perf_counter()
         for message in batch:
             sender.send(message)
+        sender.send(fuzzer.valid(f"large-{tally.sent}"))
         sender.flush()
         after = _report(us, f"at-{tally.sent}")
         seconds += time.perf_counter() - began

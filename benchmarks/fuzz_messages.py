@@ -94,6 +94,20 @@ class Fuzzer:
             return self._message(f"{self._own}/command/{self._unknown_name()}", payload)
         return self._message(f"{self._own}/command/{name}", payload)
 
+    def largest(self) -> list[Message]:
+        """What takes most memory to refuse: the most bytes that are read at all, and one field wrong after many labels."""
+        wide = b"[" + b" " * (messages.MAX_PAYLOAD - 2) + b"]"
+        labels = {str(at): "a" * 128 for at in range(messages.MAX_LABELS)}
+        many = json.dumps({"id": "many", "session": "0" * 16, "labels": labels, "extra": 1}).encode()
+        return [Message(f"{self._own}/command/label", payload) for payload in (wide, many)]
+
+    def valid(self, identity: str) -> Message:
+        """A report whose answer must carry as much correlation data as MQTT has room for."""
+        payload = messages.Report(id=identity).payload()
+        return Message(
+            f"{self._own}/command/report", payload, f"{self._own}/response", self._random.randbytes(65_535), 60
+        )
+
     def elsewhere(self) -> str:
         """A topic that is no command and no frame of this board."""
         return self._random.choice(

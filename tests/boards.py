@@ -24,6 +24,7 @@ from typing import IO
 from adaptors.search import SearchPolicy
 from adaptors.train import TrainPolicy
 from device.codec import to_files
+from device.daemon.config import DeviceSection
 from device.encoder import OnnxEncoder
 from device.engine import OrtEngine
 from device.learner import Job, learn
@@ -54,7 +55,7 @@ class DaemonProcess:
         self._changed = threading.Condition()
         self._reader = threading.Thread()
         self._config.write_text(config)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._systemd.bind(b"")  # the kernel picks a free abstract name
         self.told: list[str] = []
@@ -80,7 +81,7 @@ class DaemonProcess:
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": f"@{self._name()}"}
         self.told.clear()
         self.begun = time.monotonic()
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [*COMMAND, "run", "--config", str(self._config)],
             cwd=self.folder,
             env={**os.environ, **own, **self._environment},
@@ -88,7 +89,7 @@ class DaemonProcess:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._reader = threading.Thread(target=self._read, args=(self._process.stderr,))
+        self._reader = threading.Thread(target=self._read, args=(process.stderr,))
         self._reader.start()
         return self
 
@@ -96,8 +97,8 @@ class DaemonProcess:
         """Seconds from the start until systemd was told `text`, `times` times since."""
         with _ending(self.pid) as end:
             while sum(text in told for told in self.told) < times:
-                ready, _, _ = select.select([self._systemd, *end], [], [], PATIENCE if end else 0)
-                assert self._systemd in ready, f"{text} was not told:\n{self.said()}"
+                ready, _, _ = select.select([self._systemd.fileno(), *end], [], [], PATIENCE if end else 0)
+                assert self._systemd.fileno() in ready, f"{text} was not told:\n{self.said()}"
                 self.told.append(self._systemd.recv(4096).decode())
         return time.monotonic() - self.begun
 
@@ -145,6 +146,15 @@ class DaemonProcess:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
+    def peak_mb(self) -> float:
+        """The most resident memory so far, MiB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def maps(self) -> str:
+        """What is mapped into it, as the kernel lists it."""
+        return Path(f"/proc/{self.pid}/maps").read_text()
+
     def _read(self, log: IO[str]) -> None:
         with log:
             for line in log:
@@ -170,17 +180,22 @@ def _ending(pid: int) -> Iterator[list[int]]:
         os.close(end)
 
 
+def state(folder: Path) -> DeviceSection:
+    """Where `config` keeps the state of a board in `folder`."""
+    return DeviceSection(state=folder / "state")
+
+
 def config(folder: Path, port: int | None, encoder: Path, **extra: str) -> str:
-    """A configuration as TOML: state in `folder`/state, the broker at `port` or none; `extra` are lines of a section
-    by its name."""
+    """A configuration as TOML: state in `folder`/state, the broker at `port` or none; `extra` has the lines of other
+    sections, or of these instead; those of mqtt come on top."""
     broker = "enabled = false" if port is None else f'host = "127.0.0.1"\nport = {port}'
     sections = {
-        "device": f'site = "{SITE}"\nname = "{DEVICE}"\nstate = "{folder / "state"}"\nencoder = "{encoder}"',
+        "device": f'site = "{SITE}"\nname = "{DEVICE}"\nstate = "{state(folder).state}"\nencoder = "{encoder}"',
         "mqtt": broker,
         "learning": "labels = 40\nprobation = 20\nspecs = 12\nlabel_free = false",
     }
     for name, lines in extra.items():
-        sections[name] = f"{sections.get(name, '')}\n{lines}"
+        sections[name] = f"{sections[name]}\n{lines}" if name == "mqtt" else lines
     return "\n".join(f"[{name}]\n{lines}\n" for name, lines in sections.items())
 
 
@@ -204,7 +219,7 @@ def taught() -> tuple[bytes, dict[str, bytes]]:
 def teach(folder: Path) -> Path:
     """Put a store that knows `TAUGHT` where `config` looks for it; the encoder's file."""
     content, files = taught()
-    with Store.open(folder / "state" / "store") as store:
+    with Store.open(state(folder).store) as store:
         number = store.write(files, created=0.0)
         store.commit(number)
         store.confirm(number)

@@ -20,7 +20,7 @@ from device.mqtt.outbox import Outbox, OutboxPolicy
 from edgeear.types import U8
 from tests import fakes, tiny_models
 from tests import mqtt_peers as peers
-from tests.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, teach
+from tests.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, state, teach
 from tests.broker import Mosquitto, mosquitto
 
 Facts = dict[str, Any]
@@ -129,12 +129,12 @@ def test_no_event_that_was_put_is_lost_in_a_power_cut(tmp_path: Path) -> None:
     encoder, broker = tiny_models.saved(tmp_path, tiny_models.seeing()), Mosquitto(tmp_path / "broker")
     pictures(tmp_path / "frames", shown(0, 6, 1))
     source = f'kind = "replay"\npath = "{tmp_path / "frames"}"\nfps = 240'
-    text = config(tmp_path, broker.port, encoder, source=source, learning="label_wait_s = 0")
+    text = config(tmp_path, broker.port, encoder, source=source, learning="labels = 40\nlabel_wait_s = 0")
     board = DaemonProcess(tmp_path, text)
     with board:
         board.wait_said("refused: ", times=3)
         board.kill()
-        with Outbox.open(tmp_path / "state" / "outbox.sqlite", OutboxPolicy(), 0.0) as outbox:
+        with Outbox.open(state(tmp_path).outbox, OutboxPolicy(), 0.0) as outbox:
             put = {(m["boot"], m["seq"]) for i in outbox.pending(0, 1000) if (m := json.loads(i.payload))["kind"]}
         assert len(put) >= 3  # start, and all that was refused but the last, which may have been only logged
         broker.start()
@@ -209,6 +209,8 @@ def test_a_replay_is_served_and_ends(tmp_path: Path, broker: Mosquitto) -> None:
         assert windows[0]["routes"] == {TAUGHT: 6} and windows[0]["latency_ms"]["p50"] > 0
         report = ear.report()
         assert report["source"]["finished"] and report["frames"]["answered"] == 6
+        late = ear.ask(messages.Report(id="late", expires=1.0))  # refused before the ledger knows of it
+        assert late.outcome == "refused" and late.reason and "expired" in late.reason
         assert board.terminate() == 0
         for _, facts in (heard for heard in ear.heard if heard[0] == "prediction"):
             at = int(facts["ref"].removesuffix(".png"))

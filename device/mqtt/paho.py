@@ -53,14 +53,25 @@ def will_properties(content_type: str) -> Properties:
     return properties
 
 
-@functools.lru_cache(maxsize=64)
 def publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
+    if correlation is None:
+        return _usual_properties(content_type, expiry_s)
+    properties = _new_properties(content_type, expiry_s)
+    properties.CorrelationData = bytes.fromhex(correlation)
+    return properties
+
+
+@functools.lru_cache(maxsize=64)
+def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
+    """Made once; those with correlation data are not kept, because each is another one, of up to 64 KiB."""
+    return _new_properties(content_type, expiry_s)
+
+
+def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
     properties = _make(PacketTypes.PUBLISH)
     properties.ContentType = content_type
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
-    if correlation is not None:
-        properties.CorrelationData = bytes.fromhex(correlation)
     return properties
 
 
