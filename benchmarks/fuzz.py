@@ -74,7 +74,7 @@ class Wire:
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged += 1
 
-    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
+    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
         self.refused += _answered(topic, payload) == "refused"
         return True
 

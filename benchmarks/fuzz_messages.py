@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from device.mqtt import messages
+from device.mqtt.fields import MAX_LABELS
 
 UNKNOWN_NAMES = ("", "INFER", "infer ", "set_policy", "reboot", "x" * 200, "é", "..", "\u202eyort", "$share", "0")
 CORRELATIONS = (None, b"", b"\0", b"\x01" * 16, b"\xff" * 65_535)
@@ -95,9 +96,9 @@ class Fuzzer:
         return self._message(f"{self._own}/command/{name}", payload)
 
     def largest(self) -> list[Message]:
-        """What takes most memory to refuse: the most bytes that are read at all, and one field wrong after many labels."""
+        """What takes most memory to refuse: the most bytes that are read, and one wrong field after many labels."""
         wide = b"[" + b" " * (messages.MAX_PAYLOAD - 2) + b"]"
-        labels = {str(at): "a" * 128 for at in range(messages.MAX_LABELS)}
+        labels = {str(at): "a" * 128 for at in range(MAX_LABELS)}
         many = json.dumps({"id": "many", "session": "0" * 16, "labels": labels, "extra": 1}).encode()
         return [Message(f"{self._own}/command/label", payload) for payload in (wide, many)]
 

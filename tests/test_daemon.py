@@ -49,12 +49,8 @@ class Wire:
     def again(self) -> None:
         self.asked_again += 1
 
-<<<<<<< HEAD
-    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
-=======
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
         assert correlation == (None if topic.endswith("prediction") else b"\1\2")
->>>>>>> main
         self.sent.append((topic, json.loads(payload)))
         return True
 

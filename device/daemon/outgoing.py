@@ -43,11 +43,7 @@ class Link(Protocol):
 
     def again(self) -> None: ...
 
-<<<<<<< HEAD
-    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool: ...
-=======
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool: ...
->>>>>>> main
 
     def wake(self) -> None: ...
 
@@ -119,13 +115,7 @@ class Outgoing:
         """The answer to what was no command, or one that came too late."""
         if self.link is not None and (refusal.id or inbound.response_topic):
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
-<<<<<<< HEAD
-            self.link.publish_now(
-                self._reply_topic(inbound), message.payload(), _correlation(inbound).get("correlation")
-            )
-=======
             self.link.publish_now(self._reply_topic(inbound), message.payload(), inbound.correlation)
->>>>>>> main
 
     def status(self, state: Literal["online", "offline"], system: System) -> bytes:
         """The payload of a birth or last will; it is the link that sends these."""

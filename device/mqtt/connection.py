@@ -210,12 +210,8 @@ class Connection:
         unsent = self._link.unsent
         while unsent and not self._client.want_write():
             topic, payload, correlation = unsent.popleft()
-<<<<<<< HEAD
-            properties = self._properties(topics.PREDICTION, {"correlation": correlation})
-=======
             extra = {} if correlation is None else {"correlation": correlation.hex()}
             properties = self._properties(topics.PREDICTION, extra)
->>>>>>> main
             if self._fits(topic, payload, properties) and not self._wraps():
                 self._last = self._client.publish(topic, payload, 0, properties=properties).mid
 

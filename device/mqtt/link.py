@@ -154,11 +154,7 @@ class Link:
         self.policy, self.outbox, self.status = policy, outbox, status
         self.on_command, self.on_frame, self.clock = on_command, on_frame, clock
         self.acks: deque[Token] = deque()
-<<<<<<< HEAD
-        self.unsent: deque[tuple[str, bytes, str | None]] = deque()
-=======
         self.unsent: deque[tuple[str, bytes, bytes | None]] = deque()
->>>>>>> main
         self.tally: Counter[str] = Counter()
         self.last_refusal = ""
         self.redeliver = False
@@ -200,14 +196,8 @@ class Link:
         self.redeliver = True
         self._ring()
 
-<<<<<<< HEAD
-    def publish_now(self, topic: str, payload: bytes, correlation: str | None = None) -> bool:
-        """Send once, QoS 0, past the outbox; `correlation` data are in hexadecimal. False: not connected, or the
-        network does not keep up; it is lost."""
-=======
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
         """Send once, QoS 0, past the outbox. False: not connected, or the network does not keep up; it is lost."""
->>>>>>> main
         if not self.connected or len(self.unsent) >= MOST_UNSENT:
             return False
         self.unsent.append((topic, payload, correlation))
