@@ -126,9 +126,11 @@ def _session(content: bytes, threads: int) -> onnxruntime.InferenceSession:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
     try:
-        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
+        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
     except _OPENING_ERRORS as error:
         raise _refused(content, error) from error
+    session._model_bytes = None  # the whole file, kept for another choice of providers, which there is not
+    return session
 
 
 def _refused(content: bytes, error: Exception) -> EncoderError:
