@@ -11,8 +11,8 @@ are sent (`valid_sent`).
 
 `state_changes` counts checks at which a digest of all state differed from the one before: every generation in the
 store, the serving system, phase, detector, buffers, settings, labels, the outbox's depth. `rss_growth_mb` is the
-largest resident size after the warm-up (the largest messages there are, and a tenth of all) less that at its end: what
-one huge message takes, malloc may keep, but no more.
+largest resident size after the warm-up (`Fuzzer.warming`, and a tenth of all) less that at its end: what is needed once
+may be kept, but nothing for each message.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         tally = Tally(board.daemon.board.system.names, board.rig.session, (fakes.SIZE, fakes.SIZE))
         before, outcomes, watch, seconds = board.digest(), Counter[str](), Memory(), 0.0
         step = max(1, count // checks)
-        for message in fuzzer.largest():
+        for message in filter(tally.may_send, fuzzer.warming()):
             _taken(board, message, _qos(message))
         while tally.sent < count:
             target = tally.sent + step
@@ -422,7 +422,7 @@ def _wired(
     before = _report(us, "before")
     tally = Tally((boards.TAUGHT,), before["session"], (fakes.SIZE, fakes.SIZE))
     watch, seconds, step = Memory(), 0.0, max(1, count // checks)
-    for message in fuzzer.largest():
+    for message in filter(tally.may_send, fuzzer.warming()):
         sender.send(message)
     while tally.sent - sender.forbidden < count:
         batch = [m for m in (fuzzer.next() for _ in range(step)) if tally.may_send(m)]

@@ -95,12 +95,14 @@ class Fuzzer:
             return self._message(f"{self._own}/command/{self._unknown_name()}", payload)
         return self._message(f"{self._own}/command/{name}", payload)
 
-    def largest(self) -> list[Message]:
-        """What takes most memory to refuse: the most bytes that are read, and one wrong field after many labels."""
+    def warming(self) -> list[Message]:
+        """What a board needs memory for once and then keeps: its first look at a picture, which loads code, and what
+        takes most to refuse, the most bytes that are read and one wrong field after many labels."""
         wide = b"[" + b" " * (messages.MAX_PAYLOAD - 2) + b"]"
         labels = {str(at): "a" * 128 for at in range(MAX_LABELS)}
         many = json.dumps({"id": "many", "session": "0" * 16, "labels": labels, "extra": 1}).encode()
-        return [Message(f"{self._own}/command/label", payload) for payload in (wide, many)]
+        look = Message(f"{self._own}/command/infer", self._real["infer"])
+        return [look, *(Message(f"{self._own}/command/label", payload) for payload in (wide, many))]
 
     def valid(self, identity: str) -> Message:
         """A report whose answer must carry as much correlation data as MQTT has room for."""
