@@ -18,7 +18,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from device.mqtt.link import Inbound, Link, LinkPolicy
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 PREFIX = "edgeear/v1/lab/cam"
 
 
