@@ -41,6 +41,10 @@ GAPS: dict[tuple[Name, str], str] = {
     ("iotcore", "test_retain_handling"): "rumqttd ignores subscription options: it does as handling 1 says",
     ("iotcore", "test_mqtt_3_clients_beside_mqtt_5_ones"): "rumqttd serves one version a port",
 }
+SOMETIMES: dict[tuple[Name, str], str] = {
+    ("iotcore", "test_two_hundred_clients"): "rumqttd once in a while never answers one of many connections",
+}
+"""What a broker nearly always meets."""
 PATIENCE_S = 20.0
 GAP_PATIENCE_S = 1.0  # what is expected not to come is not awaited for long
 names = itertools.count()
@@ -197,6 +201,9 @@ def lab(broker: EmbeddedBroker, request: pytest.FixtureRequest) -> Iterator[Lab]
     if gap is not None:
         strict = broker.name == "iotcore"  # constraints.txt has its version; mosquitto is the system's, of any version
         request.applymarker(pytest.mark.xfail(strict=strict, raises=AssertionError, reason=gap))
+    rare = SOMETIMES.get((broker.name, request.node.originalname))
+    if rare is not None:
+        request.applymarker(pytest.mark.xfail(strict=False, raises=AssertionError, reason=rare))
     made = Lab(broker, PATIENCE_S if gap is None else GAP_PATIENCE_S)
     yield made
     for peer in made.peers:
