@@ -21,12 +21,11 @@ from typing import Any
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.mqtt import messages, topics
 from device.mqtt.link import TlsFiles
-from device.mqtt.paho import explain
+from device.mqtt.paho import explain, properties_of
 from edgeear.errors import DeviceError, UsageError
 
 WAIT_S = 10.0
@@ -79,10 +78,12 @@ class Operator:
         if not 0 < wait_s <= topics.DAY:
             raise UsageError(f"wait of {wait_s} s for an answer: give more than 0 and at most {topics.DAY}")
         correlation, answers = secrets.token_bytes(8), list[bytes]()
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        properties.ResponseTopic = topics.topic_of(site, device, topics.RESPONSE)
-        properties.CorrelationData = correlation
-        properties.MessageExpiryInterval = max(1, int(wait_s))
+        properties = properties_of(
+            PacketTypes.PUBLISH,
+            ResponseTopic=topics.topic_of(site, device, topics.RESPONSE),
+            CorrelationData=correlation,
+            MessageExpiryInterval=max(1, int(wait_s)),
+        )
         topic = topics.topic_of(site, device, topics.COMMAND, command.name)
         self._waiting[correlation] = answers
         try:
@@ -103,8 +104,7 @@ class Operator:
     def open(self, wait_s: float) -> None:
         """Connect and subscribe. Raises `DeviceError` where the broker is not there, refuses us, or says nothing."""
         host, port = self._address.host, self._address.port
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = topics.DAY if self._session else 0
+        properties = properties_of(PacketTypes.CONNECT, SessionExpiryInterval=topics.DAY if self._session else 0)
         try:
             self._client.connect(host, port, clean_start=self._session is None, properties=properties)
         except (OSError, ValueError) as error:

@@ -38,19 +38,27 @@ def make_client(client_id: str, five: bool, username: str | None, password: str 
     return client
 
 
+def properties_of(packet: int, **values: Any) -> Properties:
+    """Properties of a packet of type `packet` (`PacketTypes`), by their names in paho."""
+    new: Any = Properties  # untyped in paho
+    made: Properties = new(packet)
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
 def connect_properties(session_expiry_s: int, receive_maximum: int, maximum_packet: int) -> Properties:
-    properties = _make(PacketTypes.CONNECT)
-    properties.SessionExpiryInterval = session_expiry_s
-    properties.ReceiveMaximum = receive_maximum
-    properties.MaximumPacketSize = maximum_packet
-    return properties
+    return properties_of(
+        PacketTypes.CONNECT,
+        SessionExpiryInterval=session_expiry_s,
+        ReceiveMaximum=receive_maximum,
+        MaximumPacketSize=maximum_packet,
+    )
 
 
 def will_properties(content_type: str) -> Properties:
     """The will is published at once."""
-    properties = _make(PacketTypes.WILLMESSAGE)
-    properties.ContentType, properties.WillDelayInterval = content_type, 0
-    return properties
+    return properties_of(PacketTypes.WILLMESSAGE, ContentType=content_type, WillDelayInterval=0)
 
 
 def publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
@@ -68,8 +76,7 @@ def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
 
 
 def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
-    properties = _make(PacketTypes.PUBLISH)
-    properties.ContentType = content_type
+    properties = properties_of(PacketTypes.PUBLISH, ContentType=content_type)
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
     return properties
@@ -125,8 +132,3 @@ def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
 def decrypted(sock: Any) -> bool:
     """Whether TLS holds bytes that poll(2) does not see."""
     return bool(sock.pending()) if hasattr(sock, "pending") else False
-
-
-def _make(packet: int) -> Properties:
-    new: Any = Properties  # untyped in paho
-    return cast(Properties, new(packet))

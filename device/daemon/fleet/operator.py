@@ -18,12 +18,11 @@ from typing import Any, Literal, Self
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from device.daemon.fleet.check import Asked, Heard
 from device.mqtt import messages, topics
-from device.mqtt.paho import explain
+from device.mqtt.paho import explain, properties_of
 from edgeear.errors import DeviceError
 
 CONNECT_S = 10.0
@@ -52,7 +51,7 @@ class FleetOperator:
 
     def __enter__(self) -> Self:
         try:
-            self._client.connect(*self._where, properties=_properties(PacketTypes.CONNECT, SessionExpiryInterval=300))
+            self._client.connect(*self._where, properties=properties_of(PacketTypes.CONNECT, SessionExpiryInterval=300))
         except (OSError, ValueError) as error:
             raise DeviceError(explain(error, *self._where)) from error
         self._client.loop_start()
@@ -96,7 +95,7 @@ class FleetOperator:
             self._waiting.add((device, asked.id))
         topic = topics.topic_of(self.site, device, topics.COMMAND, name)
         payload = json.dumps({"id": asked.id, **body}).encode()
-        self._client.publish(topic, payload, 1, properties=_properties(PacketTypes.PUBLISH, **how))
+        self._client.publish(topic, payload, 1, properties=properties_of(PacketTypes.PUBLISH, **how))
 
     def answered(self) -> bool:
         """Whether every command has an answer."""
@@ -140,11 +139,3 @@ class FleetOperator:
         if address is None or address.topic.direction != "up":
             return "", None
         return address.device, address.topic
-
-
-def _properties(packet: int, **values: Any) -> Properties:
-    new: Any = Properties  # untyped in paho
-    made: Properties = new(packet)
-    for name, value in values.items():
-        setattr(made, name, value)
-    return made
