@@ -316,6 +316,14 @@ def test_telemetry_counts_every_frame_once(rig: Rig) -> None:
     assert first["generation"] >= 1 and first["outbox"]["depth"] > 0
 
 
+def test_what_waits_too_long_for_a_broker_is_dropped_while_the_board_runs(rig: Rig) -> None:
+    rig.show(0, 1)
+    assert rig.kinds == ["start"]
+    rig.now += OutboxPolicy().max_age_s + 1
+    rig.daemon.turn()
+    assert rig.kinds == [] and rig.told("telemetry")[-1]["outbox"]["dropped"]["event"] == 1
+
+
 def test_a_stale_frame_is_counted_and_not_served(rig: Rig) -> None:
     rig.frames.put(shown(0, 1, 1)[0], rig.now - 10, "old")
     assert rig.daemon.turn() is False

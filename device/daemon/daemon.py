@@ -333,8 +333,9 @@ class Daemon:
             self.report_window()
 
     def report_window(self) -> None:
-        """Send the figures of the window that ends now, and begin the next."""
+        """Drop what has waited too long, send the figures of the window that ends now, and begin the next."""
         now, losses = self._clock(), self._losses()
+        self.out.expire()
         facts = {
             "from_time": self._window.started,
             "to_time": now,

@@ -62,6 +62,15 @@ class Outgoing:
         kind, text = event.kind.replace(" ", "-"), event.text[:2000]
         self._put(topics.EVENT, messages.Event, {"kind": kind, "text": text, "at": event.at, "generation": generation})
 
+    def expire(self) -> None:
+        """Drop what has waited longer than the outbox's age. A disk too full for that is met again at the next put."""
+        try:
+            self.outbox.expire(self._clock())
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            LOG.error("the outbox keeps what is too old: %s", error)
+
     def telemetry(self, facts: dict[str, Any]) -> None:
         """The figures of a window."""
         state = outbox_facts(self.outbox.counters(), self._clock())
