@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from device.disk import sync_folder
 from edgeear.errors import DeviceError, UsageError
 
 DEFAULT_ENCODER = "efficientnet-lite0-v1"
@@ -88,7 +89,7 @@ def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _intact(path: Path, stem: str) -> bool:
@@ -104,14 +105,6 @@ def _sweep(cache: Path, stem: str) -> None:
     """Remove damaged files of `stem` and what killed writers left. Only under the lock."""
     for path in [*cache.glob(f"{stem}.*.onnx"), *cache.glob(f"{_TEMPORARY}*")]:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ One process writes, from one thread: `Store.open` takes an advisory lock, held u
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -33,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from device.disk import sync_folder, take_lock
 from edgeear.errors import DeviceError, FormatError, UsageError
 
 FORMAT = 1
@@ -130,11 +130,7 @@ class Disk:
         os.fsync(descriptor)
 
     def sync_dir(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path)
 
     def mkdir(self, path: Path) -> None:
         path.mkdir()
@@ -547,12 +543,9 @@ def _make_root(disk: Disk, root: Path) -> None:
 
 
 def _take_lock(root: Path) -> int:
-    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first") from error
+    descriptor = take_lock(root / LOCK)
+    if descriptor is None:
+        raise StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first")
     return descriptor
 
 

@@ -18,7 +18,6 @@ Not thread-safe: the caller brings the lock.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from device.disk import sync_folder, take_lock
 from edgeear.errors import DeviceError, FormatError, UsageError
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ class Database:
         if _number(self._connection, "user_version") == 0:
             self._transaction(lambda db: _create(db, version, schema))
         self._reserve()
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         db = self.connection
@@ -229,7 +229,7 @@ class Database:
             goal.unlink(missing_ok=True)
             if source.exists():
                 os.replace(source, goal)
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
         return SetAside(target, reason)
 
     def _disconnect(self) -> None:
@@ -271,21 +271,10 @@ def _refuse_foreign(db: sqlite3.Connection, path: Path, version: int) -> None:
 
 
 def _take_lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutboxBusy(f"{path} is in use: one process at a time may hold it; stop the other one first") from error
+    descriptor = take_lock(path)
+    if descriptor is None:
+        raise OutboxBusy(f"{path} is in use: one process at a time may hold it; stop the other one first")
     return descriptor
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
