@@ -30,7 +30,7 @@ help: ## list the targets
 demo: $(STAMP) ## watch a classifier meet new domains, adapt and keep what it knew
 	$(BIN)/edgeear demo
 
-test: $(STAMP) system ## run the tests and doctests; ARGS=tests/test_store.py picks
+test: $(STAMP) system ## run the tests and doctests; ARGS=tests/device/state/test_store.py picks
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(STAMP) ## style, types and architecture, without running anything
@@ -44,10 +44,11 @@ lint: $(STAMP) ## style, types and architecture, without running anything
 system:
 	@export PATH="$$PATH:/usr/sbin:/usr/local/sbin"; missing=; \
 	command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	command -v mosquitto_pub >/dev/null || missing="$$missing mosquitto-clients"; \
 	command -v chromium >/dev/null || [ -n "$${EDGEEAR_NO_BROWSER:-}" ] || missing="$$missing chromium"; \
 	[ -z "$$missing" ] || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy $$missing; \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
 	  else echo "the tests need$$missing: sudo apt-get install$$missing (EDGEEAR_NO_BROWSER=1 does without chromium)"; \
 	  exit 1; fi; }
 

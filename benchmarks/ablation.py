@@ -24,7 +24,7 @@ from adaptors.spec import HeadSpec
 from benchmarks.data import DataSet, Inputs, seeded
 from benchmarks.detection import Row
 from benchmarks.ours import Learned, M, learn_domain, readout, route_by
-from device.evaluate_data import I64
+from device.evaluation.data import I64
 from edgeear.metrics import auroc, fpr95
 from edgeear.novelty import detector
 from edgeear.space import HypervectorSpace

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from device.board import Board, BoardPolicy
-from device.daemon.worker import ProcessLearner, WorkerPolicy, resident_mb
-from device.encoder import OnnxEncoder, pooled_taps
-from device.evaluate_data import machine, versions
-from device.export import default_encoder_path
-from device.folder import decode, read_folder, split
-from device.paths import cache_dir, write_whole
+from device.board.board import Board, BoardPolicy
+from device.daemon.learning.worker import ProcessLearner, WorkerPolicy, resident_mb
+from device.encoder.export import default_encoder_path
+from device.encoder.session import OnnxEncoder, pooled_taps
+from device.files import cache_dir, write_whole
+from device.images.folder import decode, read_folder, split
+from device.provenance import machine, versions
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, System
 from edgeear.types import U8
@@ -42,7 +42,7 @@ QUIET = 240
 
 @dataclass
 class _Truth:
-    """`device.board.Labeller` of a set of frames, by sample number."""
+    """`device.board.board.Labeller` of a set of frames, by sample number."""
 
     seen: dict[int, str]
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.data import Inputs
 from benchmarks.ours import learn_domain
-from device.evaluate_data import I64
-from device.evaluate_ood import NEIGHBOURS, mahalanobis, nearest_mean, nearest_neighbours, unit
+from device.evaluation.data import I64
+from device.evaluation.ood import NEIGHBOURS, mahalanobis, nearest_mean, nearest_neighbours, unit
 from edgeear.types import F32
 
 Score = Callable[[F32], F32]

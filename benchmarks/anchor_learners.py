@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from device.evaluate_data import I64
-from device.evaluate_ood import unit
+from device.evaluation.data import I64
+from device.evaluation.ood import unit
 from edgeear.types import F32
 
 RANPAC, STRENGTHS = 5000, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.anchor_learners import FineTuning
 from benchmarks.data import Inputs, Split
 from benchmarks.ours import learn_domain, route_by
-from device.evaluate_data import I64
-from device.evaluate_ood import unit
+from device.evaluation.data import I64
+from device.evaluation.ood import unit
 from edgeear.types import F32
 
 CENTRES = 5

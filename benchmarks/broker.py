@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 
-from device.mqtt.embedded import EmbeddedBroker, Name, embedded_broker
+from device.simulation.embedded import EmbeddedBroker, Name, embedded_broker
 
 BROKERS: tuple[Name, ...] = ("mosquitto", "iotcore")
 MESSAGES = 40_000  # within the 65,535 packet identifiers, so none has to wait for an acknowledgement

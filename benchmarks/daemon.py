@@ -21,13 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from device.bench_runtime import _write_generation
+from device.encoder.cache import cached_encoder
+from device.evaluation.runtime import _write_generation
+from device.files import cache_dir
 from device.mqtt import messages
-from device.mqtt.operator import BrokerAddress, operator
-from device.paths import cache_dir, cached_encoder
-from device.store import Store
-from tests.boards import DEVICE, SITE, DaemonProcess, config, state
-from tests.broker import Mosquitto, mosquitto
+from device.operator.client import BrokerAddress, operator
+from device.state.store import Store
+from tests.support.boards import DEVICE, SITE, DaemonProcess, config, state
+from tests.support.broker import Mosquitto, mosquitto
 
 DOMAINS, FPS = 8, 10
 BARS = {"ready_s": 2.0, "idle_cpu_share": 0.01}

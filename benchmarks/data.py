@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from device.encoder import OnnxEncoder
-from device.evaluate_data import I64, DataOptions, open_encoder, read_domains
-from device.folder import decode, read_folder, split
-from device.paths import cache_dir
+from device.encoder.session import OnnxEncoder
+from device.evaluation.data import I64, DataOptions, open_encoder, read_domains
+from device.files import cache_dir
+from device.images.folder import decode, read_folder, split
 from edgeear.errors import DataError
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.types import F32, U8

@@ -40,18 +40,18 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from benchmarks.fuzz_messages import SEEDS, Fuzzer, Message
-from device.codec import to_files
 from device.daemon import machine
 from device.daemon.sources import MessageFrames
 from device.daemon.sources.running import Stop
-from device.folder import UndecodableInput, decode_bytes
+from device.images.folder import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
 from device.mqtt.connection import Connection, Inbound
 from device.mqtt.link import Link, LinkPolicy
-from device.mqtt.operator import BrokerAddress, Operator, operator
-from tests import boards, fakes
-from tests.broker import mosquitto
-from tests.test_daemon import OWN, Rig, learned, rigged
+from device.operator.client import BrokerAddress, Operator, operator
+from device.state.codec import to_files
+from tests.device.daemon.test_loop import OWN, Rig, learned, rigged
+from tests.support import boards, fakes
+from tests.support.broker import mosquitto
 
 Figures = dict[str, Any]
 CHECKS = 100

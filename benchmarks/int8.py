@@ -28,8 +28,8 @@ from adaptors.archive import pack
 from adaptors.search import single_thread
 from adaptors.spec import HeadSpec, TapShapes
 from adaptors.train import TrainPolicy, train
-from device.engine import open_session
-from device.evaluate_data import I64, DataOptions, open_encoder, read_domains
+from device.encoder.engine import open_session
+from device.evaluation.data import I64, DataOptions, open_encoder, read_domains
 from edgeear.types import F32, Features
 
 CALIBRATED = {"MinMax": 300, "Percentile": 100, "Entropy": 100}

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from adaptors.search import SearchPolicy
-from device.engine import OrtEngine
-from device.evaluate_data import DataOptions, EvalData, machine, open_encoder, read_domains, versions
+from device.encoder.engine import OrtEngine
+from device.evaluation.data import DataOptions, EvalData, open_encoder, read_domains
+from device.provenance import machine, versions
 from edgeear import unlabelled
 from edgeear.flow import AdaptPolicy, Samples, adapt, judge
 from edgeear.incremental import readout

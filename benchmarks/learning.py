@@ -14,7 +14,7 @@ from benchmarks.anchor_routers import fit_all
 from benchmarks.data import Inputs, seeded
 from benchmarks.detection import Row, microseconds
 from benchmarks.ours import Incremental
-from device.evaluate_data import I64
+from device.evaluation.data import I64
 from edgeear.metrics import bwt
 from edgeear.types import F32
 

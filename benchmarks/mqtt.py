@@ -34,7 +34,7 @@ from paho.mqtt.properties import Properties
 from device.mqtt.link import Inbound, Link, LinkPolicy
 from device.mqtt.messages import Event, Stamper
 from device.mqtt.outbox import Outbox, OutboxPolicy
-from tests.broker import PERSISTENT, Mosquitto
+from tests.support.broker import PERSISTENT, Mosquitto
 
 START, SITE, DEVICE = 1.8e9, "bench", "board"
 PREFIX = f"edgeear/v1/{SITE}/{DEVICE}"

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from adaptors.archive import HeadArchive
-from device.evaluate_data import I64
+from device.evaluation.data import I64
 from edgeear.incremental import Readout as Readout
 from edgeear.incremental import readout as readout
 from edgeear.memory import DomainMemory, learn, merge, rounded

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from adaptors import transfer
-from device.nas_table import Truth, examples, from_json
-from device.paths import write_whole
+from device.evaluation.nas_table import Truth, examples, from_json
+from device.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / "benchmarks" / "data"

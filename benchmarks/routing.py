@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from device.encoder import OnnxEncoder, pooled_taps
-from device.evaluate_data import CACHE_BYTES, machine, versions
-from device.export import default_encoder_path
-from device.feature_cache import FeatureCache
-from device.featurise import featurise
-from device.folder import read_folder, split
-from device.paths import cache_dir, write_whole
+from device.encoder.export import default_encoder_path
+from device.encoder.session import OnnxEncoder, pooled_taps
+from device.evaluation.data import CACHE_BYTES
+from device.files import cache_dir, write_whole
+from device.images.feature_cache import FeatureCache
+from device.images.featurise import featurise
+from device.images.folder import read_folder, split
+from device.provenance import machine, versions
 from edgeear.flow import judge
 from edgeear.incremental import refit
 from edgeear.learned import learned

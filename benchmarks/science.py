@@ -84,7 +84,7 @@ def run_part(name: str, jobs: Sequence[Job], pool: ProcessPoolExecutor, results:
 
 def write(path: Path, part: str, rows: Sequence[Row], seconds: float) -> None:
     """Rows of the same keys as one table, a row a line; figures to five digits."""
-    from device.evaluate_data import machine, versions
+    from device.provenance import machine, versions
 
     head = {"part": part, "machine": machine(), "versions": versions(), "seconds": round(seconds)}
     tables: dict[tuple[str, ...], list[str]] = {}

@@ -18,13 +18,14 @@ from typing import Literal
 
 import numpy as np
 
-from device.codec import from_files, to_files
-from device.encoder import OnnxEncoder, pooled_taps
-from device.engine import OrtEngine
-from device.featurise import featurise
-from device.folder import FolderData, decode, read_folder
-from device.paths import cache_dir, cached_encoder
-from device.store import Store
+from device.encoder.cache import cached_encoder
+from device.encoder.engine import OrtEngine
+from device.encoder.session import OnnxEncoder, pooled_taps
+from device.files import cache_dir
+from device.images.featurise import featurise
+from device.images.folder import FolderData, decode, read_folder
+from device.state.codec import from_files, to_files
+from device.state.store import Store
 from edgeear.errors import FormatError, UsageError
 from edgeear.flow import AdaptPolicy, Prediction, Progress, Samples, adapt, infer
 from edgeear.shift import ShiftState
@@ -166,7 +167,7 @@ def _opened(encoder: EncoderChoice) -> Encoder:
     path = cached_encoder(cache_dir())
     if path is None:
         _need_torch("making the default encoder")
-        from device.export import default_encoder_path
+        from device.encoder.export import default_encoder_path
 
         path = default_encoder_path(cache_dir())
     return OnnxEncoder(path)

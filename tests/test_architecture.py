@@ -12,25 +12,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("adaptors", "edgeear", "firmware_bridge", "device")
 # Not among the base dependencies, and each costs a board tens to hundreds of megabytes.
 HEAVY = ("torch", "cv2", "torchhd", "onnx", "pandas", "scipy", "sklearn", "skimage", "mlxtend", "matplotlib")
-LEARNING = {"edgeear.growth", "edgeear.torch_space"}
-LEARNING_PROCESS = {"device.daemon.worker_child"}
-# The shell's part of it: what serves predictions, and what a board without extras starts; with all of `DAEMON`.
-DAEMON = ("device.daemon", "device.mqtt")
-INFERENCE_SHELL = {
-    "device.board",
-    "device.bench_runtime",
-    "device.cli",
-    "device.codec",
-    "device.engine",
-    "device.learner",
-    "device.encoder",
-    "device.folder",
-    "device.store",
+# Only these learn, or make an encoder.
+LEARNING = {
+    "edgeear.growth",
+    "edgeear.torch_space",
+    "device.daemon.learning.worker_child",
+    "device.encoder.efficientnet",
+    "device.encoder.export",
+    "device.encoder.export_graph",
 }
+# Rooms of device/ for a desk or a bench, where a command may load what it needs.
+DESK = ("device.evaluation", "device.simulation")
 
 PROBE = """
 import importlib, sys
@@ -48,11 +44,6 @@ def modules(room: str) -> set[str]:
     return {".".join(part for part in path.parts if part != "__init__") for path in files}
 
 
-def daemon_side() -> set[str]:
-    """The daemon's and the broker side's modules that run in the inference process, or at an operator's."""
-    return {name for name in modules("device") if name.startswith(DAEMON)} - LEARNING_PROCESS
-
-
 def probe(*names: str) -> str:
     """Import `names` in turn in a fresh interpreter; what it complained about, or nothing."""
     command = [sys.executable, "-c", PROBE, ",".join(HEAVY), *names]
@@ -60,10 +51,10 @@ def probe(*names: str) -> str:
 
 
 def test_inference_side_loads_no_heavy_package() -> None:
-    core = (modules("edgeear") | modules("firmware_bridge")) - LEARNING
-    shell = (INFERENCE_SHELL & modules("device")) | daemon_side()
-    assert {"edgeear", "device.store", "device.daemon.daemon", "device.mqtt.link"} <= core | shell
-    assert probe(*sorted(core), *sorted(shell)) == ""
+    everything = modules("edgeear") | modules("firmware_bridge") | modules("device")
+    serving = {name for name in everything - LEARNING if not name.startswith(DESK)}
+    assert {"edgeear", "device.state.store", "device.daemon.loop", "device.mqtt.link", "device.cli.app"} <= serving
+    assert probe(*sorted(serving)) == ""
 
 
 def test_probe_sees_a_heavy_package_behind_another_import() -> None:

@@ -25,9 +25,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.daemon.metrics import Metrics
-from tests.broker import Mosquitto, free_port, mosquitto
+from tests.support.broker import Mosquitto, free_port, mosquitto
 
-DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 GRANTED, NO_SUBSCRIBERS, NOT_AUTHORIZED = 0x00, 0x10, 0x87
 WAIT_S = 10
 HOST = "localhost"

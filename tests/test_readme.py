@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 LONG = ("demo", "bench", "run", "doctor", "watch", "send", "requests", "label")
 SECONDS = 300

@@ -30,7 +30,8 @@ from benchmarks.shift.streams import (
     measured,
     ramp,
 )
-from device.evaluate_data import DataOptions, EvalData, machine, open_encoder, read_domains, versions
+from device.evaluation.data import DataOptions, EvalData, open_encoder, read_domains
+from device.provenance import machine, versions
 from edgeear.system import System
 
 SHOTS = 20

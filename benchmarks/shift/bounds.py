@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.shift.streams import _picked, judged, known_system
-from device.evaluate_data import EvalData
+from device.evaluation.data import EvalData
 from edgeear.memory import learn
 from edgeear.novelty import Calibration, calibrate, conditional_bounds, detector
 from edgeear.shift import LEVELS, ShiftPolicy

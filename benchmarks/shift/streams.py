@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from device.evaluate_data import EvalData
-from device.folder import decode
+from device.evaluation.data import EvalData
+from device.images.folder import decode
 from edgeear.flow import judge
 from edgeear.memory import learn
 from edgeear.novelty import calibrate

@@ -15,24 +15,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.board import Board, BoardPolicy
-from device.codec import from_files
+from device.board.board import Board, BoardPolicy
 from device.daemon import machine
 from device.daemon.commands import Commands
-from device.daemon.config import Config
-from device.daemon.daemon import Daemon, DaemonPolicy
+from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
+from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
+from device.daemon.loop import Daemon, DaemonPolicy
 from device.daemon.metrics import Metrics
 from device.daemon.sources import Source, open_source
 from device.daemon.systemd import Notifier
-from device.daemon.worker import ProcessLearner, WorkerPolicy
-from device.encoder import OnnxEncoder, pooled_taps
+from device.encoder.cache import cached_encoder
+from device.encoder.session import OnnxEncoder, pooled_taps
+from device.files import cache_dir
 from device.mqtt import homeassistant, messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
-from device.paths import cache_dir, cached_encoder
-from device.store import Store
+from device.state.codec import from_files
+from device.state.store import Store
 from edgeear import __version__
 from edgeear.errors import FormatError, UsageError
 from edgeear.space import HypervectorSpace
@@ -58,7 +59,7 @@ def encoder_file(config: Config) -> Path:
     path = config.device.encoder or cached_encoder(cache_dir())
     if path is None:
         raise UsageError(
-            "device.encoder is not set and the cache holds no encoder: make the built-in one with "
+            "device.encoder.session is not set and the cache holds no encoder: make the built-in one with "
             "`edgeear encoder export` (needs the learn extra), or name an ONNX file"
         )
     return path

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
-from device.board import Board, BoardPolicy
-from device.board import Event as BoardEvent
+from device.board.board import Board, BoardPolicy
+from device.board.board import Event as BoardEvent
 from device.daemon.labels import LabelBook
-from device.folder import decode_bytes
-from device.maintenance import facts
+from device.images.folder import decode_bytes
 from device.mqtt import messages
+from device.state.maintenance import facts
 from edgeear.errors import DeviceError, EdgeearError
 from edgeear.flow import Prediction, infer
 from edgeear.forgetting import forget_class, forget_domain

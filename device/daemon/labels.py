@@ -1,4 +1,4 @@
-"""The labels that came for collected frames: `device.board.Labeller`, filled by label commands.
+"""The labels that came for collected frames: `device.board.board.Labeller`, filled by label commands.
 
 A label belongs to a frame's sample number, which counts from 1 at each start of the daemon. What is older than the
 frames that the board still holds is forgotten, so the book stays as small as the board's buffer. A domain's name is
@@ -36,7 +36,7 @@ class LabelBook:
             self._name = max(labels), domain
 
     def label(self, at: Sequence[int]) -> list[str | None]:
-        """As `device.board.Labeller`; labels of frames before all of these are dropped."""
+        """As `device.board.board.Labeller`; labels of frames before all of these are dropped."""
         oldest = min(at, default=0)
         self._labels = {number: label for number, label in self._labels.items() if number >= oldest}
         if self._name is not None and self._name[0] < oldest:

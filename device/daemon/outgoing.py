@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
-from device.board import Event as BoardEvent
+from device.board.board import Event as BoardEvent
 from device.daemon.commands import Outcome, answer
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics

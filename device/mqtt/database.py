@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from device.disk import sync_folder, take_lock
+from device.files import sync_folder, take_lock
 from edgeear.errors import DeviceError, FormatError, UsageError
 
 T = TypeVar("T")

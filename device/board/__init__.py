@@ -1,0 +1,1 @@
+"""A board, one step at a time: phases, events, and who learns."""

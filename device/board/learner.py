@@ -1,0 +1,115 @@
+"""Who turns a job of frames into a candidate, and when: at once, or elsewhere while the board goes on serving.
+
+Rules of this file:
+
+1. A job is a snapshot: the generation that it grows from and the frames never change, whatever the board does.
+2. A learner has one job at a time. `poll` gives its outcome once, and None before and after.
+3. A learner that dies, or is stopped at a limit, is an outcome (`Failed`), never an exception and never a candidate.
+4. How frames are shown to training is the learner's affair: it encodes the views, the board does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from device.images.folder import view
+from edgeear.errors import UsageError
+from edgeear.flow import AdaptPolicy, Progress, Samples, adapt
+from edgeear.system import Candidate, Engine, Rejected, System
+from edgeear.types import U8, Encoder, Features
+from edgeear.unlabelled import UnlabelledPolicy, adapt_unlabelled
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Grow the domain `name` over `system` from `frames`, each `(height, width, 3)`; `labels` are the class names of
+    the frames, or there are none and `unlabelled` says how to do without. `views`: how frames are shown to training."""
+
+    system: System
+    name: str
+    frames: tuple[U8, ...]
+    labels: tuple[str, ...] = ()
+    unlabelled: UnlabelledPolicy | None = None
+    views: tuple[str, ...] = ("plain", "flip")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wanted = 0 if self.unlabelled is not None else len(self.frames)
+        if not self.frames or len(self.labels) != wanted:
+            raise UsageError(f"{len(self.labels)} labels for {len(self.frames)} frames of a job: expected {wanted}")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The learner gave no answer; the live system is untouched. `reason` names what failed, limit and remedy."""
+
+    reason: str
+
+
+Outcome = Candidate | Rejected | Failed
+
+
+class Learner(Protocol):
+    """Works on one job at a time."""
+
+    def start(self, job: Job) -> None:
+        """Begin; raises UsageError while another job is at work."""
+
+    def poll(self) -> Outcome | None:
+        """The outcome, given once; None while there is none. Never waits."""
+
+    def cancel(self) -> None:
+        """End the job, if any, without an outcome."""
+
+
+class InlineLearner:
+    """Learns inside `start`: the simulation's, where nothing else has to go on. Errors of the flow are raised there."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        engine: Engine,
+        policy: AdaptPolicy | None = None,
+        on_progress: Progress = lambda *_: None,
+    ) -> None:
+        self._encoder, self._engine = encoder, engine
+        self._policy, self._on_progress = policy or AdaptPolicy(), on_progress
+        self._outcome: Outcome | None = None
+
+    def start(self, job: Job) -> None:
+        self._outcome = learn(job, self._encoder, self._engine, self._policy, self._on_progress)
+
+    def poll(self) -> Outcome | None:
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def cancel(self) -> None:
+        self._outcome = None
+
+
+def learn(
+    job: Job, encoder: Encoder, engine: Engine, policy: AdaptPolicy, on_progress: Progress
+) -> Candidate | Rejected:
+    """Do a job here and now. Needs torch (the `learn` extra); raises what `flow.adapt` raises."""
+    if job.unlabelled is not None:
+        views = _views(job, encoder, job.system.wanted_taps, on_progress)
+        return adapt_unlabelled(job.system, engine, job.name, views, job.unlabelled, policy, job.seed, on_progress)
+    views = _views(job, encoder, [t.name for t in job.system.space.taps], on_progress)
+    classes = tuple(sorted(set(job.labels)))
+    labels = np.array([classes.index(label) for label in job.labels], np.int64)
+    return adapt(job.system, Samples(job.name, views, labels, classes), policy, job.seed, on_progress)
+
+
+def _views(job: Job, encoder: Encoder, taps: Sequence[str], on_progress: Progress) -> list[Features]:
+    views: list[Features] = []
+    for k, how in enumerate(job.views):
+        done = []
+        for i, frame in enumerate(job.frames):
+            done.append(encoder.encode(view(frame, how)[None], taps))
+            on_progress("encode", k * len(job.frames) + i + 1, len(job.frames) * len(job.views))
+        views.append({t: np.concatenate([d[t] for d in done]) for t in taps})
+    return views

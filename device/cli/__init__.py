@@ -1,0 +1,1 @@
+"""The command line, `edgeear COMMAND`: one file a group of commands."""

@@ -1,0 +1,284 @@
+"""Commands of a board in the field: `edgeear run`, `init`, `doctor`, `asyncapi`; and of its operator: `watch`, `send`,
+`requests`, `label`.
+
+As in device/cli/app.py: a command parses, calls one function and prints; nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeear.errors import UsageError
+
+if TYPE_CHECKING:
+    from device.daemon.assemble import Running
+    from device.daemon.config.doctor import Finding
+    from device.mqtt.messages import Response
+    from device.operator.client import BrokerAddress
+
+DEFAULT = Path("edgeear.toml")
+
+app = typer.Typer()
+
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file; default: edgeear.toml where there is one, else the defaults."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
+
+
+@app.command(epilog="Example: `edgeear init`, edit edgeear.toml, `edgeear doctor`, `edgeear run`")
+def init(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The file to write.")] = DEFAULT,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented configuration file with every setting and its default."""
+    from device.daemon.config.init import write_config
+
+    write_config(config, force)
+    typer.echo(f"{config}: edit it, then `edgeear doctor --config {config}`")
+
+
+@app.command(epilog="Example: `edgeear doctor --config edgeear.toml`")
+def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
+    """Check this board before it goes into the field: machine, clock, encoder, store, broker, permissions.
+
+    Ends in 0 where all is well or only warned of, in 1 where something will not work."""
+    from device.daemon.config.doctor import diagnose, exit_code
+    from device.daemon.config.settings import load_config
+
+    path = _existing(config)
+    findings = diagnose(load_config(path), path)
+    if as_json:
+        typer.echo(json.dumps([_finding(f) for f in findings], indent=2))
+    else:
+        _print_findings(findings)
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command(epilog="Example: `edgeear run --config /etc/edgeear/edgeear.toml`")
+def run(
+    config: ConfigPath = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
+) -> None:
+    """Run the board's daemon: predict, learn, answer commands, until it is told to stop (SIGTERM or Ctrl-C).
+
+    Settings also come from the environment, EDGEEAR_SECTION__KEY, such as EDGEEAR_MQTT__HOST."""
+    from device.daemon.assemble import run as serve
+    from device.daemon.config.settings import load_config
+
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    settings = load_config(_existing(config))
+    stop, asked = threading.Event(), queue.SimpleQueue[int]()
+    running: list[Running] = []
+
+    def ready(now: Running) -> None:
+        running.append(now)
+        where = f"; metrics on 127.0.0.1:{now.metrics_port}" if now.metrics_port else ""
+        logging.getLogger("edgeear").info("%s/%s serves%s", settings.device.site, settings.device.name, where)
+
+    def end() -> None:
+        asked.get()
+        stop.set()
+        for r in running:
+            r.daemon.wake()
+
+    # A handler interrupts the loop anywhere, also inside the lock of the event that it waits on: only a SimpleQueue is
+    # safe to use there, and another thread does the rest.
+    threading.Thread(target=end, name="edgeear-end", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: asked.put(number))
+    serve(settings, stop, ready)
+
+
+@app.command(epilog="Example: `edgeear asyncapi > asyncapi.json`")
+def asyncapi() -> None:
+    """Print the AsyncAPI 3 document of all topics and messages."""
+    from device.mqtt.asyncapi import dumped
+
+    typer.echo(dumped(), nl=False)
+
+
+Broker = Annotated[
+    str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: that of the configuration.")
+]
+Ca = Annotated[Path | None, typer.Option("--ca", help="PEM file of the broker's authority; turns TLS on.")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="PEM file of the operator's certificate.")]
+Key = Annotated[Path | None, typer.Option("--key", help="PEM file of its key.")]
+Site = Annotated[str, typer.Option("--site", "-s", help="The site; + for all.")]
+
+
+@app.command(epilog="Example: `edgeear watch --broker plant.example:8883 --ca ca.pem --cert me.pem --key me.key`")
+def watch(
+    broker: Broker = None,
+    site: Site = "+",
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a fleet: one row a board, and what happens to it. Ctrl-C ends it."""
+    from device.operator.watching import follow
+
+    follow(_address(broker, config, ca, cert, key), site, seconds, as_json)
+
+
+BoardName = Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=False)]
+Wait = Annotated[float, typer.Option("--wait", min=0.1, max=86_400, help="Seconds to wait for the answer.")]
+
+
+@app.command(epilog="Example: `edgeear send plant/cam-1 forget domain=winter`")
+def send(
+    board: BoardName,
+    command: Annotated[
+        str, typer.Argument(help="infer, label, adapt, rollback, confirm, pause, set-policy, report or forget.")
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(help="The command's fields, NAME=VALUE; a value is JSON or else text, @FILE a picture."),
+    ] = None,
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    wait: Wait = 10.0,
+    identity: Annotated[str | None, typer.Option("--id", help="Command id, to repeat one safely.")] = None,
+) -> None:
+    """Command a board and print its response as JSON. Ends in 1 where it was refused or failed."""
+    from device.mqtt.topics import RESPONSE, topic_of
+    from device.operator.client import operator
+    from device.operator.labelling import named
+    from device.operator.watching import command_of
+
+    site, device = named(board)
+    asked = command_of(command, fields or [], identity)
+    with operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
+        _answer(us.ask(site, device, asked, wait))
+
+
+@app.command(
+    epilog="Example: `edgeear requests plant/cam-1 --out frames`, sort them into frames/CLASS/, `edgeear label`"
+)
+def requests(
+    board: BoardName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.", show_default=False)],
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="End after so many pictures.")] = None,
+) -> None:
+    """Save the frames that a board wants labelled, until Ctrl-C. The broker keeps what comes until the next call for
+    this folder, for a day, so call it once before the board needs you."""
+    from device.operator.labelling import collect
+
+    def saved(path: Path) -> None:
+        typer.echo(path)
+
+    total = collect(_address(broker, config, ca, cert, key), board, out, seconds=seconds, count=count, saved=saved)
+    typer.echo(f"{total} pictures in {out}: sort them into {out}/CLASS/, then `edgeear label`", err=True)
+
+
+@app.command(epilog="Example: `edgeear label plant/cam-1 --from frames --domain winter`")
+def label(
+    board: BoardName,
+    folder: Annotated[Path, typer.Option("--from", "-f", help="Folder of `edgeear requests`, sorted.")],
+    domain: Annotated[str | None, typer.Option("--domain", "-d", help="What the new domain is called.")] = None,
+    broker: Broker = None,
+    config: ConfigPath = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    wait: Wait = 10.0,
+) -> None:
+    """Send the folders DIR/CLASS/ as labels of the pictures in them. Ends in 1 where the board refused them."""
+    from device.mqtt.topics import RESPONSE, topic_of
+    from device.operator.client import operator
+    from device.operator.labelling import named
+    from device.operator.labelling import send as send_labels
+
+    topic = topic_of(*named(board), RESPONSE)
+    with operator(_address(broker, config, ca, cert, key), (topic,)) as us:
+        response, found = send_labels(us, board, folder, domain, wait)
+    if found.waiting or found.stale:
+        told = f"{found.waiting} pictures are in no class, {found.stale} are of earlier sessions and count no more"
+        typer.echo(told, err=True)
+    _answer(response)
+
+
+def _answer(response: Response) -> None:
+    """Print what a board said, and end with the exit code that fits."""
+    from device.operator.screen import dumped
+
+    typer.echo(dumped(response.model_dump(mode="json"), indent=2))
+    raise typer.Exit(0 if response.outcome == "ok" else 1)
+
+
+def _address(
+    broker: str | None, config: Path | None, ca: Path | None, cert: Path | None, key: Path | None
+) -> BrokerAddress:
+    """The broker that the options name, on top of the configuration's."""
+    from device.daemon.config.settings import load_config
+    from device.mqtt.link import TlsFiles
+    from device.operator.client import BrokerAddress
+
+    if (cert is None) != (key is None) or (cert is not None and ca is None):
+        raise UsageError("--cert, --key and --ca: a certificate needs its key and the broker's authority, give all")
+    mqtt = load_config(_existing(config)).mqtt
+    own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
+    tls = TlsFiles(ca, cert, key) if ca else own
+    host, port = (mqtt.host, mqtt.port) if broker is None else _host_and_port(broker, 8883 if tls else 1883)
+    password = None if mqtt.password is None else mqtt.password.get_secret_value()
+    return BrokerAddress(host, port, mqtt.username, password, tls)
+
+
+def _host_and_port(broker: str, usual: int) -> tuple[str, int]:
+    """HOST, HOST:PORT or [IPV6]:PORT, or an IPv6 address alone."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]+))(?::([0-9]{1,5}))?", broker)
+    if match is None and ":" in broker.partition(":")[2] and re.fullmatch(r"[0-9A-Fa-f:.]+", broker):
+        return broker, usual
+    if match is None or not 0 < int(match[3] or usual) < 65536:
+        raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
+    return match[1] or match[2], int(match[3] or usual)
+
+
+def _existing(config: Path | None) -> Path | None:
+    if config is None:
+        return DEFAULT if DEFAULT.is_file() else None
+    if not config.is_file():
+        raise UsageError(f"{config}: no such file; write one with `edgeear init --config {config}`")
+    return config
+
+
+def _finding(finding: Finding) -> dict[str, str]:
+    return {"check": finding.check, "verdict": finding.verdict, "text": finding.text, "remedy": finding.remedy or ""}
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+    table = Table(box=None, pad_edge=False)
+    for name in ("check", "verdict", "found", "remedy"):
+        table.add_column(name, overflow="fold")
+    for f in findings:
+        table.add_row(f.check, Text(f.verdict, style=colours[f.verdict]), Text(f.text), Text(f.remedy or ""))
+    Console().print(table, highlight=False)

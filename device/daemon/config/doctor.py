@@ -1,0 +1,405 @@
+"""`edgeear doctor`: what on this machine would keep the daemon from doing its work, and what to do about it.
+
+Rules of this file:
+
+1. One function for each check. It takes facts or a probe and returns findings; probes.py asks the machine.
+2. A finding names what was found, and what to do where that is not well. "problem": the daemon cannot do what the
+   configuration asks for; "warning": it can, but something is missing or will end.
+3. No check raises and none changes anything, but for a temporary file in the state folder. A store that nobody holds is
+   opened as the daemon would open it.
+4. No secret is in any text.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from device.daemon.config import probes
+from device.daemon.config.certificates import Validity, validity
+from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
+from device.daemon.config.settings import Config, MqttSection, SourceSection
+from device.state.store import StoreBusy
+from edgeear.errors import EdgeearError, FormatError
+
+Verdict = Literal["ok", "warning", "problem"]
+INFERENCE_MB = 200
+"""Measured of the inference process, rounded up."""
+DISK_MB = 200
+"""What generations take beside the outbox, rounded up."""
+SLOW_MS = 200.0
+SOON_S = 30 * 86_400.0
+EARLIEST = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`remedy` is empty where all is well."""
+
+    check: str
+    verdict: Verdict
+    text: str
+    remedy: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """1 where there is a problem, else 0."""
+    return int(any(finding.verdict == "problem" for finding in findings))
+
+
+def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[], float] = time.time) -> list[Finding]:
+    """Every finding on this machine, in the order of the checks. Takes some seconds: the encoder runs, and the broker
+    is called. `config_path` is the file that `config` came from."""
+    now = clock()
+    encoder = probes.encoder(config.device.encoder, config.device.threads)
+    digest = encoder.digest if isinstance(encoder, EncoderFacts) else None
+    learning, mqtt, state = config.learning, config.mqtt, config.device.state
+    checks: list[tuple[str, Callable[[], Findings]]] = [
+        ("cpu", lambda: check_cpu(probes.read("/proc/cpuinfo"), platform.machine())),
+        ("cores", lambda: check_cores(probes.cores(), config.device.threads, learning.enabled)),
+        ("memory", lambda: check_memory(probes.memory_mb(), learning.memory_limit_mb if learning.enabled else 0)),
+        ("clock", lambda: check_clock(now, probes.clock_synchronised())),
+        ("state", lambda: check_state(state, probes.writable)),
+        ("disk", lambda: check_disk(probes.free_mb(state), config.outbox.max_mb)),
+        ("encoder", lambda: check_encoder_file(encoder)),
+        ("store", lambda: check_store(lambda: probes.store(config.device.store), digest)),
+        ("outbox", lambda: check_outbox(config.device.outbox)),
+        ("learning", lambda: check_learning(learning.enabled, probes.installed)),
+        ("source", lambda: check_source(config.source, probes.installed, probes.connect)),
+        ("secrets", lambda: check_secrets(config, config_path)),
+        ("certificate", lambda: check_certificate(mqtt.cert, now)),
+        ("broker", lambda: check_broker(mqtt, probes.broker, now)),
+    ]
+    return [finding for name, check in checks for finding in _guarded(name, check)]
+
+
+def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
+    """A doctor that falls ill says so, and goes on."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [Finding(name, "warning", f"could not be checked ({type(error).__name__}: {error})", "report this")]
+
+
+# ------------------------------------------------------------------------------------------------- machine
+
+
+def check_cpu(cpuinfo: str, machine: str) -> Findings:
+    """The instructions that make the encoder fast, by `/proc/cpuinfo` and the name of the architecture."""
+    line = re.search(r"(?m)^(?:flags|Features)\s*:(.*)$", cpuinfo)
+    flags = set(line[1].split()) if line else set()
+    if machine in ("x86_64", "AMD64"):
+        wanted = {"avx2": "AVX2"}
+    elif machine in ("aarch64", "arm64"):
+        wanted = {"asimddp": "NEON dot products"}
+    elif machine.startswith("arm"):
+        wanted = {"neon": "NEON"}
+    else:
+        yield Finding("cpu", "warning", f"{machine}: not a machine that edgeear is measured on", "watch the latency")
+        return
+    missing = [name for flag, name in wanted.items() if flag not in flags]
+    if not flags:
+        yield Finding("cpu", "warning", f"{machine}: its features are not told", "watch the latency")
+    elif missing:
+        yield Finding(
+            "cpu", "warning", f"{machine} without {', '.join(missing)}", "expect slow frames: lower source.fps"
+        )
+    else:
+        yield Finding("cpu", "ok", f"{machine} with {', '.join(wanted.values())}")
+
+
+def check_cores(cores: int, threads: int, learning: bool) -> Findings:
+    """Whether the encoder's threads and a learning process have a core each."""
+    if threads > cores:
+        yield Finding("cores", "warning", f"{cores} for {threads} threads", f"set device.threads to {cores} at most")
+    elif learning and cores < 2:
+        yield Finding("cores", "warning", "1: learning and predictions share it", "expect slow frames while it learns")
+    else:
+        yield Finding("cores", "ok", str(cores))
+
+
+def check_memory(available_mb: float | None, learning_mb: int) -> Findings:
+    """What predictions need, and learning with its limit of `learning_mb` (0: it is off)."""
+    need = INFERENCE_MB + learning_mb
+    if available_mb is None:
+        yield Finding("memory", "warning", "not told by this system", f"see that {need} MB are free")
+    elif available_mb < INFERENCE_MB:
+        text = f"{available_mb:.0f} MB available, predictions need {INFERENCE_MB}"
+        yield Finding("memory", "problem", text, "stop other programs or take a larger board")
+    elif available_mb < need:
+        text = f"{available_mb:.0f} MB available, with learning up to {need} are needed"
+        yield Finding("memory", "warning", text, "add swap, or set learning.enabled = false")
+    else:
+        yield Finding("memory", "ok", f"{available_mb:.0f} MB available")
+
+
+def check_clock(now: float, synchronised: bool | None) -> Findings:
+    """Certificates, message expiry and the order of events hang on the clock."""
+    when = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
+    if not EARLIEST <= now < LATEST:
+        yield Finding("clock", "problem", f"it says {when}", "set it, and let NTP keep it (chrony, systemd-timesyncd)")
+    elif synchronised:
+        yield Finding("clock", "ok", f"{when}, synchronised")
+    else:
+        what = "whether it is synchronised is not told" if synchronised is None else "not synchronised"
+        yield Finding("clock", "warning", f"{when}, {what}", "let NTP keep it (chrony, systemd-timesyncd)")
+
+
+# ---------------------------------------------------------------------------------------------------- disk
+
+
+def check_state(state: Path, writable: Callable[[Path], str | None]) -> Findings:
+    """The state folder, or where it would be made: `writable` says what is wrong, or None."""
+    if state.exists() and not state.is_dir():
+        yield Finding("state", "problem", f"{state} is not a folder", "name another one in device.state")
+        return
+    why = writable(state)
+    if why is not None:
+        yield Finding("state", "problem", f"{state}: {why}", "give it to this user or change device.state")
+    elif state.exists() and stat.S_IMODE(state.stat().st_mode) & 0o022:
+        yield Finding("state", "warning", f"{state}: other users may change it", f"chmod go-w {state}")
+    else:
+        yield Finding("state", "ok", f"{state}{'' if state.exists() else ', made at the first start'}")
+
+
+def check_disk(free_mb: float, outbox_mb: int) -> Findings:
+    """Room for the outbox at its bound and some generations."""
+    need = outbox_mb + DISK_MB
+    if free_mb >= need:
+        yield Finding("disk", "ok", f"{free_mb:.0f} MB free")
+    else:
+        text = f"{free_mb:.0f} MB free, up to {need} may be needed"
+        verdict: Verdict = "problem" if free_mb < DISK_MB / 4 else "warning"
+        yield Finding("disk", verdict, text, "free some, or lower outbox.max_mb")
+
+
+def check_encoder_file(encoder: EncoderFacts | str) -> Findings:
+    """What `probes.encoder` found: facts, or in words why there are none."""
+    if isinstance(encoder, str):
+        yield Finding("encoder", "problem", encoder, "run `edgeear encoder export` or set device.encoder.session")
+        return
+    for problem in encoder.problems:
+        yield Finding("encoder", "problem" if problem.severity == "error" else "warning", problem.what, problem.remedy)
+    if encoder.frame_ms is None:
+        return
+    text = f"{(encoder.digest or '')[:12]}, {encoder.frame_ms:.1f} ms a frame, threads: {encoder.threads}"
+    if encoder.frame_ms > SLOW_MS:
+        yield Finding("encoder", "warning", text, "raise device.threads or lower source.fps")
+    else:
+        yield Finding("encoder", "ok", text)
+
+
+def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None) -> Findings:
+    """Whether the store can be read and was learned on the encoder with this `digest`."""
+    try:
+        facts = open_store()
+    except StoreBusy:
+        yield Finding("store", "ok", "in use by a running daemon, which checked it")
+        return
+    except EdgeearError as error:
+        yield Finding("store", "problem", str(error), "restore it from a backup, or move it away and learn again")
+        return
+    if facts is None:
+        yield Finding("store", "ok", "nothing is learned yet")
+        return
+    if facts.damage is not None:
+        yield Finding("store", "warning", f"{facts.damage}: an older generation serves", "check the disk")
+    if digest is not None and facts.encoder is not None and digest != facts.encoder:
+        text = f"learned on encoder {facts.encoder[:12]}, configured is {digest[:12]}"
+        yield Finding("store", "problem", text, "set device.encoder.session to the old file, or move device.state away")
+    else:
+        on = "" if facts.live == facts.confirmed else ", on probation"
+        yield Finding("store", "ok", f"generation {facts.live}{on}, domains: {facts.domains}")
+
+
+def check_outbox(path: Path) -> Findings:
+    """The outbox's file, as far as it can be judged without holding it."""
+    if not path.exists():
+        yield Finding("outbox", "ok", "empty, made at the first start")
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        yield Finding("outbox", "problem", f"{path}: {error.strerror}", "give it to this user")
+        return
+    if not os.access(path, os.W_OK):
+        yield Finding("outbox", "problem", f"{path}: cannot be written", "give it to this user")
+    elif head not in (b"", b"SQLite format 3\0"):
+        yield Finding("outbox", "warning", f"{path}: damaged, it will be set aside", "keep a copy if it matters")
+    else:
+        yield Finding("outbox", "ok", f"{path.stat().st_size / 2**20:.1f} MB")
+
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
+    """The packages of the `learn` extra."""
+    missing = [name for name in ("torch", "onnx") if not installed(name)] if enabled else []
+    if missing:
+        remedy = "pip install 'edgeear[learn]', or set learning.enabled = false"
+        yield Finding("learning", "problem", f"not installed: {', '.join(missing)}", remedy)
+    else:
+        yield Finding("learning", "ok", "ready" if enabled else "off")
+
+
+def check_source(
+    source: SourceSection, installed: Callable[[str], bool], connect: Callable[[str, int], object]
+) -> Findings:
+    """Whether what frames come from is there and may be used."""
+    kind, path = source.kind, source.path
+    if kind in ("folder", "replay") and path is not None:
+        needed = os.R_OK | os.X_OK | (os.W_OK if kind == "folder" and source.after == "delete" else 0)
+        if not path.is_dir():
+            yield Finding("source", "problem", f"{path} is no folder", "make it, or change source.path")
+        elif not os.access(path, needed):
+            yield Finding("source", "problem", f"{path}: this user may not use it", "change its permissions")
+        else:
+            yield Finding("source", "ok", f"{kind} {path}")
+        return
+    if kind == "camera" and not installed("cv2"):
+        yield Finding("source", "problem", "OpenCV is not installed", "pip install 'edgeear[camera]'")
+    elif source.url is not None and kind == "serial":
+        yield from _check_sensor_port(source.url, connect)
+    elif kind in ("camera", "serial"):
+        named = source.device or ""
+        file = Path(f"/dev/video{named}" if named.isdecimal() else named)
+        if not file.exists():
+            yield Finding("source", "problem", f"{file}: not there", "check the cable, or change source.device")
+        elif not os.access(file, os.R_OK | os.W_OK):
+            group = "video" if kind == "camera" else "dialout"
+            yield Finding("source", "problem", f"{file}: this user may not use it", f"add the user to group {group}")
+        else:
+            yield Finding("source", "ok", f"{kind} {file}")
+    else:
+        yield Finding(
+            "source", "ok", "frames come by MQTT" if kind == "mqtt" else "none: frames come with commands only"
+        )
+
+
+def _check_sensor_port(url: str, connect: Callable[[str, int], object]) -> Findings:
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    try:
+        connect(host.strip("[]"), int(port))
+    except OSError as error:
+        yield Finding("source", "problem", f"{url}: {_reason(error)}", "check its power, its network and source.url")
+    else:
+        yield Finding("source", "ok", f"sensor at {url}")
+
+
+def check_secrets(config: Config, config_path: Path | None) -> Findings:
+    """That nobody else reads the key of the board, or a password in the file."""
+    files = [] if config.mqtt.key is None else [(config.mqtt.key, "mqtt.key")]
+    if config_path is not None and config.mqtt.password is not None:
+        files.append((config_path, "the file with mqtt.password"))
+    bad = 0
+    for path, what in files:
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+        except OSError as error:
+            yield Finding("secrets", "problem", f"{what} {path}: {error.strerror}", "put it there for this user")
+            bad += 1
+            continue
+        if not os.access(path, os.R_OK):
+            yield Finding("secrets", "problem", f"{what} {path}: this user may not read it", "give it to this user")
+        elif mode & 0o007:
+            yield Finding("secrets", "problem", f"{what} {path}: every user may read it", f"chmod 600 {path}")
+        elif mode & 0o070:
+            yield Finding("secrets", "warning", f"{what} {path}: its group may read it", f"chmod 600 {path}")
+        else:
+            continue
+        bad += 1
+    if not bad:
+        yield Finding("secrets", "ok", "private" if files else "none in use")
+
+
+# -------------------------------------------------------------------------------------------------- broker
+
+
+def check_certificate(cert: Path | None, now: float) -> Findings:
+    """The board's own certificate; the broker shows its own, see `check_broker`."""
+    if cert is None:
+        return
+    try:
+        period = validity(cert.read_text(encoding="ascii", errors="replace"))
+    except OSError as error:
+        yield Finding("certificate", "problem", f"{cert}: {error.strerror}", "put it there, or change mqtt.cert")
+    except FormatError as error:
+        yield Finding("certificate", "problem", f"{cert}: {error}", "get it again from who signs this site's boards")
+    else:
+        yield _judged("certificate", str(cert), period, now)
+
+
+def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: float) -> Findings:
+    """Whether the broker answers, and with a certificate that will do. No MQTT is spoken."""
+    if not mqtt.enabled:
+        yield Finding("broker", "ok", "off")
+        return
+    where = f"{mqtt.host}:{mqtt.port}"
+    try:
+        found = call(mqtt)
+    except OSError as error:
+        yield Finding("broker", "problem", f"{where}: {_reason(error)}", _broker_remedy(error))
+    else:
+        if found.certificate is not None:
+            yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
+        elif mqtt.password is not None:
+            yield Finding("broker", "warning", f"{where} answers; the password goes there in clear", "use TLS: mqtt.ca")
+        else:
+            yield Finding("broker", "ok", f"{where} answers")
+
+
+def _judged(check: str, what: str, period: Validity, now: float) -> Finding:
+    start, end = (f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d}" for t in (period.start, period.end))
+    if now < period.start:
+        return Finding(check, "problem", f"{what} is valid from {start} only", "set this machine's clock")
+    if now >= period.end:
+        return Finding(check, "problem", f"{what} expired on {end}", "renew it")
+    if period.end - now < SOON_S:
+        return Finding(check, "warning", f"{what} expires on {end}", "renew it before then")
+    return Finding(check, "ok", f"{what} is valid until {end}")
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS with it ({getattr(error, 'reason', None) or error})"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return error.strerror or str(error)
+
+
+_NOT_YET, _EXPIRED, _OTHER_NAME, _OTHER_ADDRESS = 9, 10, 62, 64  # X509_V_ERR_ of OpenSSL
+
+
+def _broker_remedy(error: OSError) -> str:
+    code = getattr(error, "verify_code", None)
+    if code in (_NOT_YET, _EXPIRED):
+        return "renew the broker's certificate, unless this machine's clock is wrong"
+    if code in (_OTHER_NAME, _OTHER_ADDRESS):
+        return "set mqtt.host to the name in the broker's certificate"
+    if code is not None:
+        return "set mqtt.ca to the authority that signed the broker"
+    if isinstance(error, ssl.SSLError):
+        return "check mqtt.port (8883 is usual), mqtt.cert and mqtt.key"
+    if isinstance(error, socket.gaierror):
+        return "correct mqtt.host or the name server"
+    return "start the broker, open the firewall, or correct mqtt.host and mqtt.port"

@@ -1,0 +1,97 @@
+"""The file that `edgeear init` writes: every key with its default, its range and what it is for.
+
+Rules of this file:
+
+1. It is made from the models of config.py, so it cannot say anything else than they do.
+2. `#key = value` is a setting that stands at its default; prose begins with `# `. So a later version's better default
+   reaches a board that never chose its own. Only the names of site and board are set.
+3. A file that is there is not overwritten unless that is asked for; it appears whole, readable by its owner alone,
+   because a password may be written into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from device.daemon.config.settings import PREFIX, Section, sections
+from edgeear.errors import DeviceError, UsageError
+
+_INTRODUCTION = f"""\
+# edgeear's configuration. `edgeear doctor` checks it, `edgeear run` follows it.
+# A line that begins with # and a letter is a setting at its default: remove the # to change it.
+# An environment variable {PREFIX}SECTION__KEY goes before the line in this file.
+"""
+
+
+def commented_toml(name: str = "board") -> str:
+    """The text of a configuration of defaults for a board called `name`."""
+    tables = ("\n".join(_table(title, model, name)) for title, model in sections().items())
+    return "\n\n".join([_INTRODUCTION.rstrip(), *tables]) + "\n"
+
+
+def write_config(path: Path, force: bool = False) -> None:
+    """Write the commented file to `path`, for a board that has this machine's name.
+
+    Raises `UsageError` where something is there and `force` is not given, `DeviceError` where it cannot be written.
+    """
+    if not force and os.path.lexists(path):
+        raise UsageError(f"{path} is there already: --force replaces it")
+    content = commented_toml(_host_name())
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise DeviceError(f"{path}: {error.strerror}; name a file in a folder that you may write to") from error
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname().partition(".")[0])[:64].strip("-") or "board"
+
+
+def _table(title: str, model: type[Section], name: str) -> Iterator[str]:
+    yield f"# {model.__doc__}"
+    yield f"[{title}]"
+    for key, field in model.model_fields.items():
+        notes = f"{field.description} {_range(field)}"
+        yield from textwrap.wrap(notes.strip(), 100, initial_indent="# ", subsequent_indent="# ")
+        chosen = title == "device" and key in ("site", "name")
+        value = name if chosen and key == "name" else field.default
+        shown = field.examples[0] if value is None and field.examples else value
+        yield f"{'' if chosen else '#'}{key} = {_toml(shown)}"
+
+
+def _range(field: FieldInfo) -> str:
+    """The bounds in words, and whether the key has no default."""
+    if "Literal[" in str(field.annotation):
+        return "One of " + ", ".join(re.findall(r"'([^']*)'", str(field.annotation))) + "."
+    bounds = {
+        kind: getattr(rule, kind) for rule in field.metadata for kind in ("ge", "gt", "le") if hasattr(rule, kind)
+    }
+    if bounds:
+        low = f"above {bounds['gt']:,}" if "gt" in bounds else f"{bounds['ge']:,}"
+        return f"({low} to {bounds['le']:,})"
+    return "(not set)" if field.default is None else ""
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,168 @@
+"""What the doctor asks the machine: each function looks at one thing and judges nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import ssl
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from device.daemon.config.certificates import Validity
+from device.daemon.config.settings import MqttSection
+from device.encoder.cache import cached_encoder
+from device.encoder.session import OnnxEncoder, Problem, check_encoder
+from device.files import cache_dir
+from device.state.codec import from_files
+from device.state.store import CURRENT, Store
+
+TIMEOUT_S = 5.0
+_UNSYNCHRONISED = 5  # TIME_ERROR of adjtimex(2)
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """`digest` and `frame_ms` (median of a few frames) are None where the file cannot serve."""
+
+    path: Path
+    threads: int
+    problems: tuple[Problem, ...]
+    digest: str | None
+    frame_ms: float | None
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """`encoder` is the digest that the live generation was learned on; `damage` what the store fell back from."""
+
+    live: int | None
+    confirmed: int | None
+    domains: int
+    encoder: str | None
+    damage: str | None
+
+
+@dataclass(frozen=True)
+class Broker:
+    """One that answers; `certificate` where TLS is spoken."""
+
+    certificate: Validity | None
+
+
+def read(path: str) -> str:
+    """A file's text; empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_mb(meminfo: str | None = None, limit: str | None = None, used: str | None = None) -> float | None:
+    """Available now, by `/proc/meminfo` and the limit of the control group; None where nobody says."""
+    found = re.search(r"(?m)^MemAvailable:\s*(\d+) kB", read("/proc/meminfo") if meminfo is None else meminfo)
+    bound = (read("/sys/fs/cgroup/memory.max") if limit is None else limit).strip()
+    taken = (read("/sys/fs/cgroup/memory.current") if used is None else used).strip()
+    known = [int(found[1]) / 1024] if found else []
+    if bound.isdigit() and taken.isdigit():
+        known.append(max(0, int(bound) - int(taken)) / 2**20)
+    return min(known, default=None)
+
+
+def clock_synchronised() -> bool | None:
+    """What the kernel says (adjtimex); None where it says nothing."""
+    try:
+        adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
+    except (OSError, AttributeError):
+        return None
+    state: int = adjtimex(ctypes.create_string_buffer(1024))  # struct timex, all zero: only look
+    return None if state < 0 else state != _UNSYNCHRONISED
+
+
+def writable(folder: Path) -> str | None:
+    """What keeps this user from writing into `folder` or, before it is made, into what will hold it; else None."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
+
+
+def free_mb(folder: Path) -> float:
+    """On the disk that holds `folder` or will."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free / 2**20
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts | str:
+    """The file at `path`, or the cached one, checked and timed; in words why there is none."""
+    chosen = path or cached_encoder(cache_dir())
+    if chosen is None:
+        return f"no intact built-in encoder in {cache_dir()}"
+    if not chosen.is_file():
+        return f"{chosen}: not there"
+    if not os.access(chosen, os.R_OK):
+        return f"{chosen}: this user may not read it"
+    problems = check_encoder(chosen)
+    if any(problem.severity == "error" for problem in problems):
+        return EncoderFacts(chosen, threads, problems, None, None)
+    network = OnnxEncoder(chosen, threads)
+    frame, taps = np.zeros((1, *network.input_size, 3), np.uint8), [tap.name for tap in network.taps if not tap.spatial]
+    times = []
+    for _ in range(frames):
+        begun = time.perf_counter()
+        network.encode(frame, taps)
+        times.append(1000 * (time.perf_counter() - begun))
+    return EncoderFacts(chosen, threads, problems, network.digest, statistics.median(times))
+
+
+def store(folder: Path) -> StoreFacts | None:
+    """None where there is no store. Raises what `Store.open` and reading it raise."""
+    if not (folder / CURRENT).is_file():
+        return None
+    with Store.open(folder) as opened:
+        damage = None if opened.recovered_from is None else str(opened.recovered_from)
+        if opened.live is None:
+            return None
+        system = from_files(opened.read(opened.live))
+        return StoreFacts(opened.live, opened.confirmed, len(system.domains), system.encoder_digest, damage)
+
+
+def connect(host: str, port: int) -> None:
+    """Reach a TCP port. Raises `OSError`."""
+    socket.create_connection((host, port), TIMEOUT_S).close()
+
+
+def broker(mqtt: MqttSection) -> Broker:
+    """Reach the broker, over TLS where that is configured. Raises `OSError`, `ssl.SSLError` among them."""
+    with socket.create_connection((mqtt.host, mqtt.port), TIMEOUT_S) as plain:
+        if not mqtt.secure:
+            return Broker(None)
+        context = ssl.create_default_context(cafile=None if mqtt.ca is None else str(mqtt.ca))
+        if mqtt.cert is not None:
+            context.load_cert_chain(mqtt.cert, mqtt.key)
+        with context.wrap_socket(plain, server_hostname=mqtt.host) as secure:
+            shown = secure.getpeercert() or {}
+            start, end = (ssl.cert_time_to_seconds(str(shown[key])) for key in ("notBefore", "notAfter"))
+            return Broker(Validity(start, end))

@@ -1,0 +1,398 @@
+"""The loop of an edge board: frames in; predictions, events and telemetry out; commands applied once.
+
+Rules of this file:
+
+1. One thread does everything that changes something. Sources and the network only put into bounded queues and wake it.
+   A turn does at most one frame, one command and one label request, so none can starve the others.
+2. A frame is answered first, whatever else is due; learning runs in a process of its own (worker.py).
+3. A command is acknowledged to the broker only when what it did and its answer are on disk. A repeated one gets the
+   answer of the first time.
+4. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
+   start sets it aside and begins a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from device.board.board import Board
+from device.board.board import Event as BoardEvent
+from device.daemon import machine
+from device.daemon.commands import Commands, Outcome
+from device.daemon.frames import Frame, FrameQueue
+from device.daemon.outgoing import Link, Outgoing, outbox_facts
+from device.daemon.telemetry import Window
+from device.mqtt import messages
+from device.mqtt.outbox import Outbox, OutboxDamaged
+from edgeear import __version__
+from edgeear.errors import DataError, DeviceError
+from edgeear.types import U8
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+    from device.daemon.metrics import Metrics
+    from device.daemon.sources import Source
+    from device.mqtt.connection import Inbound
+
+LOG = logging.getLogger("edgeear")
+INBOX, INBOX_BYTES = 256, 32 << 20
+"""Commands held between two turns. Not every broker respects our receive maximum; what finds no room stays
+unacknowledged, and is asked for again once there is."""
+IDLE_S, LEARNING_S = 5.0, 0.2
+"""Longest sleep with nothing to do, and while a learner runs, seconds."""
+LEARNED = ("grown", "rejected", "learning-failed")
+"""Events that end an adaptation."""
+
+
+@dataclass(frozen=True)
+class DaemonPolicy:
+    """`period_s` of telemetry, `max_age_s` of a frame that is still answered, both seconds; `predictions`: whether
+    every answer is published; `label_requests`: whether frames that want a label are."""
+
+    period_s: float = 60.0
+    max_age_s: float = 2.0
+    predictions: bool = False
+    label_requests: bool = True
+
+
+@dataclass
+class Counts:
+    """Since the start: frames answered, frames that could not be, messages that were no command or came too late."""
+
+    frames: int = 0
+    unusable: int = 0
+    refused_messages: int = 0
+
+
+class Daemon:
+    """One board's loop, a turn at a time. `address`: site and device. `clock` gives unix seconds, `timer` seconds that
+    never go back."""
+
+    def __init__(
+        self,
+        board: Board,
+        commands: Commands,
+        outbox: Outbox,
+        frames: FrameQueue,
+        address: tuple[str, str],
+        session: str,
+        *,
+        clock: Callable[[], float],
+        timer: Callable[[], float],
+        seed: int = 0,
+        policy: DaemonPolicy | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.board, self.commands, self.outbox, self.frames = board, commands, outbox, frames
+        self.out = Outgoing(outbox, address, session, clock)
+        self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
+        self.source: Source | None = None
+        self._trouble_at: int | None = None
+        commands.describe = self.describe
+        self._clock, self._timer, self._random = clock, timer, random.Random(seed)
+        self._inbox: deque[Inbound] = deque()
+        self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
+        self._wake = threading.Event()
+        self._requests: deque[tuple[int, U8, str | None]] = deque()
+        self._lost: dict[str, int] = {}
+        self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
+        self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
+
+    @property
+    def session(self) -> str:
+        """Names this start of the daemon in every message."""
+        return self.out.session
+
+    @property
+    def link(self) -> Link | None:
+        """The way to the broker; None for a board without one."""
+        return self.out.link
+
+    @link.setter
+    def link(self, link: Link | None) -> None:
+        self.out.link = link
+
+    # Called by other threads
+
+    def connection_changed(self, connected: bool, text: str) -> None:
+        """The link came up or went down."""
+        LOG.info("broker: %s%s", "" if connected else "not connected: ", text)
+
+    def receive(self, inbound: Inbound) -> None:
+        """A command came."""
+        with self._inbox_lock:
+            if len(self._inbox) < INBOX and self._held + len(inbound.payload) <= INBOX_BYTES:
+                self._held += len(inbound.payload)
+                self._inbox.append(inbound)
+            else:
+                self._overflowed = True
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Something is there to be done: a frame, the end."""
+        self._wake.set()
+
+    def status(self, state: Literal["online", "offline"]) -> bytes:
+        """The birth of this session, or its last will."""
+        return self.out.status(state, self.board.system)
+
+    # Before the loop
+
+    def pause(self, why: str) -> None:
+        """Do not learn, and say why."""
+        self._tell(*self.board.pause(True), self.board.event("paused", why))
+
+    def note(self, kind: str, text: str) -> None:
+        """Tell of something that happened outside the loop."""
+        self._tell(self.board.event(kind, text))
+
+    # The loop
+
+    def run(self, stop: threading.Event, progressed: Callable[[], object] = lambda: None) -> None:
+        """Turn until `stop` is set; `progressed` is called after each turn, the proof that predictions go on."""
+        while not stop.is_set():
+            self._wake.clear()
+            busy = self.turn()
+            progressed()
+            if not busy and not stop.is_set():
+                self._wake.wait(self._patience())
+        self._tell(self.board.event("stopped", "the daemon was asked to stop"))
+
+    def turn(self) -> bool:
+        """Do what is due: one frame, one command, one label request, the telemetry. False where there was none of the
+        first three."""
+        frame = self.frames.get(self._clock(), self.policy.max_age_s)
+        if frame is not None:
+            self._serve(frame)
+        elif self.board.waiting:
+            self._poll()
+        command = self._next_command()
+        if command is not None:
+            self._command(command)
+        asked = self._ask_label()
+        self._look_at_source()
+        self._close_window()
+        if self.metrics is not None:
+            self._measure(self.metrics)
+        return frame is not None or command is not None or asked
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two telemetry messages."""
+        return self.commands.settings.telemetry_period_s or self.policy.period_s
+
+    def _patience(self) -> float:
+        due = self._window.started + self.period_s - self._clock()
+        return max(0.0, min(due, LEARNING_S if self.board.waiting else IDLE_S))
+
+    def _serve(self, frame: Frame) -> None:
+        begun = self._timer()
+        try:
+            step = self.board.step(frame.pixels)
+        except DataError as error:
+            self.counts.unusable += 1
+            self._tell(self.board.event("refused", f"frame {frame.ref}: {error}"))
+            return
+        except DeviceError as error:
+            self._tell(self.board.event("learning-failed", str(error)))
+            return
+        seconds = self._timer() - begun
+        self.counts.frames += 1
+        self._window.add(step.prediction, seconds)
+        if self.metrics is not None:
+            self.metrics.answered(step.prediction, seconds)
+        if self._publishes:
+            self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
+        self._tell(*step.events)
+
+    @property
+    def _publishes(self) -> bool:
+        chosen = self.commands.settings.predictions
+        return self.policy.predictions if chosen is None else chosen
+
+    def _poll(self) -> None:
+        try:
+            self._tell(*self.board.poll())
+        except DeviceError as error:
+            self._tell(self.board.event("learning-failed", str(error)))
+
+    # Commands
+
+    def _next_command(self) -> Inbound | None:
+        with self._inbox_lock:
+            if self._inbox:
+                command = self._inbox.popleft()
+                self._held -= len(command.payload)
+                return command
+            overflowed, self._overflowed = self._overflowed, False
+        if overflowed and self.link is not None:
+            self.link.again()
+        return None
+
+    def _command(self, inbound: Inbound) -> None:
+        command = messages.parse_command(inbound.name, inbound.payload)
+        if isinstance(command, messages.Refusal):
+            self._turn_away(inbound, command)
+        elif (late := self._late(inbound, command)) is not None:
+            self._turn_away(inbound, messages.Refusal(command.id, late))
+        else:
+            self._apply_guarded(inbound, command)
+        if self.link is not None:
+            self.link.acknowledge(inbound)
+
+    def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
+        ends = [t for t in (inbound.expires, command.expires) if t is not None]
+        now = self._clock()
+        if ends and min(ends) < now:
+            return f"expired {now - min(ends):.1f} s ago: send it again with a later expiry"
+        return None
+
+    def _apply_guarded(self, inbound: Inbound, command: messages.Command) -> None:
+        try:
+            self._apply_once(inbound, command)
+        except OutboxDamaged:
+            raise
+        except DeviceError as error:
+            self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
+
+    def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
+        now = self._clock()
+        recorded = self.outbox.recall(command.id, now)
+        if recorded is not None and recorded.payload is not None:
+            self.out.answer_again(inbound, recorded.payload)
+            return
+        self.outbox.begin(command.id, now)
+        outcome = self._applied(command, again=recorded is not None)
+        self.out.answer(inbound, command.id, outcome)
+        self._count(inbound.name, outcome.outcome)
+        self._tell(*outcome.events)
+
+    def _applied(self, command: messages.Command, again: bool) -> Outcome:
+        try:
+            return self.commands.apply(command, again)
+        except Exception as error:  # a bug; the broker would send what is not acknowledged again and again
+            LOG.exception("command %s failed", command.id)
+            return Outcome("failed", reason=f"internal error, {type(error).__name__}: {error}")
+
+    def _turn_away(self, inbound: Inbound, refusal: messages.Refusal) -> None:
+        self.counts.refused_messages += 1
+        self._count(inbound.name, "refused")
+        self.out.refuse(inbound, refusal)
+
+    def _count(self, name: str, outcome: str) -> None:
+        if self.metrics is not None:
+            known = name if name in messages.COMMANDS else "unknown"  # a label for each invented name would never end
+            self.metrics.commands.labels(known, outcome).inc()
+
+    # Events and telemetry
+
+    def _tell(self, *events: BoardEvent) -> None:
+        for event in events:
+            LOG.info("%s: %s", event.kind, event.text)
+            self.out.event(event, self.board.system.generation)
+            if self.metrics is not None and event.kind in LEARNED:
+                self.metrics.learning_runs.labels(event.kind).inc()
+            if event.kind == "label-wanted" and self.policy.label_requests:
+                self._requests = deque(self.board.wanted())
+
+    def _ask_label(self) -> bool:
+        """Send one frame that wants a label, if its label is still wanted."""
+        if not self._requests:
+            return False
+        at, frame, route = self._requests.popleft()
+        if any(at == number for number, _, _ in self.board.wanted()):
+            self.out.label_request(at, frame, route)
+        return True
+
+    def _look_at_source(self) -> None:
+        """Tell when frames stop coming for a reason, once, and when they come again."""
+        source = self.source
+        if source is None:
+            return
+        received = self.frames.counts.received
+        if self._trouble_at is not None and received > self._trouble_at:
+            self._trouble_at = None
+            self._tell(self.board.event("source", "frames come again"))
+        elif self._trouble_at is None and not source.alive and (source.last_error or source.finished):
+            self._trouble_at = received
+            why = "the source came to its end" if source.finished else f"no frames come: {source.last_error}"
+            self._tell(self.board.event("source", why))
+
+    def _close_window(self) -> None:
+        now = self._clock()
+        if now < self._window.started:  # the clock was set back: this window would not end for as long
+            self._window.started = now
+        if now >= self._window.started + self.period_s:
+            self.report_window()
+
+    def report_window(self) -> None:
+        """Drop what has waited too long, send the figures of the window that ends now, and begin the next."""
+        now, losses = self._clock(), self._losses()
+        self.out.expire()
+        facts = {
+            "from_time": self._window.started,
+            "to_time": now,
+            "phase": self.board.phase,
+            "paused": self.board.paused,
+            "generation": self.board.system.generation,
+            "temperature_c": machine.temperature_c(),
+            "rss_mb": machine.rss_mb(),
+            "cpu_share": self._cpu.read(),
+            **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
+            **self._window.facts(),
+        }
+        self._window, self._lost = Window(now, self._random), losses
+        self.out.telemetry(facts)
+
+    def _losses(self) -> dict[str, int]:
+        """What was not served since the start, by the fields of telemetry."""
+        queue = self.frames.counts
+        return {
+            "dropped": queue.dropped,
+            "stale": queue.stale,
+            "undecodable": queue.undecodable + self.counts.unusable,
+            "refused_messages": self.counts.refused_messages,
+        }
+
+    def _measure(self, metrics: Metrics) -> None:
+        """Bring the metrics up to what was counted elsewhere, once a second at most."""
+        now = self._timer()
+        if now - self._measured[0] < 1.0:
+            return
+        losses, dropped = self._losses(), self.outbox.counters().dropped
+        counts = {
+            metrics.dropped.labels("queue"): losses["dropped"],
+            metrics.dropped.labels("stale"): losses["stale"],
+            metrics.dropped.labels("undecodable"): losses["undecodable"],
+            **{metrics.outbox_dropped.labels(cls): count for cls, count in dropped.items()},
+        }
+        before = self._measured[1]
+        for counter, count in counts.items():
+            counter.inc(max(0, count - before.get(counter, 0)))
+        metrics.phase(self.board.phase)
+        self._measured = now, counts
+
+    def describe(self) -> dict[str, Any]:
+        """The daemon's part of a report."""
+        return {
+            "session": self.session,
+            "boot": self.outbox.boot,
+            "version": __version__,
+            "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
+            "refused_messages": self.counts.refused_messages,
+            "outbox": outbox_facts(self.outbox.counters(), self._clock()),
+            "source": None if self.source is None else source_facts(self.source),
+            "rss_mb": machine.rss_mb(),
+        }
+
+
+def source_facts(source: Source) -> dict[str, Any]:
+    """What a report says of where frames come from."""
+    return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}

@@ -1,0 +1,76 @@
+"""The machine's side of the flow: the encoder's session and one ONNX Runtime session a head, opened when first used.
+
+One input of a Fourier head needs no session (direct.py)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from adaptors.archive import HeadArchive
+from device.encoder.direct import DirectHead, direct
+from edgeear.types import F32, Encoder, Features
+
+SESSIONS = 32
+"""Head sessions kept open; the least recently used one is closed first."""
+
+
+class OrtEngine:
+    """`edgeear.system.Engine` on ONNX Runtime. `threads` is per session; heads are small and always take one."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._heads: OrderedDict[str, ort.InferenceSession] = OrderedDict()
+        self._direct: OrderedDict[str, DirectHead | None] = OrderedDict()
+
+    def encode(self, frame: NDArray[np.uint8], taps: tuple[str, ...]) -> dict[str, F32]:
+        return self.encoder.encode(frame[None], taps)
+
+    def scores(self, head: HeadArchive, features: Features) -> F32:
+        """Class scores `(samples, classes)`; `features` must hold every tap of the head, batch first."""
+        if len(features[head.spec.inputs[0]]) == 1 and (found := self._direct_form(head)):
+            return found.scores(features)
+        return _run(self._session(head), head, features)
+
+    def _direct_form(self, head: HeadArchive) -> DirectHead | None:
+        """Sought once a head; its session is closed where it has one."""
+        key = head.digest
+        if key in self._direct:
+            self._direct.move_to_end(key)
+        else:
+            self._direct[key] = found = direct(head, partial(_run, self._session(head), head))
+            if found:
+                del self._heads[key]
+            if len(self._direct) > SESSIONS:
+                self._direct.popitem(last=False)
+        return self._direct[key]
+
+    def _session(self, head: HeadArchive) -> ort.InferenceSession:
+        key = head.digest
+        session = self._heads.pop(key, None) or open_session(head.onnx)
+        self._heads[key] = session
+        if len(self._heads) > SESSIONS:
+            self._heads.popitem(last=False)
+        return session
+
+
+def _run(session: ort.InferenceSession, head: HeadArchive, features: Features) -> F32:
+    out: F32 = session.run(["scores"], {t: features[t] for t in head.spec.inputs})[0]
+    return out
+
+
+def open_session(onnx: bytes) -> ort.InferenceSession:
+    """One-threaded session without spinning: predictions must not steal the other cores of a small board.
+
+    Int8 weights are unfolded once, here, and not in every call."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,248 @@
+"""Opening an encoder file: what ONNX image model will do, and which taps it has.
+
+Rules of this file:
+
+1. Any ONNX image model will do: one image input of three channels, one or more outputs. Outputs of rank 2
+   are pooled taps, of rank 4 spatial taps; all others are ignored, and `OpenEncoder.notes` says so.
+2. What the file says about itself (see encoder_metadata) is checked against its graph. Where it says
+   nothing, a frame is scaled to [0, 1], and every usable output is a tap.
+3. The file is read whole and its SHA-256 identifies all of it, so weights kept outside of it are refused.
+4. Threads are set explicitly and never spin: the machine belongs to others as well.
+5. Every fault is an `EncoderError` that names the file, the fault and the remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from device.encoder.metadata import (
+    METADATA_KEY,
+    EncoderError,
+    Layout,
+    Metadata,
+    Preprocessing,
+    Problem,
+    read_metadata,
+)
+from edgeear.errors import UsageError
+from edgeear.types import Tap
+
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_OPENING_ERRORS: tuple[type[Exception], ...] = (
+    *ORT_ERRORS,
+    ValueError,
+    RuntimeError,
+)  # ValueError: a name in the file is not UTF-8
+_INPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+_OUTPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+_ERRORS_ONLY = 3  # a log severity of ONNX Runtime
+
+
+@dataclass(frozen=True)
+class OpenEncoder:
+    """A file that can serve as an encoder. `metadata` is complete, also where the file has none."""
+
+    session: onnxruntime.InferenceSession
+    digest: str
+    input_name: str
+    input_dtype: str
+    dynamic_batch: bool
+    output_dtypes: dict[str, str]
+    metadata: Metadata
+    notes: tuple[Problem, ...]
+
+
+def open_encoder(path: Path, threads: int, preprocessing: Preprocessing | None = None) -> OpenEncoder:
+    """Open `path` for `threads` threads; `preprocessing` overrides the file's own.
+
+    Raises `EncoderError` for a file that cannot serve, `UsageError` for fewer than 1 thread.
+    """
+    if threads < 1:
+        raise UsageError(f"{threads} threads: an encoder needs at least 1")
+    try:
+        content = _read(path)
+        return _opened(content, _session(content, threads), preprocessing)
+    except EncoderError as error:
+        raise EncoderError(f"{path}: {error.what}", error.remedy) from error.__cause__
+
+
+def _opened(content: bytes, session: onnxruntime.InferenceSession, wanted: Preprocessing | None) -> OpenEncoder:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    stored = None if text is None else read_metadata(text)
+    image = _image_input(session)
+    preprocessing = _preprocessing(image.shape, wanted or (stored.preprocessing if stored else None))
+    taps, notes = _tap_outputs(session, image, preprocessing)
+    if stored is None:
+        metadata = Metadata(preprocessing, tuple(taps))
+        notes += [] if wanted or image.type == "tensor(uint8)" else [_NO_METADATA]
+    else:
+        _check_against_graph(stored, taps, session)
+        metadata = replace(stored, preprocessing=preprocessing)
+    if not metadata.taps:
+        because = "".join(f", {note.what}" for note in notes)
+        raise EncoderError(f"encoder without taps{because}", "export it with an output of rank 2 or 4")
+    return OpenEncoder(
+        session=session,
+        digest=hashlib.sha256(content).hexdigest(),
+        input_name=image.name,
+        input_dtype=_INPUT_TYPES[image.type],
+        dynamic_batch=not isinstance(image.shape[0], int),
+        output_dtypes={o.name: _OUTPUT_TYPES[o.type] for o in session.get_outputs() if o.type in _OUTPUT_TYPES},
+        metadata=replace(metadata, taps=tuple(sorted(metadata.taps, key=lambda tap: tap.spatial))),
+        notes=tuple(notes),
+    )
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise EncoderError("not a file", "give the path of an ONNX file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EncoderError(f"cannot be read ({error.strerror})", "check its permissions and its disk") from error
+
+
+def _session(content: bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
+    except _OPENING_ERRORS as error:
+        raise _refused(content, error) from error
+    session._model_bytes = None  # the whole file, kept for another choice of providers, which there is not
+    return session
+
+
+def _refused(content: bytes, error: Exception) -> EncoderError:
+    unreadable = isinstance(error, ort_errors.InvalidProtobuf) or "No graph was found" in str(error)
+    if unreadable and content[:1] == b"\x08":  # the format version, the first field of an ONNX file
+        return EncoderError("truncated or damaged ONNX file", "copy it or export it again")
+    if unreadable:
+        return EncoderError("not an ONNX file", "give the path of an ONNX file")
+    first_line = str(error).strip().partition("\n")[0][:200]
+    remedy = "export it as one file, weights included, of operators that ONNX Runtime knows"
+    return EncoderError(f"ONNX Runtime refuses it ({first_line})", remedy)
+
+
+def _image_input(session: onnxruntime.InferenceSession) -> Any:
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise EncoderError(f"{len(inputs)} inputs, expected 1", "export it with the image as its only input")
+    image = inputs[0]
+    if image.type not in _INPUT_TYPES or len(image.shape) != 4:
+        what = f"input {image.name} is {image.type} of shape {image.shape}"
+        raise EncoderError(what, "export it with an input of rank 4, float or uint8")
+    if isinstance(image.shape[0], int) and image.shape[0] != 1:
+        raise EncoderError(f"batch fixed to {image.shape[0]}", "export it with batch 1 or with a free batch")
+    return image
+
+
+def _preprocessing(shape: list[Any], wanted: Preprocessing | None) -> Preprocessing:
+    """What is wanted where the input agrees, or the default for the size that the input states."""
+    layout = _layout(shape, wanted)
+    height, width = shape[2:] if layout == "NCHW" else shape[1:3]
+    if wanted is None:
+        if not isinstance(height, int) or not isinstance(width, int):
+            remedy = "pass `preprocessing` with height and width, or export it with a fixed input size"
+            raise EncoderError(f"input size {height} x {width} is not fixed", remedy)
+        return Preprocessing(height, width, layout=layout)
+    for stated, given in ((height, wanted.height), (width, wanted.width)):
+        if isinstance(stated, int) and stated != given:
+            what = f"input size {height} x {width}, preprocessing says {wanted.height} x {wanted.width}"
+            raise EncoderError(what, "make them agree")
+    return wanted
+
+
+def _layout(shape: list[Any], wanted: Preprocessing | None) -> Layout:
+    if wanted is None:
+        candidates: tuple[Layout, ...] = ("NCHW", "NHWC")
+        agreeing = [layout for layout in candidates if shape[layout.index("C")] == 3]
+    else:  # a free number of channels agrees with what is wanted
+        channels = shape[wanted.layout.index("C")]
+        agreeing = [wanted.layout] if channels == 3 or not isinstance(channels, int) else []
+    if not agreeing:
+        what = f"input shape {shape}, layout {wanted.layout if wanted else 'NCHW or NHWC'}"
+        raise EncoderError(what, "an encoder takes 3 channels, second in NCHW, last in NHWC")
+    return agreeing[0]
+
+
+def _tap_outputs(
+    session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
+) -> tuple[list[Tap], list[Problem]]:
+    """All usable outputs as taps; the others as warnings."""
+    shapes = _output_shapes(session, image, preprocessing)
+    taps, notes = [], []
+    for output in session.get_outputs():
+        shape = shapes[output.name]
+        if output.type not in _OUTPUT_TYPES or len(shape) not in (2, 4) or shape[0] != 1 or 0 in shape:
+            what = f"output {output.name} is ignored, it is {output.type} of shape {shape} for one frame"
+            remedy = "a tap is float of shape (1, channels) or (1, channels, height, width)"
+            notes.append(Problem("warning", what, remedy))
+        elif preprocessing.layout == "NHWC" and len(shape) == 4:
+            taps.append(Tap(output.name, (shape[3], shape[1], shape[2])))
+        else:
+            taps.append(Tap(output.name, shape[1:]))
+    return taps, notes
+
+
+def _output_shapes(
+    session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
+) -> dict[str, tuple[int, ...]]:
+    """The shapes for one frame: as stated, or as found on a black frame where the file leaves a size open."""
+    outputs = session.get_outputs()
+    if all(_is_stated(output.shape) for output in outputs):
+        return {output.name: (1, *output.shape[1:]) for output in outputs}
+    height, width = preprocessing.height, preprocessing.width
+    shape = (1, 3, height, width) if preprocessing.layout == "NCHW" else (1, height, width, 3)
+    black = np.zeros(shape, _INPUT_TYPES[image.type])
+    try:
+        found = session.run(None, {image.name: black})
+    except ORT_ERRORS as error:
+        what = f"it fails on a frame of {height} x {width} ({str(error)[:200]})"
+        raise EncoderError(what, "check the input size, or export it again") from error
+    return {output.name: np.shape(value) for output, value in zip(outputs, found, strict=True)}
+
+
+def _is_stated(shape: list[Any]) -> bool:
+    rows, *sizes = shape or [None]
+    return (rows == 1 or isinstance(rows, str)) and all(isinstance(size, int) for size in sizes)
+
+
+def _check_against_graph(stored: Metadata, taps: list[Tap], session: onnxruntime.InferenceSession) -> None:
+    """What the metadata names must be in the graph; outputs that it does not name are no taps."""
+    shapes = {tap.name: tap.shape for tap in taps}
+    for tap in stored.taps:
+        if shapes.get(tap.name) != tap.shape:
+            what = f"its metadata names tap {tap.name} {tap.shape}, the graph has {shapes.get(tap.name)}"
+            raise EncoderError(what, "export it again")
+    inputs = {value.name for value in session.get_overridable_initializers()}
+    missing = sorted(set(stored.gates.values()) - inputs)
+    if missing:
+        raise EncoderError(f"its metadata names gate {missing[0]}, which the graph lacks", "export it again")
+
+
+_NO_METADATA = Problem(
+    "warning",
+    "no preprocessing metadata, so frames are scaled to [0, 1] in RGB",
+    "pass `preprocessing`, or export it with device.encoder.export.export_module",
+)

@@ -1,0 +1,291 @@
+"""The encoder of the inference process: an ONNX file behind `edgeear.types.Encoder`, and its health check.
+
+Rules of this file:
+
+1. Frames go through the network one at a time, whatever the batch: the same frame always gives the same
+   bits, and memory does not grow with the batch. On one thread a batch is no faster than its frames.
+2. Only the named taps are fetched. Gated taps that nobody names are not computed either.
+3. Features that are not finite never leave: `DataError` names the tap.
+4. `check_encoder` runs the file on frames of its own and reports all that it finds; it raises for
+   nothing.
+5. numpy and ONNX Runtime only: this file is part of what a board imports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime import IOBinding
+
+from device.encoder.file import ORT_ERRORS, open_encoder
+from device.encoder.metadata import EncoderError, Metadata, Preprocessing, Problem
+from edgeear.errors import DataError, UsageError
+from edgeear.types import F32, U8, Encoder, Tap
+
+__all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem", "check_encoder", "pooled_taps"]
+
+Severity = Literal["error", "warning"]
+
+_OFF = np.zeros(1, np.int64)
+_RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)  # a bound run raises the plain one
+_SAME = 1e-3  # relative: far above rounding, far below what batch statistics do to a frame
+_EVAL = "export it in evaluation mode: no dropout, no batch statistics"
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane:
+    """The memory of one run for one choice of taps, bound to the session once: the network reads `image` and writes
+    into `flat`, tap by tap at `places`. `converted` are outputs of another type or layout, and where they belong."""
+
+    names: tuple[str, ...]
+    image: NDArray[Any]
+    flat: F32
+    places: tuple[tuple[str, slice, tuple[int, ...]], ...]
+    binding: IOBinding
+    converted: tuple[tuple[NDArray[Any], F32], ...]
+
+
+class OnnxEncoder:
+    """A frozen network in an ONNX file, run by `threads` threads that never spin.
+
+    Raises `EncoderError` where the file cannot serve, `UsageError` for fewer than 1 thread. `preprocessing`
+    overrides what the file says about itself, and is needed where its input size is not fixed.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1, *, preprocessing: Preprocessing | None = None) -> None:
+        self._file = open_encoder(Path(path), threads, preprocessing)
+        self._mean = self._by_channel(self.preprocessing.mean)
+        self._scale = self._by_channel(self.preprocessing.scale)
+        self._taps = {tap.name: tap for tap in self._file.metadata.taps}
+        self._idle: deque[_Lane] = deque(maxlen=1)
+        self._asked: tuple[str, ...] = ()  # the taps of the last call, known to be ours
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ONNX file, lower-case hex."""
+        return self._file.digest
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """All taps, pooled ones first, in the file's order."""
+        return self._file.metadata.taps
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """`(height, width)` of a frame."""
+        return self.preprocessing.height, self.preprocessing.width
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a frame becomes the network's input."""
+        return self._file.metadata.preprocessing
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the file says about itself, completed by what was inferred."""
+        return self._file.metadata
+
+    @property
+    def notes(self) -> tuple[Problem, ...]:
+        """Warnings of opening the file: ignored outputs, missing metadata."""
+        return self._file.notes
+
+    def encode(self, frames: U8, taps: Sequence[str]) -> dict[str, F32]:
+        """Features of `frames (samples, height, width, 3)` uint8: tap name -> `(samples, *tap.shape)`.
+
+        Raises `UsageError` for frames of another type or shape and for unknown taps, `DataError` for features
+        that are not finite.
+        """
+        names = self._asked if taps is self._asked else self._known(taps)
+        self._check_frames(frames)
+        if not names:
+            return {}
+        features, surely_finite = self._features(frames, names)
+        broken = [] if surely_finite else [name for name in names if not np.isfinite(features[name]).all()]
+        if broken:
+            raise DataError(f"tap {broken[0]} holds NaN or infinity: check the file with check_encoder")
+        return features
+
+    def _features(self, frames: U8, names: tuple[str, ...]) -> tuple[dict[str, F32], bool]:
+        """What `encode` returns, and whether it is certainly finite."""
+        lane = self._lane(names)
+        block = np.empty((len(frames), len(lane.flat)), np.float32)
+        flat = block.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for row, frame in zip(block, frames, strict=True):
+                self._normalise(frame, lane.image[0])
+                row[:] = self._run(lane)
+            # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
+            surely_finite = math.isfinite(flat.dot(flat))
+        self._idle.append(lane)
+        if len(frames) == 1:
+            features = {name: flat[columns].reshape(1, *shape) for name, columns, shape in lane.places}
+        else:
+            features = {
+                name: np.ascontiguousarray(block[:, columns]).reshape(len(block), *shape)
+                for name, columns, shape in lane.places
+            }
+        return features, surely_finite
+
+    def _run(self, lane: _Lane) -> F32:
+        """All features of the frame in `lane.image`, side by side, in memory that the next run overwrites."""
+        try:
+            self._file.session.run_with_iobinding(lane.binding)
+        except _RUN_ERRORS as error:
+            what = f"ONNX Runtime fails on a frame of {self.input_size} ({str(error)[:200]})"
+            raise EncoderError(what, "check the file with check_encoder, or export it again") from error
+        for found, feature in lane.converted:
+            np.copyto(feature, found, casting="same_kind")
+        return lane.flat
+
+    def _lane(self, names: tuple[str, ...]) -> _Lane:
+        """An idle lane for these taps or a new one. One in use is in nobody else's hands: threads may share us."""
+        try:
+            lane = self._idle.pop()
+        except IndexError:
+            return self._new_lane(names)
+        return lane if lane.names == names else self._new_lane(names)
+
+    def _new_lane(self, names: tuple[str, ...]) -> _Lane:
+        shapes = [self._taps[name].shape for name in names]
+        ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+        columns = [slice(*ends) for ends in zip([0, *ends], ends, strict=False)]
+        image, flat = self._scratch(1), np.empty(ends[-1], np.float32)
+        binding, converted = self._file.session.io_binding(), []
+        for name, array in {self._file.input_name: image, **self._closed_gates(names)}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, column, shape in zip(names, columns, shapes, strict=True):
+            feature = flat[column].reshape(1, *shape)
+            found = self._found(name, feature)
+            binding.bind_output(name, "cpu", 0, found.dtype, found.shape, found.ctypes.data)
+            if found is not feature:
+                converted.append((self._channels_first(found), feature))
+        return _Lane(names, image, flat, tuple(zip(names, columns, shapes, strict=True)), binding, tuple(converted))
+
+    def _found(self, name: str, feature: F32) -> NDArray[Any]:
+        """Where the network writes a tap: into the feature itself, or into memory of its own type and layout."""
+        dtype = self._file.output_dtypes[name]
+        if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
+            return np.empty(feature.transpose(0, 2, 3, 1).shape, dtype)
+        return feature if dtype == "float32" else np.empty(feature.shape, dtype)
+
+    def _channels_first(self, found: NDArray[Any]) -> NDArray[Any]:
+        return found.transpose(0, 3, 1, 2) if self.preprocessing.layout == "NHWC" and found.ndim == 4 else found
+
+    def _normalise(self, frame: U8, target: NDArray[Any]) -> None:
+        """Write the frame into `target`, in the network's layout, colour order and units."""
+        ordered = self._ordered(frame)
+        planes = ordered.transpose(2, 0, 1) if self.preprocessing.layout == "NCHW" else ordered
+        # Bytes are put in order before they become four times as many.
+        np.copyto(target, planes if target.dtype == np.uint8 else np.ascontiguousarray(planes))
+        if target.dtype != np.uint8:
+            np.subtract(target, self._mean, out=target, casting="same_kind")
+            np.divide(target, self._scale, out=target, casting="same_kind")
+
+    def _by_channel(self, values: tuple[float, float, float]) -> F32:
+        """One value for each channel in the network's order, shaped to meet its input."""
+        shape = (3, 1, 1) if self.preprocessing.layout == "NCHW" else (3,)
+        return self._ordered(np.array(values, np.float32)).reshape(shape)
+
+    def _ordered(self, channels_last: NDArray[Any]) -> NDArray[Any]:
+        return channels_last[..., ::-1] if self.preprocessing.color == "BGR" else channels_last
+
+    def _closed_gates(self, names: tuple[str, ...]) -> dict[str, Any]:
+        gates = self._file.metadata.gates
+        opened = {gates[name] for name in names if name in gates}
+        return {gate: _OFF for gate in gates.values() if gate not in opened}
+
+    def _known(self, taps: Sequence[str]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys([taps] if isinstance(taps, str) else taps))
+        unknown = [name for name in names if name not in self._taps]
+        if unknown:
+            raise UsageError(f"unknown taps {unknown}: this encoder has {', '.join(self._taps)}")
+        if names == taps:
+            self._asked = taps
+            return taps
+        return names
+
+    def _check_frames(self, frames: U8) -> None:
+        expected = f"uint8 of shape (samples, {self.preprocessing.height}, {self.preprocessing.width}, 3)"
+        if not isinstance(frames, np.ndarray):
+            raise UsageError(f"frames are {type(frames).__name__}, expected an array, {expected}")
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.input_size, 3):
+            raise UsageError(f"frames are {frames.dtype} of shape {frames.shape}, expected {expected}")
+
+    def _scratch(self, rows: int) -> NDArray[Any]:
+        height, width = self.input_size
+        one = (3, height, width) if self.preprocessing.layout == "NCHW" else (height, width, 3)
+        return np.empty((rows, *one), self._file.input_dtype)
+
+
+def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
+    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task."""
+    return tuple(t for t in encoder.taps if not t.spatial and t.name != "logits")
+
+
+def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:
+    """Everything that is wrong with an encoder file, errors first; empty for a sound one."""
+    try:
+        encoder = OnnxEncoder(path, preprocessing=preprocessing)
+        problems = [*encoder.notes, *_probe(encoder)]
+    except EncoderError as error:
+        return (error.problem,)
+    return tuple(sorted(problems, key=lambda problem: problem.severity))
+
+
+def _probe(encoder: OnnxEncoder) -> list[Problem]:
+    """What two unlike frames bring to light."""
+    first, second = _probe_frames(*encoder.input_size)
+    names = tuple(tap.name for tap in encoder.taps)
+    once, again, other = (encoder._features(frame[None], names)[0] for frame in (first, first, second))
+    broken = [name for name in names if not np.isfinite([once[name], other[name]]).all()]
+    sound = [name for name in names if name not in broken]
+    unstable = [name for name in sound if not np.array_equal(once[name], again[name])]
+    constant = [name for name in sound if np.array_equal(once[name], other[name])]
+    problems = _listed(broken, "error", "NaN or infinity on a sound frame", "check weights and preprocessing")
+    problems += _listed(unstable, "error", "another result for the same frame", _EVAL)
+    severity: Severity = "error" if len(constant) == len(sound) else "warning"
+    problems += _listed(constant, severity, "the same features for two unlike frames", "check its weights")
+    return problems + ([] if unstable or broken else _batch_dependence(encoder, first, second, once))
+
+
+def _listed(names: list[str], severity: Severity, what: str, remedy: str) -> list[Problem]:
+    return [Problem(severity, f"tap {', '.join(names)}: {what}", remedy)] if names else []
+
+
+def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mapping[str, F32]) -> list[Problem]:
+    """A frame whose features change with its neighbour in the batch: batch statistics in use."""
+    if not encoder._file.dynamic_batch:
+        return []
+    names = list(alone)
+    images = encoder._scratch(2)
+    for frame, image in zip((first, second), images, strict=True):
+        encoder._normalise(frame, image)
+    try:
+        found = encoder._file.session.run(names, {encoder._file.input_name: images})
+    except ORT_ERRORS:
+        return []  # one frame at a time is all that is asked of it
+    dependent = [
+        name
+        for name, value in zip(names, found, strict=True)
+        if value.shape[0] == 2 and not _close(encoder._channels_first(value[:1]), alone[name])
+    ]
+    return _listed(dependent, "error", "features depend on the other frames of the batch", _EVAL)
+
+
+def _close(value: F32, reference: F32) -> bool:
+    return bool(np.abs(value - reference).max() <= _SAME * (1 + np.abs(reference).max()))
+
+
+def _probe_frames(height: int, width: int) -> tuple[U8, U8]:
+    """A colour ramp and noise: unlike in mean, contrast and texture."""
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return ramp, noise

@@ -1,0 +1,191 @@
+"""From a folder of domains to the arrays that the benchmarks read: split, featurised once, encoded once.
+
+Rules of this file:
+
+1. The encoder sees an image once per view: features come through the feature cache.
+2. Test images are only ever seen plain, and never by anything that learns.
+3. Labels index the classes of the whole data set; `samples` turns them into the labels of one domain, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device.encoder.session import pooled_taps
+from device.files import cache_dir
+from device.images.feature_cache import FeatureCache
+from device.images.featurise import OnBad, featurise_items
+from device.images.folder import FolderData, Item, read_folder, shots, split
+from edgeear.errors import DataError, UsageError
+from edgeear.flow import Samples
+from edgeear.space import HypervectorSpace
+from edgeear.types import F32, Encoder
+
+I64 = NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total)."""
+
+CACHE_BYTES = 6 << 30
+TRAINING_VIEWS = ("plain", "flip")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they are read.
+
+    `order` None takes all domains, sorted. `shots` is the number of training images a class, None for all. `spatial`
+    is how many of the encoder's last spatial taps are read: none, because closed-form heads on the pooled taps do
+    better on these data and maps multiply the memory. `test_on_rest` adds the training images that `shots` left out to
+    the test images. `cache` is the feature cache's file, None for the default one. `on_bad` says
+    whether an undecodable file stops the run or is left out.
+    """
+
+    data: Path
+    order: tuple[str, ...] | None = None
+    shots: int | None = None
+    seed: int = 0
+    spatial: int = 0
+    test_on_rest: bool = False
+    workers: int = 2
+    encoder: Path | None = None
+    cache: Path | None = None
+    on_bad: OnBad = "raise"
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and self.shots < 1:
+            raise UsageError(f"shots is {self.shots}: at least 1 image a class is needed, or none for all")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}: it must not be negative")
+
+
+@dataclass(frozen=True, eq=False)
+class DomainData:
+    """One domain: training views (plain first) and test features, labels `(samples,)` into the data set's classes,
+    hypervectors `(samples, D)` of the plain images, and where the test images lie."""
+
+    name: str
+    train: tuple[dict[str, F32], ...]
+    train_labels: I64
+    train_h: F32
+    test: dict[str, F32]
+    test_labels: I64
+    test_h: F32
+    test_paths: tuple[Path, ...]
+
+    def samples(self, classes: Sequence[str]) -> Samples:
+        """The training images as the flow wants them: the domain's own classes only."""
+        own, labels = np.unique(self.train_labels, return_inverse=True)
+        return Samples(self.name, self.train, labels.astype(np.int64), tuple(classes[c] for c in own))
+
+    def of_classes(self, name: str, wanted: Sequence[int]) -> DomainData:
+        """The part of this domain that shows the classes of the given indices."""
+        train = np.flatnonzero(np.isin(self.train_labels, wanted))
+        test = np.flatnonzero(np.isin(self.test_labels, wanted))
+        return DomainData(
+            name,
+            tuple({t: x[train] for t, x in view.items()} for view in self.train),
+            self.train_labels[train],
+            self.train_h[train],
+            {t: x[test] for t, x in self.test.items()},
+            self.test_labels[test],
+            self.test_h[test],
+            tuple(self.test_paths[i] for i in test),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EvalData:
+    """A featurised data set. `warnings` are sentences of the reader and of the cache."""
+
+    domains: tuple[DomainData, ...]
+    classes: tuple[str, ...]
+    space: HypervectorSpace
+    warnings: tuple[str, ...]
+
+
+def open_encoder(options: DataOptions) -> tuple[Encoder, Path]:
+    """The encoder that the options name, or the default one, which is exported when it is not there yet."""
+    from device.encoder.session import OnnxEncoder
+
+    path = options.encoder
+    if path is None:
+        from device.encoder.export import default_encoder_path
+
+        path = default_encoder_path(cache_dir())
+    return OnnxEncoder(path), path
+
+
+def read_domains(
+    options: DataOptions, encoder: Encoder, on_progress: Progress, views: Sequence[str] = TRAINING_VIEWS
+) -> EvalData:
+    """Read, split and featurise every domain.
+
+    Raises `DataError` for a missing domain, a domain without a test image, a file that does not decode (unless they are
+    skipped) and for features that are not finite.
+    """
+    folder = read_folder(options.data, options.order)
+    space = HypervectorSpace(pooled_taps(encoder))
+    taps = [t.name for t in space.taps]
+    taps += [t.name for t in encoder.taps if t.spatial][-options.spatial :] if options.spatial else []
+    with FeatureCache(options.cache or cache_dir() / "features.sqlite", CACHE_BYTES) as cache:
+        reader = _Reader(options, encoder, taps, cache, on_progress)
+        domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
+        warnings = (*folder.warnings, *cache.warnings, *reader.bad.values())
+    return EvalData(domains, folder.classes, space, warnings)
+
+
+class _Reader:
+    """What reading one domain needs, beside the domain."""
+
+    def __init__(
+        self, options: DataOptions, encoder: Encoder, taps: list[str], cache: FeatureCache, on_progress: Progress
+    ) -> None:
+        self.options, self.encoder, self.taps = options, encoder, taps
+        self.cache, self.on_progress = cache, on_progress
+        self.bad: dict[tuple[Path, ...], str] = {}
+
+    def domain(self, folder: FolderData, name: str, space: HypervectorSpace, views: Sequence[str]) -> DomainData:
+        train, test = split(folder.items[name])
+        if self.options.shots is not None:
+            every, train = train, shots(train, self.options.shots, self.options.seed)
+            if self.options.test_on_rest:
+                test = (*test, *sorted(set(every) - set(train), key=lambda item: item.relative))
+        tested, test_features = self._features(test, name, "plain")
+        if not tested:
+            raise DataError(f"domain {name!r} has no test image: {len(train)} images, a fifth is tested, add some")
+        seen = [self._features(train, name, view) for view in views]
+        trained, features = seen[0][0], tuple(f for _, f in seen)
+        return DomainData(
+            name,
+            features,
+            _labels(trained),
+            space.encode(features[0]),
+            test_features,
+            _labels(tested),
+            space.encode(test_features),
+            tuple(item.path for item in tested),
+        )
+
+    def _features(self, items: Sequence[Item], name: str, view: str) -> tuple[tuple[Item, ...], dict[str, F32]]:
+        found = featurise_items(
+            items,
+            self.encoder,
+            self.taps,
+            view=view,
+            cache=self.cache,
+            on_progress=lambda done, total: self.on_progress(f"{name}: features ({view})", done, total),
+            workers=self.options.workers,
+            on_bad=self.options.on_bad,
+        )
+        for bad in found.bad:  # a file is bad in every view, and is named once
+            self.bad.setdefault(bad.paths, str(bad))
+        return found.items, found.features
+
+
+def _labels(items: Sequence[Item]) -> I64:
+    return np.array([item.label for item in items], np.int64)

@@ -1,0 +1,166 @@
+"""Ground truth of the search: random heads of the space, trained, and what they reach on images they never saw.
+
+Rules of this file:
+
+1. A table says how its heads were trained (the regime), on what encoder and with which seeds; a head is trained once
+   for a regime and a seed, and read from the cache ever after, so that an interrupted run goes on where it was.
+2. Accuracies are those of the head as it would be served: fp32 or int8, as its specification says.
+3. The specifications are drawn with a seed of the domain's name: no two domains share their draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptors.search import single_thread
+from adaptors.search_space import Budget, SearchSpace
+from adaptors.spec import HeadSpec, TapShapes
+from adaptors.train import TrainPolicy, accuracy, train
+from adaptors.transfer import INPUTS, Example
+from device.files import write_whole
+from edgeear.errors import DataError
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How the heads of a table are trained: `shots` images a class (None for all), `epochs` at most of gradient
+    descent. Heads in closed form are solved as always."""
+
+    shots: int | None = 200
+    epochs: int = 12
+
+
+CHEAP = Regime()
+FULL = Regime(None, TrainPolicy.epochs)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Features and labels of one domain: training views (plain first) and test images; `identity` names the encoder,
+    the images and the regime."""
+
+    views: Sequence[Mapping[str, F32]]
+    labels: I64
+    test: Mapping[str, F32]
+    test_labels: I64
+    classes: int
+    identity: str
+
+    @property
+    def shapes(self) -> TapShapes:
+        return {t: tuple(x.shape[1:]) for t, x in self.views[0].items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Measured heads: `accuracy (heads, seeds)`, fractions of one, on `test_images` images; `scores[proxy] (seeds,
+    heads)`, NaN where the proxy is undefined, whose seeds are other ones: those of the sample and the random heads."""
+
+    domain: str
+    specs: tuple[HeadSpec, ...]
+    accuracy: F64
+    scores: Mapping[str, F64]
+    regime: Regime
+    encoder: str
+    classes: int
+    test_images: int
+
+    @property
+    def mean(self) -> F64:
+        """Accuracy over the seeds, `(heads,)`."""
+        mean: F64 = self.accuracy.mean(axis=1)
+        return mean
+
+
+def draw(space: SearchSpace, budget: Budget, domain: str, heads: int) -> tuple[HeadSpec, ...]:
+    """The specifications of a domain's table: a seeded draw within the budget, families in equal shares."""
+    seed = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:4], "big")
+    return tuple(spec for spec, _ in space.sample(heads, budget, seed))
+
+
+def measure(
+    specs: Sequence[HeadSpec],
+    images: Images,
+    regime: Regime,
+    seeds: Sequence[int],
+    cache: Path,
+    on_progress: Progress = lambda *_: None,
+) -> F64:
+    """Test accuracy `(heads, seeds)` of every specification, trained once and then read from the folder `cache`."""
+    found = np.zeros((len(specs), len(seeds)))
+    for i, spec in enumerate(specs):
+        for j, seed in enumerate(seeds):
+            word = f"{images.identity}/{regime}/{seed}/{json.dumps(spec.to_dict(), sort_keys=True)}"
+            place = cache / f"{hashlib.sha256(word.encode()).hexdigest()}.json"
+            if not place.exists():
+                cache.mkdir(parents=True, exist_ok=True)
+                write_whole(place, json.dumps(trained_accuracy(spec, images, regime, seed)).encode())
+            found[i, j] = float(json.loads(place.read_text()))
+        on_progress("train", i + 1, len(specs))
+    return found
+
+
+def trained_accuracy(spec: HeadSpec, images: Images, regime: Regime, seed: int) -> float:
+    """Test accuracy of one head, trained."""
+    policy = TrainPolicy(seed=seed, epochs=regime.epochs)
+    with single_thread():
+        fitted = train(spec, images.shapes, images.views, images.labels, images.classes, policy)
+        return accuracy(spec, images.shapes, fitted.weights, images.test, images.test_labels, images.classes, seed)
+
+
+def to_json(truth: Truth) -> dict[str, object]:
+    """The table as JSON: a column a field, so that the file stays small."""
+    rows = [spec.to_dict() for spec in truth.specs]
+    return {
+        "domain": truth.domain,
+        "encoder": truth.encoder,
+        "classes": truth.classes,
+        "test_images": truth.test_images,
+        "regime": asdict(truth.regime),
+        "specs": {name: [row[name] for row in rows] for name in rows[0]},
+        "accuracy": np.round(truth.accuracy, 5).tolist(),
+        "scores": {name: [[_short(v) for v in row] for row in rows] for name, rows in truth.scores.items()},
+    }
+
+
+def _short(value: float) -> float | None:
+    """Five digits: more would be noise."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
+
+
+def from_json(content: Mapping[str, Any]) -> Truth:
+    """Inverse of `to_json`; raises DataError where the content is none."""
+    try:
+        columns = content["specs"]
+        rows = zip(*columns.values(), strict=True)
+        return Truth(
+            domain=content["domain"],
+            specs=tuple(HeadSpec.from_dict(dict(zip(columns, row, strict=True))) for row in rows),
+            accuracy=np.asarray(content["accuracy"], np.float64),
+            scores={name: np.array(rows, np.float64) for name, rows in content["scores"].items()},
+            regime=Regime(**content["regime"]),
+            encoder=content["encoder"],
+            classes=content["classes"],
+            test_images=content["test_images"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"not a table of trained heads ({error!r}): make it again with `edgeear bench nas`") from error
+
+
+def examples(truth: Truth) -> list[Example]:
+    """What the ranker learns from: one example a seed of the scores."""
+    seeds = range(len(truth.scores[INPUTS[0]]))
+    return [Example(truth.domain, truth.specs, {n: truth.scores[n][k] for n in INPUTS}, truth.mean) for k in seeds]

@@ -1,0 +1,65 @@
+"""What the rooms ask of a POSIX file system beside reading and writing, and where the cache folder is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgeear.errors import UsageError
+
+TEMPORARY = ".partial-"
+"""How a file is named that is still being written."""
+
+
+def take_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock file `path`, made when missing, until it is closed or this process ends; None
+    where somebody else holds it. Advisory, and of this open file: a second call in one process is somebody else."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def sync_folder(folder: Path) -> None:
+    """What was made, renamed or removed in `folder` is on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
+    """The cache folder, which need not exist. A relative `XDG_CACHE_HOME` is ignored, as specified."""
+    variables = os.environ if environment is None else environment
+    if variables.get("EDGEEAR_CACHE"):
+        return Path(variables["EDGEEAR_CACHE"]).expanduser().absolute()
+    base = Path(variables.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "edgeear"
+    except RuntimeError as error:
+        raise UsageError("no home directory for the cache: set EDGEEAR_CACHE to a folder") from error
+
+
+def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda: None) -> None:
+    """Replace `path` by `content` in one step: the old file or the new one, never a part."""
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        saving()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

@@ -1,0 +1,1 @@
+"""Pictures and other files as arrays: data sets, decoding, views, features."""

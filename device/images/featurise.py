@@ -1,0 +1,273 @@
+"""Features of many files: what the cache has is read, the rest is decoded and encoded on a few threads.
+
+Rules that this file owns:
+1. Results do not depend on the cache: spatial taps are rounded to float16 with and without it.
+2. All pooled taps of the encoder are computed and stored together, each spatial tap apart.
+3. A file that does not decode stops nothing: the others are encoded and cached first, then it is reported.
+4. Features are stored under the digest of the very bytes that were decoded.
+5. An interruption loses the batches in work; a kill loses `WRITE_ROWS` images more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from device.images.feature_cache import Array, FeatureCache, FeatureKey
+from device.images.folder import Item, UndecodableInput, decode_bytes, read_input
+from device.images.folder import view as augment
+from edgeear.errors import DataError, UsageError
+from edgeear.types import F32, Encoder, Tap
+
+BATCH = 8
+READ_ROWS = 256
+WRITE_ROWS = 64
+DECODER = 1
+"""Raise it when `device.images.folder` gives other pixels for the same bytes: it is part of every cache key."""
+
+OnBad = Literal["raise", "skip"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Featurised:
+    """`features[tap]` is `(len(items), *tap.shape)` float32; `bad` says which files were left out and why."""
+
+    items: tuple[Item, ...]
+    features: dict[str, F32]
+    bad: tuple[UndecodableInput, ...]
+
+
+def featurise(
+    items: Sequence[Item],
+    encoder: Encoder,
+    taps: Sequence[str],
+    *,
+    view: str = "plain",
+    cache: FeatureCache | None = None,
+    on_progress: Progress | None = None,
+    workers: int = 2,
+) -> dict[str, F32]:
+    """Features of the named taps, in item order: tap name -> `(len(items), *tap.shape)` float32.
+
+    `on_progress(done, total)` is called on this thread, first when the cache was read.
+    Raises `UndecodableInput` for all bad files at once, after the good ones are cached, `DataError` for NaN
+    features, `UsageError` for an unknown tap or view, no tap or no worker.
+    """
+    return featurise_items(
+        items, encoder, taps, view=view, cache=cache, on_progress=on_progress, workers=workers
+    ).features
+
+
+def featurise_items(
+    items: Sequence[Item],
+    encoder: Encoder,
+    taps: Sequence[str],
+    *,
+    view: str = "plain",
+    cache: FeatureCache | None = None,
+    on_progress: Progress | None = None,
+    workers: int = 2,
+    on_bad: OnBad = "raise",
+) -> Featurised:
+    """As `featurise`; with `on_bad="skip"` undecodable files are left out of the result and listed in it."""
+    if workers < 1:
+        raise UsageError(f"workers={workers}: at least 1 thread is needed")
+    run = _Run(tuple(items), encoder, tuple(taps), view, cache, on_progress)
+    run.read_cache()
+    run.encode_missing(workers)
+    bad = tuple(run.bad[place] for place in sorted(run.bad))
+    if bad and on_bad == "raise":
+        raise UndecodableInput.of_many(bad)
+    kept = [place for place in range(len(items)) if place not in run.bad]
+    features = {name: out[kept] for name, out in run.out.items()} if bad else run.out
+    return Featurised(tuple(items[place] for place in kept), features, bad)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Taps that share a cache row: all pooled ones end to end as float32, or a spatial one as float16."""
+
+    name: str
+    taps: tuple[Tap, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.taps[0].shape if self.taps[0].spatial else (sum(tap.channels for tap in self.taps),)
+
+    def pack(self, features: Mapping[str, F32], row: int, path: Path) -> Array:
+        """What is stored for the image of `path`. Raises `DataError` for NaN or infinity."""
+        values = np.concatenate([features[tap.name][row].ravel() for tap in self.taps]).reshape(self.shape)
+        if not np.isfinite(values).all():
+            raise DataError(f"{path}: the encoder gave NaN or infinity ({self.name}): check the encoder's file")
+        if not self.taps[0].spatial:
+            return values
+        limit = np.finfo(np.float16).max
+        return values.clip(-limit, limit).astype(np.float16)
+
+    def unpack(self, stored: Array, out: Mapping[str, F32], row: int) -> None:
+        """Copy what `pack` gave into row `row` of those of its taps that `out` holds."""
+        start = 0
+        for tap in self.taps:
+            if tap.spatial:
+                out[tap.name][row] = stored
+            elif tap.name in out:
+                out[tap.name][row] = stored[start : start + tap.channels]
+            start += tap.channels
+
+
+def _groups(encoder: Encoder, names: Sequence[str]) -> tuple[_Group, ...]:
+    known = {tap.name: tap for tap in encoder.taps}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(f"taps {unknown or 'missing'}: name at least one of {', '.join(known)}")
+    wanted = [known[name] for name in dict.fromkeys(names)]
+    groups = [_Group(tap.name, (tap,)) for tap in wanted if tap.spatial]
+    if any(not tap.spatial for tap in wanted):
+        pooled = tuple(tap for tap in encoder.taps if not tap.spatial)
+        layout = hashlib.sha256(repr([(tap.name, tap.shape) for tap in pooled]).encode()).hexdigest()
+        groups.insert(0, _Group(f"pooled:{layout[:16]}", pooled))
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A batch that a worker finished: item places with their content digest and one array a group."""
+
+    rows: tuple[tuple[int, bytes, tuple[Array, ...]], ...]
+    bad: dict[int, UndecodableInput]
+
+
+@dataclass
+class _Run:
+    """One call of `featurise`: everything that its steps share."""
+
+    items: tuple[Item, ...]
+    encoder: Encoder
+    taps: tuple[str, ...]
+    view: str
+    cache: FeatureCache | None
+    on_progress: Progress | None
+    groups: tuple[_Group, ...] = field(init=False)
+    out: dict[str, F32] = field(init=False)
+    missing: list[int] = field(init=False)
+    bad: dict[int, UndecodableInput] = field(default_factory=dict)
+    unwritten: list[tuple[FeatureKey, Array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        augment(np.zeros((2, 2, 3), np.uint8), self.view)  # refuses an unknown view before any work
+        self.groups = _groups(self.encoder, self.taps)
+        shapes = {tap.name: tap.shape for tap in self.encoder.taps}
+        self.out = {name: np.empty((len(self.items), *shapes[name]), np.float32) for name in self.taps}
+        self.missing = list(range(len(self.items)))
+
+    def key(self, content: bytes, group: _Group) -> FeatureKey:
+        height, width = self.encoder.input_size
+        pixels = f"{self.view}/{height}x{width}/decoder{DECODER}"
+        return FeatureKey(content, self.encoder.digest, pixels, group.name)
+
+    def read_cache(self) -> None:
+        if self.cache is not None:
+            missing: list[int] = []
+            for start in range(0, len(self.items), READ_ROWS):
+                missing += self._read_chunk(self.cache, range(start, min(start + READ_ROWS, len(self.items))))
+            self.missing = missing
+        self._report()
+
+    def _read_chunk(self, cache: FeatureCache, places: range) -> list[int]:
+        """Fill the rows of `places` that the cache holds for every group; return the others."""
+        contents = cache.digests([self.items[place].path for place in places])
+        known = [(place, content) for place, content in zip(places, contents, strict=True) if content]
+        missing = set(places).difference(place for place, _ in known)
+        for group in self.groups:
+            stored = cache.get_many([self.key(content, group) for _, content in known])
+            for (place, _), array in zip(known, stored, strict=True):
+                if array is None or array.shape != group.shape:
+                    missing.add(place)
+                else:
+                    group.unpack(array, self.out, place)
+        return sorted(missing)
+
+    def encode_missing(self, workers: int) -> None:
+        """Encode what is missing; what is done is written even when this is interrupted."""
+        batches = [self.missing[start : start + BATCH] for start in range(0, len(self.missing), BATCH)]
+        left = len(self.missing)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="featurise")
+        try:
+            for batch, encoded in _in_order(pool, self._encode, batches, 2 * workers):
+                self._take(encoded)
+                left -= len(batch)
+                self._report(left)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._write()
+
+    def _encode(self, places: Sequence[int]) -> _Encoded:
+        """Decode, augment and encode one batch. Runs on a worker: touches neither cache nor results."""
+        good: list[tuple[int, bytes]] = []
+        frames, bad = [], {}
+        for place in places:
+            path = self.items[place].path
+            try:
+                data = read_input(path)
+                frames.append(augment(decode_bytes(data, path, self.encoder.input_size), self.view))
+                good.append((place, hashlib.sha256(data).digest()))
+            except UndecodableInput as error:
+                bad[place] = error
+        if not good:
+            return _Encoded((), bad)
+        names = [tap.name for group in self.groups for tap in group.taps]
+        features = self.encoder.encode(np.stack(frames), names)
+        rows = [
+            (
+                place,
+                content,
+                tuple(group.pack(features, row, self.items[place].path) for group in self.groups),
+            )
+            for row, (place, content) in enumerate(good)
+        ]
+        return _Encoded(tuple(rows), bad)
+
+    def _take(self, encoded: _Encoded) -> None:
+        self.bad.update(encoded.bad)
+        for place, content, arrays in encoded.rows:
+            for group, array in zip(self.groups, arrays, strict=True):
+                group.unpack(array, self.out, place)
+                self.unwritten.append((self.key(content, group), array))
+        if len(self.unwritten) >= WRITE_ROWS * len(self.groups):
+            self._write()
+
+    def _write(self) -> None:
+        if self.cache is not None and self.unwritten:
+            self.cache.put_many(self.unwritten)
+        self.unwritten = []
+
+    def _report(self, left: int | None = None) -> None:
+        if self.on_progress is not None:
+            total = len(self.items)
+            self.on_progress(total - (len(self.missing) if left is None else left), total)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    work: Callable[[list[int]], _Encoded],
+    batches: Sequence[list[int]],
+    ahead: int,
+) -> Iterator[tuple[list[int], _Encoded]]:
+    """Results in the batches' order, with no more than `ahead` batches in the pool: memory stays bounded."""
+    queue: deque[tuple[list[int], Future[_Encoded]]] = deque()
+    for batch in batches:
+        queue.append((batch, pool.submit(work, batch)))
+        if len(queue) >= ahead:
+            first, future = queue.popleft()
+            yield first, future.result()
+    while queue:
+        first, future = queue.popleft()
+        yield first, future.result()

@@ -1,0 +1,1 @@
+"""A person's side of MQTT: hear boards, watch a fleet, command, label."""

@@ -1,0 +1,152 @@
+"""Labelling with a file manager: `edgeear requests` saves the frames that a board wants labelled, a person sorts them
+into folders, `edgeear label` sends the folders' names as classes.
+
+Rules of this file:
+
+1. A saved frame is `DIR/SESSION-SAMPLE.jpg`: its name says all that a label needs, wherever below DIR it is moved.
+2. A frame that is there already, sorted or not, is not written again. Each file appears whole.
+3. Only frames of the session that runs now are sent: the board has forgotten those of an earlier one.
+4. The folder has a session of its own at the broker, which keeps requests for a day while nobody listens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.mqtt import messages, topics
+from device.operator.client import BrokerAddress, Operator, operator
+from edgeear.errors import DeviceError, UsageError
+
+_NAME = re.compile(r"([0-9a-f]{8,64})-([0-9]{6,16})\.(jpg|png)")
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What a folder says: class names by sample number, of the session asked for. `waiting`: frames of it that are in
+    no class; `stale`: frames of other sessions."""
+
+    labels: dict[int, str]
+    waiting: int
+    stale: int
+
+
+def collect(
+    address: BrokerAddress,
+    board: str,
+    folder: Path,
+    *,
+    seconds: float | None = None,
+    count: int | None = None,
+    saved: Callable[[Path], object] = lambda _: None,
+) -> int:
+    """Save what `board` (SITE/DEVICE) wants labelled below `folder`, until interrupted, for `seconds`, or until `count`
+    were saved; how many were. Raises `DeviceError`."""
+    topic = topics.topic_of(*named(board), topics.LABEL_REQUEST)
+    came: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    until = None if seconds is None else time.monotonic() + seconds
+    total = 0
+
+    def take(payload: bytes) -> None:
+        nonlocal total
+        if (path := save(folder, payload)) is not None:
+            total += 1
+            saved(path)
+
+    with suppress(KeyboardInterrupt), operator(address, (topic,), lambda _, payload: came.put(payload), _own(folder)):
+        while (count is None or total < count) and (until is None or time.monotonic() < until):
+            with suppress(queue.Empty):
+                take(came.get(timeout=LOOK_S))
+    while not came.empty():  # the broker has forgotten these
+        take(came.get())
+    return total
+
+
+def save(folder: Path, payload: bytes) -> Path | None:
+    """Write the frame of a label request; None where it is there already, or this is none. Raises `DeviceError`."""
+    request = messages.parse(messages.LabelRequest, payload)
+    if isinstance(request, messages.Refusal):
+        return None
+    image = request.image_bytes
+    kind = "jpg" if image.startswith(b"\xff") else "png"
+    name = f"{request.session}-{request.at:06}.{kind}"
+    if (folder / name).exists() or any(folder.glob(f"*/{name}")):
+        return None
+    partial = folder / f".{name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(image)
+        os.replace(partial, folder / name)
+    except OSError as error:
+        raise DeviceError(f"{folder}: {error.strerror}; name a folder that you may write to") from error
+    return folder / name
+
+
+def read(folder: Path, session: str) -> Sorted:
+    """The labels that the folders below `folder` give to frames of `session`. Raises `UsageError` for no folder, and
+    for a frame in two classes."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; `edgeear requests` makes one")
+    labels: dict[int, str] = {}
+    waiting = stale = 0
+    for path, found, at in _frames(folder):
+        label = path.parent.name
+        if found != session:
+            stale += 1
+        elif path.parent == folder:
+            waiting += 1
+        elif labels.setdefault(at, label) != label:
+            raise UsageError(f"{path}: sample {at} is in {labels[at]}, too; leave it in one class")
+    return Sorted(labels, waiting, stale)
+
+
+def send(us: Operator, board: str, folder: Path, domain: str | None, wait_s: float) -> tuple[messages.Response, Sorted]:
+    """Label what `board` waits for as `folder` says. Raises `UsageError` where nothing of its session is sorted."""
+    site, device = named(board)
+    told = us.ask(site, device, messages.Report(id=_identity()), wait_s)
+    session = told.result.get("session")
+    if told.outcome != "ok" or not isinstance(session, str):
+        raise DeviceError(f"{board} does not name its session ({told.reason}): is its version older than this one's?")
+    found = read(folder, session)
+    if not found.labels:
+        counts = f"{found.waiting} frames to sort, {found.stale} of earlier sessions, whose frames are gone"
+        raise UsageError(f"{folder}: no frame of {board} in a class folder ({counts}); sort into {folder}/CLASS/")
+    facts = {"id": _identity(), "session": session, "labels": found.labels, "domain": domain}
+    command = messages.parse_command("label", json.dumps(facts).encode())
+    if isinstance(command, messages.Refusal):
+        raise UsageError(f"{folder}: {command.reason}")
+    return us.ask(site, device, command, wait_s), found
+
+
+def named(board: str) -> tuple[str, str]:
+    """Site and device of SITE/DEVICE. Raises `UsageError`."""
+    site, slash, device = board.partition("/")
+    if not slash:
+        raise UsageError(f"board {board!r}: give SITE/DEVICE, such as hall/cam-1")
+    topics.prefix(site, device)
+    return site, device
+
+
+def _frames(folder: Path) -> Iterator[tuple[Path, str, int]]:
+    for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        if match := _NAME.fullmatch(path.name):
+            yield path, match[1], int(match[2])
+
+
+def _own(folder: Path) -> str:
+    """The session of this folder on this machine."""
+    return hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
+
+
+def _identity() -> str:
+    return f"cli-{messages.new_session()}"

@@ -1,0 +1,1 @@
+"""A deployment on one machine: streams, reports, brokers for one run, fleets."""

@@ -1,0 +1,55 @@
+"""Where a fleet runs: its broker, its open files, the time of its threads."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from device.simulation.embedded import embedded_broker
+from edgeear.errors import DeviceError, UsageError
+
+EMBEDDED = "embedded"
+FILES, SPARE_FILES = 12, 256
+"""Open files of a device, with its client at an embedded broker, and of everything else."""
+
+
+def broker_address(text: str) -> tuple[str, int]:
+    """HOST[:PORT], read. Raises `UsageError`."""
+    host, colon, port = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "1883")
+    if not host or not 0 < int(port) < 65_536 or any(character in host for character in " /@"):
+        raise UsageError(f"broker {text!r}: say {EMBEDDED}, or HOST or HOST:PORT")
+    return host.strip("[]") if colon else host, int(port)
+
+
+@contextmanager
+def broker_at(text: str) -> Iterator[tuple[str, int, str]]:
+    """Host, port and name of the broker; one of our own is run meanwhile."""
+    if text == EMBEDDED:
+        with embedded_broker() as broker:
+            yield broker.host, broker.port, f"{broker.name} (embedded)"
+    else:
+        yield *broker_address(text), ""
+
+
+def raise_file_limit(devices: int) -> None:
+    """Let this process, and the broker that it starts, have files enough. Raises `DeviceError` where it may not."""
+    needed = devices * FILES + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        most = max(0, (hard - SPARE_FILES) // FILES)
+        raise DeviceError(
+            f"{devices} devices need {needed} open files, the hard limit is {hard}: raise it (`ulimit -Hn {needed}` as "
+            f"root, or LimitNOFILE={needed}), or simulate at most {most}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def link_cpu_s() -> float:
+    """CPU seconds of the devices' network threads."""
+    links = [t.ident for t in threading.enumerate() if t.name == "edgeear-link" and t.ident is not None]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in links)

@@ -1,0 +1,398 @@
+"""A whole deployment on one machine: domains streamed one after another through the board that the daemon runs.
+
+Rules of this file:
+
+1. Every frame is decoded and goes through `Board.step` alone, in order, as on a board. Only the clock is made up.
+2. Labels come from the ground truth, within the label budget of a shift, and from nowhere else.
+3. Test images are never streamed. Their features are computed once; accuracy is taken at the end of every domain, on
+   all domains, through the router.
+4. A missed shift, a rejected head and a frame that does not decode are results: they are recorded and the run goes on.
+5. What can be refused is refused before the first frame: folders, names, packages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+
+from adaptors.latency import LatencyModel
+from adaptors.search import SearchPolicy
+from adaptors.search_space import BUDGETS, Budget
+from device.board.board import Board, BoardPolicy
+from device.board.board import Event as BoardEvent
+from device.encoder.session import pooled_taps
+from device.files import write_whole
+from device.images.folder import FolderData, Item, UndecodableInput, decode, read_folder, split
+from device.provenance import machine, versions
+from device.simulation.exam import Exam
+from device.simulation.live import LiveView
+from device.simulation.record import (
+    ABSTAIN,
+    MAX_EVENTS,
+    EncoderInfo,
+    Event,
+    Growth,
+    RunRecord,
+    ShiftRecord,
+    Stream,
+    evenly,
+    mean,
+)
+from device.simulation.report import write_report
+from device.state.store import Store
+from edgeear import __version__, metrics
+from edgeear.errors import DeviceError, UsageError
+from edgeear.flow import Prediction
+from edgeear.space import HypervectorSpace
+from edgeear.system import Live, System
+from edgeear.types import Encoder
+from edgeear.unlabelled import UnlabelledPolicy
+
+FIRST_LABELS = 200
+"""Labels of the first domain when nobody labels later ones; as many frames are then collected after a shift."""
+CANDIDATE = ("parameters", "bytes", "latency_ms", "score", "chosen", "front")
+GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_predicted", "specs_scored")
+"""Figures that a grown domain carries and the record takes as they are."""
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """What to stream and what to write.
+
+    `labels` at most per shift, 0 for a labelled first domain and nobody who labels after it; `samples` streamed of
+    each domain, `tests` of its test images at most; `specs` scored by each search; `fps` frames a second of the made-up
+    clock; `latency` the model of a profiled board. `report`, `json` and `store` None: not written, or thrown
+    away at the end. Raises `UsageError` for numbers out of range.
+    """
+
+    data: Path
+    order: tuple[str, ...] | None = None
+    report: Path | None = None
+    json: Path | None = None
+    store: Path | None = None
+    title: str = "edgeear simulation"
+    labels: int = 200
+    samples: int = 450
+    tests: int = 100
+    specs: int = 300
+    seed: int = 0
+    fps: float = 30.0
+    budget: Budget = field(default_factory=lambda: BUDGETS["medium"])
+    latency: LatencyModel | None = None
+
+    def __post_init__(self) -> None:
+        least_labels = 5 if self.labels else 0
+        for name, least in (("labels", least_labels), ("samples", 1), ("tests", 1), ("specs", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not self.fps > 0:
+            raise UsageError(f"fps is {self.fps}: it must be above 0")
+
+
+def simulate(
+    options: SimulateOptions,
+    encoder: Encoder,
+    *,
+    name: str = "encoder",
+    console: Console | None = None,
+    quiet: bool = False,
+    policy: BoardPolicy | None = None,
+    system: System | None = None,
+    now: Callable[[], float] = time.time,
+) -> RunRecord:
+    """Stream the data set and write what the options name; `name` is what the record calls the encoder.
+
+    `policy` replaces the board's rules other than labels, search and budget; `system` the empty system to start from.
+    Raises `UsageError`, `DataError` and `DeviceError` for what cannot be read or written, `EmptyBudget` where no
+    head fits the budget.
+    """
+    data = read_folder(options.data, options.order)
+    blank = _blank(options, data, encoder, name, now())
+    _prepare(options)
+    with ExitStack() as stack:
+        folder = options.store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeear-")))
+        store = stack.enter_context(_fresh_store(folder))
+        total = sum(len(_streamed(data, domain, options)) for domain in data.domains)
+        view = LiveView(console or Console(stderr=True), data.domains, total, clock=time.monotonic, quiet=quiet)
+        stack.enter_context(view)
+        for warning in data.warnings:
+            view.event("data", warning)
+        start = system or System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
+        run = _Run(options, data, encoder, view, store, start, policy or BoardPolicy())
+        run.stream()
+        record = run.record(blank)
+    if options.json is not None:
+        _write(options.json, record.to_json())
+    if options.report is not None:
+        write_report(record, options.report)
+    return record
+
+
+class GroundTruth:
+    """`device.board.board.Labeller`: the labels of at most `budget` of the newest frames that it is asked for, or of
+    `FIRST_LABELS` frames once and none ever after where the budget is 0."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self._once = budget, FIRST_LABELS if budget == 0 else 0
+        self.seen: list[tuple[str, str]] = []
+        """Domain and class of each sample; sample numbers start at 1."""
+        self.named = ""
+
+    def label(self, at: Sequence[int]) -> list[str | None]:
+        # The oldest frames since the onset are the ones that may still show the domain before.
+        free = len(at) - (self.budget or self._once)
+        self._once = 0
+        return [None if i < free else self.seen[number - 1][1] for i, number in enumerate(at)]
+
+    def domain(self, at: Sequence[int]) -> str:
+        self.named = Counter(self.seen[number - 1][0] for number in at).most_common(1)[0][0]
+        return self.named
+
+
+class _Stopwatch:
+    """Seconds by phase: `spent` in all, `growth` since the last adaptation began."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.growth: dict[str, float] = {}
+        self._marked = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last call went into `phase`."""
+        now = time.monotonic()
+        for total in (self.spent, self.growth):
+            total[phase] = total.get(phase, 0.0) + now - self._marked
+        self._marked = now
+
+
+class _Run:
+    """One simulation: the board, what it is shown, and what is noted along the way."""
+
+    def __init__(
+        self,
+        options: SimulateOptions,
+        data: FolderData,
+        encoder: Encoder,
+        view: LiveView,
+        store: Store,
+        system: System,
+        policy: BoardPolicy,
+    ) -> None:
+        self.options, self.data, self.encoder, self.view = options, data, encoder, view
+        self.truth, self.watch = GroundTruth(options.labels), _Stopwatch()
+        self.board = Board(
+            Live(system, system),
+            encoder,
+            self.truth,
+            lambda: len(self.truth.seen) / options.fps,
+            _board_policy(options, policy),
+            store=store,
+            seed=options.seed,
+            on_progress=self._progress,
+            on_event=self._event,
+        )
+        self.rows: list[tuple[float | None, ...]] = []
+        self.starts: list[int] = []
+        self.events: list[Event] = []
+        self.shifts: list[ShiftRecord] = []
+        self.trace: list[tuple[float, float, str]] = []
+        self.times: dict[str, dict[str, float]] = {}
+        self.exam = Exam(data, encoder, system.space, options.tests, options.seed, view.phase)
+        for warning in self.exam.warnings:
+            self._note("skipped", warning)
+        self.watch.lap("test images")
+
+    def stream(self) -> None:
+        """Show the board every domain, and take the accuracies after each."""
+        for index, domain in enumerate(self.data.domains):
+            self.starts.append(len(self.truth.seen))
+            for item in _streamed(self.data, domain, self.options):
+                self._show(domain, item)
+            self.rows.append(self.exam.accuracies(self.board.system, self.board.engine))
+            self.watch.lap("evaluation")
+            self._close_segment(index)
+
+    def _show(self, domain: str, item: Item) -> None:
+        try:
+            frame = decode(item.path, self.encoder.input_size)
+        except UndecodableInput as error:
+            self._note("skipped", str(error))
+            return
+        self.truth.seen.append((domain, self.data.classes[item.label]))
+        prediction = self.board.step(frame).prediction
+        self.watch.lap("stream")
+        route = prediction.route or ABSTAIN
+        self.trace.append((prediction.novelty, prediction.p, route))
+        self.view.sample(len(self.trace) - 1, domain, *_shown(prediction), route)
+
+    def _close_segment(self, index: int) -> None:
+        """A step of the stream that nobody noticed is a result too."""
+        names = self.data.domains
+        noticed = any(shift.detected and shift.to == names[index] for shift in self.shifts)
+        if index and not noticed:
+            onset = self.starts[index]
+            missed = ShiftRecord(from_=names[index - 1], to=names[index], onset=onset, detected=False)
+            self.shifts.append(missed)
+            self._note("missed", f"the step from {names[index - 1]} to {names[index]} was not noticed")
+
+    def _event(self, event: BoardEvent) -> None:
+        if event.kind == "shift":
+            self._shift(event.at)
+        elif event.kind == "search":
+            self.watch.growth = {}
+        elif event.kind == "grown":
+            self.times[self.truth.named] = self.watch.growth
+        self._note(event.kind, event.text)
+
+    def _shift(self, at: int) -> None:
+        """A declared shift: the step of the stream, that step declared again, or a false alarm."""
+        index = len(self.starts) - 1
+        name, onset = self.data.domains[index], self.starts[index]
+        if name in self.board.system.names:
+            self.shifts.append(ShiftRecord(from_=name, to=name, at=at, detected=False, false_alarm=True))
+        elif index and not any(shift.to == name for shift in self.shifts):
+            self.shifts.append(
+                ShiftRecord(
+                    from_=self.data.domains[index - 1],
+                    to=name,
+                    at=at,
+                    onset=onset,
+                    delay_samples=at - onset,
+                    detected=True,
+                )
+            )
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self.watch.lap(phase)
+        self.view.phase(phase, done, total)
+
+    def _note(self, kind: str, text: str) -> None:
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(Event(at=len(self.truth.seen), kind=kind, text=text[:2000]))
+        self.view.event(kind, text)
+
+    def record(self, blank: RunRecord) -> RunRecord:
+        """The record of the finished run; `blank` holds what was known before it."""
+        system, engine = self.board.system, self.board.engine
+        learned = np.array([[np.nan if x is None else x for x in row] for row in self.rows])
+        fields = {
+            "accuracy_matrix": tuple(self.rows),
+            "routing_accuracy": self.exam.routing(system, engine),
+            "final_accuracy": mean(self.rows[-1]),
+            "bwt": metrics.bwt(learned),
+            "forgetting": metrics.forgetting(learned),
+            "oracle_route_accuracy": self.exam.oracle(system, engine),
+            "ood": self.exam.ood(system),
+            "shift": self.shifts,
+            "stream": self._thinned(),
+            "growth": [_growth(d.name, d.growth, self.times.get(d.name, {})) for d in system.domains],
+            "events": self.events,
+            "timings": self.watch.spent,
+        }
+        return RunRecord.model_validate(dict(blank) | fields)
+
+    def _thinned(self) -> Stream:
+        kept = evenly(len(self.trace))
+        return Stream(
+            at=kept,
+            novelty=tuple(self.trace[i][0] for i in kept),
+            p=tuple(self.trace[i][1] for i in kept),
+            route=tuple(self.trace[i][2] for i in kept),
+            domain=tuple(self.truth.seen[i][0] for i in kept),
+        )
+
+
+def _board_policy(options: SimulateOptions, policy: BoardPolicy) -> BoardPolicy:
+    search = SearchPolicy(specs=options.specs, seed=options.seed)
+    adapt = replace(policy.adapt, budget=options.budget, search=search, latency=options.latency)
+    if options.labels:
+        return replace(policy, labels=options.labels, adapt=adapt)
+    return replace(policy, labels=FIRST_LABELS, adapt=adapt, unlabelled=policy.unlabelled or UnlabelledPolicy())
+
+
+def _streamed(data: FolderData, domain: str, options: SimulateOptions) -> list[Item]:
+    """The training images of a domain in a seeded order, some shown again where there are fewer than `samples`."""
+    items = split(data.items[domain])[0]
+    rng = np.random.default_rng([options.seed, data.domains.index(domain)])
+    order = [int(place) for place in rng.permutation(len(items))[: options.samples]]
+    order += [int(place) for place in rng.integers(len(items), size=options.samples - len(order))]
+    return [items[place] for place in order]
+
+
+def _shown(prediction: Prediction) -> tuple[float, float | None]:
+    return prediction.novelty, None if prediction.route is None else prediction.p
+
+
+def _growth(domain: str, growth: Mapping[str, object], times: Mapping[str, float]) -> Growth:
+    points = growth["candidates"]
+    assert isinstance(points, list)
+    return Growth.model_validate(
+        {
+            "domain": domain,
+            **{key: growth[key] for key in GROWTH},
+            "search_s": times.get("search", 0.0),
+            "train_s": times.get("train", 0.0),
+            "candidates": [{key: point[key] for key in CANDIDATE} for point in points],
+        }
+    )
+
+
+def _blank(options: SimulateOptions, data: FolderData, encoder: Encoder, name: str, created: float) -> RunRecord:
+    """What the record says before anything ran. Raises `UsageError` for names that it cannot hold."""
+    try:
+        return RunRecord(
+            title=options.title,
+            created=created,
+            seed=options.seed,
+            encoder=EncoderInfo(name=name, digest=encoder.digest, input=encoder.input_size),
+            domains=data.domains,
+            classes=data.classes,
+            versions={"edgeear": __version__, **versions()},
+            machine=machine(),
+        )
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise UsageError(f"{data.root}: its domains or classes cannot be reported ({reason}): rename them") from error
+
+
+def _prepare(options: SimulateOptions) -> None:
+    """Everything that would spoil the end of a run, tried before its start."""
+    if options.report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the report needs matplotlib: pip install 'edgeear[report]', or ask for --json only")
+    for path in (options.report, options.json):
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file in it")
+        if path is not None:
+            _make_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeviceError(f"{folder}: cannot be made ({error.strerror}): name a file in a writable folder") from error
+
+
+def _fresh_store(folder: Path) -> Store:
+    store = Store.open(folder)
+    if store.generations():
+        store.close()
+        raise UsageError(f"{folder} already holds generations, and a simulation starts from none: name a new folder")
+    return store
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise DeviceError(f"{path}: cannot be written ({error.strerror}): name a file in a writable folder") from error

@@ -1,0 +1,127 @@
+"""What an operator does to a stopped board's store: list, merge two domains, forget a domain or a class.
+
+Rules of this file:
+
+1. A change goes the way of every change: admitted, committed, confirmed. A rejection is a value and changes nothing.
+2. It starts from the confirmed generation, as a board does at boot; one process at a time has the store open.
+3. What is forgotten is gone from every generation of the store, older ones included: there is no way back. Files are
+   unlinked, not overwritten; what a flash chip keeps of them is beyond a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.images.featurise import featurise
+from device.images.folder import SUFFIXES, Item
+from device.state.codec import from_files, to_files
+from device.state.store import CURRENT, Store
+from edgeear.errors import DataError, FormatError, UsageError
+from edgeear.forgetting import forget_class, forget_domain
+from edgeear.merging import HeadChoice, merge_domains
+from edgeear.system import Candidate, Domain, Rejected, System
+from edgeear.types import F32, Encoder
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What was done, the generation that serves from now on, its domains, the share of each domain's codes that changed
+    route, and the generations that were removed."""
+
+    what: str
+    generation: int
+    domains: tuple[str, ...]
+    replay: dict[str, float]
+    removed: tuple[int, ...] = ()
+
+
+def listing(folder: Path) -> dict[str, object]:
+    """Generations and the domains of the live one, JSON-able. Raises `UsageError` where no store is, `StoreBusy`."""
+    with _opened(folder) as store:
+        live = store.live
+        domains = [] if live is None else [facts(d) for d in from_files(store.read(live)).domains]
+        kept = [
+            {"generation": m.number, "parent": m.parent, "created": m.created, "note": m.note}
+            for m in store.generations()
+        ]
+        return {"live": live, "confirmed": store.confirmed, "domains": domains, "generations": kept}
+
+
+def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -> Changed | Rejected:
+    """Make `second` a part of `first`; see edgeear/merging.py. Raises as `listing` does, and `UsageError` for names."""
+    with _opened(folder) as store:
+        outcome = merge_domains(_confirmed(store, folder), first, second, head)
+        if isinstance(outcome, Rejected):
+            return outcome
+        what = f"merged {second} into {first}"
+        number = _kept(store, outcome.system, now, what)
+        return Changed(what, number, outcome.system.names, dict(outcome.replay))
+
+
+def forget(
+    folder: Path, domain: str, label: str | None, now: float, images: tuple[Path, Encoder] | None = None
+) -> Changed | Rejected:
+    """Forget a domain, or its class `label`: exactly where `images` are all that were learned of the class and their
+    encoder, see edgeear/forgetting.py. Raises as `merge` does, and `FormatError` for another encoder."""
+    with _opened(folder) as store:
+        system = _confirmed(store, folder)
+        outcome: Candidate | Rejected
+        if label is None:
+            outcome = forget_domain(system, domain)
+        else:
+            seen = None if images is None else _encoded(system, *images)
+            outcome = forget_class(system, domain, label, seen)
+        if isinstance(outcome, Rejected):
+            return outcome
+        how = "from the sums alone" if images is None else "with its samples, exactly"
+        what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, {how}"
+        # Twice, because the store holds on to one confirmed generation beside the newest: that one must not know it.
+        for _ in range(2):
+            number = _kept(store, outcome.system, now, what)
+        return Changed(what, number, outcome.system.names, dict(outcome.replay), store.collect())
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Store]:
+    if not (folder / CURRENT).is_file():
+        raise UsageError(f"{folder} is no store: give a folder that `simulate --store` or `Ear.save` wrote")
+    with Store.open(folder, keep=1) as store:
+        yield store
+
+
+def _confirmed(store: Store, folder: Path) -> System:
+    number = store.recover()
+    if number is None:
+        raise UsageError(f"{folder} holds nothing that was confirmed: there is nothing to change")
+    return from_files(store.read(number))
+
+
+def _kept(store: Store, system: System, now: float, note: str) -> int:
+    number = store.write(to_files(system), created=now, note=note)
+    store.commit(number)
+    store.confirm(number)
+    return number
+
+
+def facts(domain: Domain) -> dict[str, object]:
+    """What a listing says of a domain."""
+    counts = dict(zip(domain.memory.classes, domain.memory.counts.tolist(), strict=True))
+    explanation = str(domain.growth.get("explanation", ""))
+    return {"name": domain.name, "samples": counts, "bytes": domain.bytes, "head": explanation}
+
+
+def _encoded(system: System, images: Path, encoder: Encoder) -> F32:
+    """Hypervectors `(images, D)` of all images in a folder."""
+    if encoder.digest != system.encoder_digest:
+        raise FormatError(
+            f"the store was learned on encoder {system.encoder_digest[:12]}, this one is {encoder.digest[:12]}: "
+            "give the encoder that it was learned on"
+        )
+    paths = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES) if images.is_dir() else []
+    if not paths:
+        raise DataError(f"{images} holds no image: give the folder of all images that were learned of the class")
+    taps = [tap.name for tap in system.space.taps]
+    return system.space.encode(featurise([Item(p, p.name, 0) for p in paths], encoder, taps))

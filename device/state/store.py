@@ -1,0 +1,565 @@
+"""The store: numbered, immutable generations on disk, of which one is live and one is confirmed.
+
+Rules of this file:
+
+1. A generation is a directory of opaque named files. It is built beside (`.partial-NUMBER`), every file and
+   the directory are fsynced, then it is renamed, then the root is fsynced. Its files are never written again.
+   Files equal to the parent's are hard-linked; the bytes are compared first, so damage is not inherited.
+2. `CURRENT` names the live and the confirmed number and is only replaced whole: `commit`, `confirm`,
+   `rollback` and `recover` are one `os.replace` each. After a kill or power loss it holds the old or new.
+3. `commit` first lays down `ROLLBACK`, a finished `CURRENT` for the way back: undoing needs no free space.
+4. Numbers only rise. The directories are the counter, so the highest number is never collected.
+5. `CURRENT` and every manifest carry a seal, the SHA-256 of their own contents, computed the same way in all
+   format versions, so that a newer version is never mistaken for damage.
+6. A confirmed generation also carries the empty file `.confirmed`, a second copy of that fact in case
+   `CURRENT` or what it names is damaged. It is written after `CURRENT`, so it never says more than that did.
+
+One process writes, from one thread: `Store.open` takes an advisory lock, held until `close` or exit.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from device.files import sync_folder, take_lock
+from edgeear.errors import DeviceError, FormatError, UsageError
+
+FORMAT = 1
+CURRENT, ROLLBACK, LOCK, MANIFEST, MARK = "CURRENT", "ROLLBACK", "LOCK", "manifest.json", ".confirmed"
+_PARTIAL = re.compile(r"\.partial-([0-9]{8,}|CURRENT|ROLLBACK)")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DIRTY = getattr(errno, "EUCLEAN", errno.EIO)  # Linux only: the file system found its own structure damaged
+_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, _DIRTY}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What could not be read. `number` is None when it is `CURRENT` itself."""
+
+    number: int | None
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = "" if self.number is None else f"generation {self.number}, "
+        return f"{where}{self.file}: {self.reason}"
+
+
+class NewerStore(FormatError):
+    """The store was written by a newer version; nothing was changed."""
+
+
+class CorruptStore(FormatError):
+    """A file of the store is missing, truncated or altered; `damage` says which."""
+
+    def __init__(self, number: int | None, file: str, reason: str) -> None:
+        self.damage = Damage(number, file, reason)
+        super().__init__(f"{self.damage}; go back to another generation or restore the store from a backup")
+
+
+class StoreFull(DeviceError):
+    """No space left; what was being written was undone."""
+
+
+class StoreBusy(DeviceError):
+    """Another process, or another `Store` of this one, holds the store."""
+
+
+class NoGeneration(UsageError):
+    """No generation has this number, or none was ever confirmed."""
+
+
+class NotLive(UsageError):
+    """Only the live generation can be confirmed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a generation: `size` in bytes, `sha256` in lower-case hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a generation holds. `parent` was live then; `created` is the caller's time in seconds."""
+
+    number: int
+    parent: int | None
+    created: float
+    note: str
+    files: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """The contents of `CURRENT`. `live != confirmed` means that the live generation is on probation."""
+
+    live: int | None = None
+    confirmed: int | None = None
+
+
+class Disk:
+    """Every way in which a store changes the disk, so that tests can stop or fail it at each of them."""
+
+    def create(self, path: Path) -> int:
+        """A descriptor for writing a new file, which is read-only from then on."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+    def sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def sync_dir(self, path: Path) -> None:
+        sync_folder(path)
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir()
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        path.rmdir()
+
+
+class Store:
+    """See the module's rules. Where the disk fails, methods raise `StoreFull` or another `DeviceError`."""
+
+    def __init__(self, root: Path, keep: int, disk: Disk, lock: int) -> None:
+        """Use `Store.open`."""
+        self._root, self._keep, self._disk = root, keep, disk
+        self._lock: int | None = lock
+        self._state = _State()
+        self._recovered_from: Damage | None = None
+
+    @classmethod
+    def open(cls, root: Path, *, keep: int = 4, disk: Disk | None = None) -> Store:
+        """Opens or creates the store in `root`, clears unfinished work, verifies what is live and confirmed.
+
+        `keep` (at least 1) is how many of the newest generations `collect` leaves. Where `CURRENT` or what it
+        names is damaged, the newest intact confirmed generation becomes live and `recovered_from` says why.
+        Raises `CorruptStore` where there is none, `NewerStore`, `StoreBusy`, `StoreFull`.
+        """
+        if keep < 1:
+            raise UsageError(f"keep={keep}: at least 1 generation must be kept")
+        disk = disk or Disk()
+        with _device_errors(root), ExitStack() as undo:
+            root = root.absolute()
+            _make_root(disk, root)
+            lock = _take_lock(root)
+            undo.callback(os.close, lock)
+            store = cls(root, keep, disk, lock)
+            store._start()
+            undo.pop_all()
+        return store
+
+    def recover(self) -> int | None:
+        """At boot: drops an unconfirmed live generation. Returns the number that serves now, if one does."""
+        confirmed = self._state.confirmed
+        if self._state.live != confirmed:
+            with self._changing():
+                self._switch(_State(confirmed, confirmed))
+        return confirmed
+
+    @property
+    def live(self) -> int | None:
+        """The number that serves now."""
+        return self._state.live
+
+    @property
+    def confirmed(self) -> int | None:
+        """The number that `rollback` and `recover` go back to."""
+        return self._state.confirmed
+
+    @property
+    def recovered_from(self) -> Damage | None:
+        """The damage that made this store fall back to another confirmed generation, if there was any."""
+        return self._recovered_from
+
+    def write(self, files: Mapping[str, bytes], *, created: float, note: str = "") -> int:
+        """Stores `files` as the next generation, not yet live. Returns its number; failing leaves nothing."""
+        for name in files:
+            _check_name(name)
+        if not math.isfinite(created):
+            raise UsageError(f"created={created}: give finite seconds")
+        entries = tuple(Entry(name, len(data), _digest(data)) for name, data in sorted(files.items()))
+        with self._changing(), ExitStack() as undo:
+            number = max(self._numbers(), default=0) + 1
+            partial = self._partial(_dirname(number))
+            undo.callback(self._discard, number)
+            self._fill(partial, Manifest(number, self.live, float(created), note, entries), files)
+            self._disk.replace(partial, self._dir(number))
+            self._disk.sync_dir(self._root)
+            undo.pop_all()
+        return number
+
+    def commit(self, number: int) -> None:
+        """Verifies generation `number` and makes it live, unconfirmed until `confirm`."""
+        confirmed = self._state.confirmed
+        if number == confirmed:
+            raise UsageError(f"generation {number} is confirmed already: use rollback() to return to it")
+        self._require(number)
+        self._verify(number)
+        with self._changing():
+            self._place(ROLLBACK, _State(confirmed, confirmed))
+            self._switch(_State(number, confirmed))
+
+    def confirm(self, number: int) -> None:
+        """Makes the live generation permanent: from now on it is what `rollback` and `recover` go back to."""
+        if number != self.live:
+            raise NotLive(f"generation {number} cannot be confirmed: {self.live} is live; commit it first")
+        with self._changing():
+            self._switch(_State(number, number))
+            self._mark(number)
+
+    def rollback(self) -> int:
+        """Back to the confirmed generation; if that is damaged, as in `open`. Returns the number now live."""
+        confirmed = self._state.confirmed
+        if confirmed is None:
+            raise NoGeneration("none to roll back to: no generation was confirmed yet; commit another one")
+        with self._changing():
+            try:
+                self._verify(confirmed)
+            except CorruptStore as error:
+                return self._fall_back(error)
+            self._switch(_State(confirmed, confirmed))
+        return confirmed
+
+    def read(self, number: int) -> dict[str, bytes]:
+        """All files of a generation, sizes and digests verified; `CorruptStore` names the one that fails."""
+        self._require(number)
+        return dict(self._contents(number))
+
+    def manifest(self, number: int) -> Manifest:
+        """What generation `number` says that it holds; its files are not read."""
+        self._require(number)
+        return self._manifest(number)
+
+    def generations(self) -> tuple[Manifest, ...]:
+        """The manifests on disk in rising order, without those that cannot be read."""
+        found = []
+        for number in self._numbers():
+            with suppress(CorruptStore):
+                found.append(self._manifest(number))
+        return tuple(found)
+
+    def collect(self, keep: int | None = None) -> tuple[int, ...]:
+        """Removes old generations and returns their numbers.
+
+        What stays: the newest `keep` (that of `open` where None), the live one, the confirmed one, and the newest
+        intact one that was confirmed before, which takes over should the confirmed one prove damaged.
+        """
+        with self._changing():
+            numbers = self._numbers()
+            spares = (n for n in self._marked() if n != self.confirmed and self._intact(n))
+            held = {*numbers[-(keep or self._keep) :], self.live, self.confirmed, next(spares, None)}
+            doomed = tuple(number for number in numbers if number not in held)
+            if doomed:
+                self._remove(doomed)
+        return doomed
+
+    def close(self) -> None:
+        """Releases the lock; closing twice is allowed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Opening and falling back
+
+    def _start(self) -> None:
+        for path in list(self._root.iterdir()):
+            if _PARTIAL.fullmatch(path.name):
+                _remove_tree(self._disk, path)
+        if not (self._root / CURRENT).exists() and not self._numbers():
+            self._switch(_State())
+        try:
+            self._state = _State(**_unsealed(self._root / CURRENT, None))
+            for number in dict.fromkeys((self.live, self.confirmed)):
+                if number is not None:
+                    self._verify(number)
+        except CorruptStore as error:
+            self._fall_back(error)
+        if self.confirmed is not None:
+            self._mark(self.confirmed)
+
+    def _fall_back(self, error: CorruptStore) -> int:
+        """The confirmed generation if it is intact, else the newest one that once was confirmed and is."""
+        for number in (self.confirmed, *self._marked()):
+            if number is not None and self._intact(number):
+                self._switch(_State(number, number))
+                self._recovered_from = error.damage
+                return number
+        raise error
+
+    def _marked(self) -> list[int]:
+        return [n for n in reversed(self._numbers()) if (self._dir(n) / MARK).exists()]
+
+    def _mark(self, number: int) -> None:
+        """A second copy of what `CURRENT` says: failing here is no failure, the next `open` tries again."""
+        if not (self._dir(number) / MARK).exists():
+            with suppress(OSError):
+                _put(self._disk, self._dir(number) / MARK, b"")
+                self._disk.sync_dir(self._dir(number))
+
+    # Reading
+
+    def _numbers(self) -> list[int]:
+        with _device_errors(self._root):
+            names = os.listdir(self._root)
+        digits = (name for name in names if re.fullmatch("[0-9]{8,}", name))
+        return sorted(int(name) for name in digits if name == _dirname(int(name)))
+
+    def _dir(self, number: int) -> Path:
+        return self._root / _dirname(number)
+
+    def _require(self, number: int) -> None:
+        if number not in (numbers := self._numbers()):
+            raise NoGeneration(f"there is no generation {number}: the store has {numbers}")
+
+    def _manifest(self, number: int) -> Manifest:
+        body = _unsealed(self._dir(number) / MANIFEST, number)
+        manifest = Manifest(**body | {"files": tuple(Entry(**entry) for entry in body["files"])})
+        if manifest.number != number:
+            raise CorruptStore(number, MANIFEST, f"it belongs to generation {manifest.number}")
+        return manifest
+
+    def _contents(self, number: int) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of each file, verified one by one: only one need be in memory."""
+        for entry in self._manifest(number).files:
+            data = _read(self._dir(number) / entry.name, number)
+            if len(data) != entry.size:
+                raise CorruptStore(number, entry.name, f"{len(data)} bytes, the manifest says {entry.size}")
+            if _digest(data) != entry.sha256:
+                raise CorruptStore(number, entry.name, "its SHA-256 is not the manifest's")
+            yield entry.name, data
+
+    def _verify(self, number: int) -> None:
+        for _ in self._contents(number):
+            pass
+
+    def _intact(self, number: int) -> bool:
+        try:
+            self._verify(number)
+        except CorruptStore:
+            return False
+        return True
+
+    # Changing the disk
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        if self._lock is None:
+            raise UsageError(f"the store {self._root} is closed: open it again")
+        with _device_errors(self._root):
+            yield
+
+    def _partial(self, name: str) -> Path:
+        """The place where `name` is built or taken apart, cleared of what an earlier failure left there."""
+        path = self._root / f".partial-{name}"
+        if path.exists():
+            _remove_tree(self._disk, path)
+        return path
+
+    def _place(self, name: str, state: _State) -> None:
+        partial = self._partial(name)
+        _put(self._disk, partial, _sealed(asdict(state)))
+        self._disk.replace(partial, self._root / name)
+
+    def _prepared(self, state: _State) -> bool:
+        try:
+            return _read(self._root / ROLLBACK, None) == _sealed(asdict(state))
+        except CorruptStore:
+            return False
+
+    def _switch(self, state: _State) -> None:
+        """Replaces `CURRENT`. Memory follows what is visible on disk, even where the fsync after it fails."""
+        if self._prepared(state):
+            self._disk.replace(self._root / ROLLBACK, self._root / CURRENT)
+        else:
+            self._place(CURRENT, state)
+        self._state = state
+        self._disk.sync_dir(self._root)
+
+    def _fill(self, partial: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+        self._disk.mkdir(partial)
+        parents = self._parent_files()
+        for entry in manifest.files:
+            source, target = parents.get(entry.sha256), partial / entry.name
+            if source is None or not self._link(source, target, files[entry.name]):
+                _put(self._disk, target, files[entry.name])
+        _put(self._disk, partial / MANIFEST, _sealed(asdict(manifest)))
+        self._disk.sync_dir(partial)
+
+    def _parent_files(self) -> dict[str, Path]:
+        """SHA-256 -> file of the live generation."""
+        if self.live is None:
+            return {}
+        with suppress(CorruptStore):
+            folder = self._dir(self.live)
+            return {entry.sha256: folder / entry.name for entry in self._manifest(self.live).files}
+        return {}
+
+    def _link(self, source: Path, target: Path, data: bytes) -> bool:
+        """False where the source is damaged or the file system knows no hard links."""
+        try:
+            if _read(source, self.live) != data:
+                return False
+            self._disk.link(source, target)
+        except CorruptStore:
+            return False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return False
+            raise
+        return True
+
+    def _discard(self, number: int) -> None:
+        """Undoes an unfinished `write`; what cannot be removed now goes at the next `open`."""
+        with suppress(OSError):
+            partial = self._root / f".partial-{_dirname(number)}"
+            if self._dir(number).exists():
+                self._disk.replace(self._dir(number), partial)
+            if partial.exists():
+                _remove_tree(self._disk, partial)
+
+    def _remove(self, numbers: tuple[int, ...]) -> None:
+        """Renames first, so that no half-removed generation is ever seen."""
+        # If the last switch failed in its fsync, `CURRENT` must be safe before what it named earlier goes.
+        self._disk.sync_dir(self._root)
+        partials = [self._partial(_dirname(number)) for number in numbers]
+        for number, partial in zip(numbers, partials, strict=True):
+            self._disk.replace(self._dir(number), partial)
+        self._disk.sync_dir(self._root)
+        for partial in partials:
+            _remove_tree(self._disk, partial)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name) or name.lower() == MANIFEST:
+        raise UsageError(
+            f"file name {name!r}: use 1 to 128 ASCII letters, digits, '.', '_' and '-', "
+            f"with no '.' or '-' in front, and not {MANIFEST}"
+        )
+
+
+def _dirname(number: int) -> str:
+    return f"{number:08d}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _seal(body: dict[str, Any]) -> str:
+    return _digest(json.dumps(body, sort_keys=True).encode("ascii"))
+
+
+def _sealed(fields: dict[str, Any]) -> bytes:
+    body = {"format": FORMAT, **fields}
+    return json.dumps(body | {"seal": _seal(body)}, indent=1).encode("ascii")
+
+
+def _unsealed(path: Path, number: int | None) -> dict[str, Any]:
+    """The fields of a sealed JSON file. What passes its seal was written here: no more to check."""
+    data = _read(path, number)
+    try:
+        body: dict[str, Any] = json.loads(data)
+        intact = body.pop("seal") == _seal(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CorruptStore(number, path.name, "its seal does not fit its contents")
+    if (version := body.pop("format")) != FORMAT:
+        raise NewerStore(f"{path}: format {version}, this version reads up to {FORMAT}; update the software")
+    return body
+
+
+def _read(path: Path, number: int | None) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise CorruptStore(number, path.name, str(error.strerror)) from error
+        raise _device_error(path, error) from error
+
+
+def _put(disk: Disk, path: Path, data: bytes) -> None:
+    descriptor = disk.create(path)
+    try:
+        disk.write(descriptor, data)
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_tree(disk: Disk, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for child in list(path.iterdir()):
+            _remove_tree(disk, child)
+        disk.rmdir(path)
+    else:
+        disk.unlink(path)
+
+
+def _make_root(disk: Disk, root: Path) -> None:
+    if not root.exists():
+        _make_root(disk, root.parent)
+        disk.mkdir(root)
+        disk.sync_dir(root.parent)
+
+
+def _take_lock(root: Path) -> int:
+    descriptor = take_lock(root / LOCK)
+    if descriptor is None:
+        raise StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first")
+    return descriptor
+
+
+@contextmanager
+def _device_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except DeviceError:
+        raise
+    except OSError as error:
+        raise _device_error(root, error) from error
+
+
+def _device_error(path: Path, error: OSError) -> DeviceError:
+    if error.errno in _FULL:
+        return StoreFull(f"{path}: {error.strerror}; collect old generations or free space")
+    return DeviceError(f"{path}: {error.strerror}; check the disk and the permissions")

@@ -1,0 +1,482 @@
+"""The daemon's loop, turn by turn, with a real board, store and outbox; only the network is played by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from device.board.board import Board, BoardPolicy
+from device.daemon.commands import Commands
+from device.daemon.frames import FrameQueue
+from device.daemon.labels import LabelBook
+from device.daemon.loop import Daemon, DaemonPolicy
+from device.mqtt import messages
+from device.mqtt.connection import Inbound
+from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
+from device.state.codec import from_files
+from device.state.store import Store, StoreFull
+from edgeear.system import Live
+from edgeear.types import U8
+from tests.support import fakes
+
+START = 1_800_000_000.0
+POLICY = BoardPolicy(labels=40, memory=60, probation=20, adapt=fakes.QUICK, patience=3600)
+OWN = "edgeear/v1/plant/cam-1"
+
+
+@dataclass
+class Wire:
+    """The daemon's link, played by hand: what was acknowledged and what was sent past the outbox."""
+
+    acknowledged: list[Inbound] = field(default_factory=list)
+    sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked_again: int = 0
+
+    def acknowledge(self, inbound: Inbound) -> None:
+        self.acknowledged.append(inbound)
+
+    def again(self) -> None:
+        self.asked_again += 1
+
+    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
+        assert correlation == (None if topic.endswith("prediction") else b"\1\2")
+        self.sent.append((topic, json.loads(payload)))
+        return True
+
+    def wake(self) -> None:
+        pass
+
+
+class Rig:
+    """A daemon, its wire, and a clock that only moves when told to."""
+
+    def __init__(self, folder: Path, stack: ExitStack, policy: BoardPolicy = POLICY) -> None:
+        self.now = START
+        self.store = stack.enter_context(Store.open(folder / "store"))
+        self.outbox = stack.enter_context(Outbox.open(folder / "outbox.sqlite", OutboxPolicy(), self.now))
+        number = self.store.recover()
+        system = fakes.empty() if number is None else from_files(self.store.read(number))
+        self.labels = LabelBook(lambda: self.board.system.names)
+        self.board = Board(
+            Live(system, system), fakes.FakeEncoder(), self.labels, lambda: self.now, policy, store=self.store
+        )
+        self.session = messages.new_session()
+        commands = Commands(self.board, self.outbox, self.labels, self.session, lambda: self.now)
+        self.frames = FrameQueue(4)
+        self.daemon = Daemon(
+            self.board,
+            commands,
+            self.outbox,
+            self.frames,
+            ("plant", "cam-1"),
+            self.session,
+            clock=lambda: self.now,
+            timer=lambda: self.now,
+            policy=DaemonPolicy(period_s=60),
+        )
+        self.wire = self.daemon.link = Wire()
+
+    def show(self, background: int, count: int, seed: int = 1) -> None:
+        """Frames of a domain, ten a second."""
+        for frame in shown(background, count, seed):
+            self.now += 0.1
+            self.frames.put(frame, self.now, "frame")
+            self.daemon.turn()
+
+    def rest(self) -> None:
+        """Turn until there is nothing to do."""
+        while self.daemon.turn():
+            pass
+
+    def command(self, name: str, **extra: Any) -> dict[str, Any] | None:
+        """Send a command; its response, wherever that went."""
+        facts = {"id": f"id-{self.now}-{name}", **extra}
+        return self.send(name, json.dumps(facts).encode())
+
+    def send(self, name: str, payload: bytes, **how: Any) -> dict[str, Any] | None:
+        before, after = len(self.wire.sent), self.last
+        fields = {"response_topic": f"{OWN}/response", "correlation": b"\1\2", "expires": None, "dup": False}
+        self.daemon.receive(Inbound(name, "command", payload, token=None, **{**fields, **how}))
+        self.daemon.turn()
+        answers = [i for i in self.outbox.pending(after, 10_000) if i.cls == "response"]
+        if answers:
+            assert answers[-1].properties == {"correlation": "0102"} and answers[-1].topic == f"{OWN}/response"
+            found: dict[str, Any] = json.loads(answers[-1].payload)
+            return found
+        return self.wire.sent[-1][1] if len(self.wire.sent) > before else None
+
+    @property
+    def last(self) -> int:
+        return max((i.id for i in self.outbox.pending(0, 10_000)), default=0)
+
+    def told(self, cls: str = "event") -> list[dict[str, Any]]:
+        return [json.loads(i.payload) for i in self.outbox.pending(0, 10_000) if i.cls == cls]
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event["kind"] for event in self.told()]
+
+    def label_all(self, background: int, **extra: Any) -> dict[str, Any] | None:
+        """Answer the label request as an operator would, from the frames that came with it."""
+        self.rest()
+        wanted = self.told("frame")
+        known = {request["at"]: fakes.CLASSES[index % 3] for index, request in enumerate(wanted)}
+        return self.command("label", session=self.session, labels=known, **extra)
+
+
+def shown(background: int, count: int, seed: int) -> U8:
+    return fakes.frames(background, fakes.CLASSES, fakes.labels_of(count), seed)
+
+
+@contextmanager
+def rigged(folder: Path, policy: BoardPolicy = POLICY) -> Iterator[Rig]:
+    with ExitStack() as stack:
+        yield Rig(folder, stack, policy)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with rigged(tmp_path) as made:
+        yield made
+
+
+def jpeg(frame: U8) -> str:
+    target = io.BytesIO()
+    Image.fromarray(frame).save(target, "PNG")
+    return base64.b64encode(target.getvalue()).decode()
+
+
+def learned(rig: Rig) -> Rig:
+    """A rig that learned its first domain, as an operator taught it."""
+    rig.show(0, 40)
+    assert rig.label_all(0, domain="day") is not None
+    rig.show(0, 25, seed=2)
+    assert rig.board.phase == "serving" and rig.board.system.names == ("day",)
+    return rig
+
+
+def test_a_board_is_taught_over_mqtt_alone(rig: Rig) -> None:
+    rig.show(0, 40)
+    assert rig.kinds == ["start", "label-wanted"] and rig.board.phase == "labelling"
+    rig.rest()
+    requests = rig.told("frame")
+    assert [request["at"] for request in requests] == list(range(1, 41))
+    assert Image.open(io.BytesIO(base64.b64decode(requests[0]["image"]))).size == (fakes.SIZE, fakes.SIZE)
+    response = rig.label_all(0, domain="day")
+    assert response is not None and response["outcome"] == "ok" and response["result"]["accepted"] == 40
+    rig.show(0, 25, seed=2)
+    assert rig.kinds == ["start", "label-wanted", "search", "grown", "confirmed"]
+    assert rig.board.system.names == ("day",)
+    stamps = [(event["boot"], event["seq"]) for event in rig.told()]
+    assert stamps == sorted(set(stamps)) and all(event["session"] == rig.session for event in rig.told())
+
+
+def test_infer_answers_and_leaves_no_trace(rig: Rig) -> None:
+    learned(rig)
+    before = (rig.board.at, rig.board.system, rig.outbox.counters().sent)
+    response = rig.command("infer", image=jpeg(shown(0, 1, 9)[0]))
+    assert response is not None and response["outcome"] == "ok"
+    assert response["result"]["label"] == fakes.CLASSES[0] and response["result"]["route"] == "day"
+    assert (rig.board.at, rig.board.system, rig.outbox.counters().sent) == before
+
+
+def test_infer_of_a_broken_picture_is_refused_in_words(rig: Rig) -> None:
+    whole = base64.b64decode(jpeg(shown(0, 1, 9)[0]))
+    response = rig.command("infer", image=base64.b64encode(whole[:60]).decode())
+    assert response is not None and response["outcome"] == "refused" and response["reason"]
+
+
+def test_a_repeated_command_is_answered_again_and_applied_once(rig: Rig) -> None:
+    payload = json.dumps({"id": "once", "paused": True}).encode()
+    first = rig.send("pause", payload)
+    rig.command("pause", paused=False)
+    again = rig.send("pause", payload, dup=True)
+    assert first == again and not rig.board.paused
+    assert rig.kinds == ["paused", "resumed"] and len(rig.wire.acknowledged) == 3
+
+
+def test_a_command_is_applied_once_across_a_restart(tmp_path: Path) -> None:
+    payload = json.dumps({"id": "once", "paused": True}).encode()
+    with rigged(tmp_path) as before:
+        first = before.send("pause", payload)
+        before.command("pause", paused=False)
+    with rigged(tmp_path) as after:
+        assert after.send("pause", payload, dup=True) == first
+        assert after.board.paused is False and after.outbox.boot > before.outbox.boot
+
+
+def test_a_forget_that_was_cut_short_is_finished_and_not_refused(tmp_path: Path) -> None:
+    payload = json.dumps({"id": "erase", "domain": "day"}).encode()
+    with rigged(tmp_path) as before:
+        learned(before)
+        before.outbox.begin("erase", before.now)  # and power failed after the store knew
+        command = messages.parse_command("forget", payload)
+        assert isinstance(command, messages.Forget)
+        assert before.daemon.commands.apply(command).outcome == "ok"
+    with rigged(tmp_path) as after:
+        assert after.board.system.names == ()
+        response = after.send("forget", payload, dup=True)
+        assert response is not None and response["outcome"] == "ok"
+        assert (after.command("forget", domain="day") or {})["outcome"] == "refused"
+
+
+def test_what_is_forgotten_is_gone_from_every_generation(rig: Rig) -> None:
+    learned(rig)
+    response = rig.command("forget", domain="day")
+    assert response is not None and response["outcome"] == "ok" and rig.kinds[-1] == "forgotten"
+    systems = [from_files(rig.store.read(m.number)) for m in rig.store.generations()]
+    assert systems and all("day" not in system.names for system in systems)
+
+
+def test_an_expired_command_is_never_applied(rig: Rig) -> None:
+    payload = json.dumps({"id": "late", "paused": True}).encode()
+    response = rig.send("pause", payload, expires=rig.now - 1)
+    assert response is not None and response["outcome"] == "refused" and "expired 1.0 s ago" in response["reason"]
+    own = rig.command("pause", paused=True, expires=rig.now - 5)
+    assert own is not None and "expired" in own["reason"] and not rig.board.paused
+    assert len(rig.wire.acknowledged) == 2 and rig.outbox.recall("late", rig.now) is None
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff", b"[]", b'{"id": "x"}', b'{"id": "x", "paused": 1}', b"{" * 9999])
+def test_nonsense_is_answered_once_and_fills_no_disk(rig: Rig, payload: bytes) -> None:
+    response = rig.send("pause", payload)
+    assert response is not None and response["outcome"] == "refused" and response["reason"]
+    assert rig.outbox.counters().depth == 0 and rig.daemon.counts.refused_messages == 1
+    assert len(rig.wire.acknowledged) == 1 and not rig.board.paused
+
+
+def test_a_response_goes_to_no_topic_outside_the_site(rig: Rig) -> None:
+    payload = json.dumps({"id": "a"}).encode()
+    rig.daemon.receive(
+        Inbound("report", "command", payload, "edgeear/v1/plant/cam-2/command/forget", None, None, False, None)
+    )
+    rig.daemon.turn()
+    assert [item.topic for item in rig.outbox.pending(0, 10)] == [f"{OWN}/response"]
+
+
+def test_labels_of_another_session_are_refused(rig: Rig) -> None:
+    rig.show(0, 40)
+    response = rig.command("label", session="0123456789abcdef", labels={1: "rows"})
+    assert response is not None and response["outcome"] == "refused" and rig.session in response["reason"]
+    assert len(rig.labels) == 0
+
+
+def test_labels_for_frames_that_are_not_held_are_named(rig: Rig) -> None:
+    rig.show(0, 40)
+    response = rig.command("label", session=rig.session, labels={5: "rows", 900: "rows"})
+    assert response is not None and response["result"] == {"accepted": 1, "unknown_samples": [900]}
+
+
+def test_verbs_out_of_place_are_refused_with_the_phase(rig: Rig) -> None:
+    for name in ("rollback", "confirm", "adapt"):
+        response = rig.command(name)
+        assert response is not None and response["outcome"] == "refused" and response["reason"], name
+    assert rig.board.phase == "serving"
+
+
+def test_rollback_undoes_a_generation_on_probation(rig: Rig) -> None:
+    rig.show(0, 40)
+    rig.label_all(0)
+    assert rig.board.phase == "probation"
+    response = rig.command("rollback")
+    assert response is not None and response["outcome"] == "ok" and rig.kinds[-1] == "rolled-back"
+    assert rig.board.system.names == () and rig.store.live == rig.store.confirmed
+
+
+def test_settings_survive_a_restart(tmp_path: Path) -> None:
+    with rigged(tmp_path) as before:
+        response = before.command("set-policy", labels=50, telemetry_period_s=5.0)
+        assert response is not None and response["outcome"] == "ok"
+        before.command("pause", paused=True)
+    with rigged(tmp_path) as after:
+        assert after.board.policy.labels == 50 and after.daemon.period_s == 5.0 and after.board.paused
+
+
+def test_telemetry_counts_every_frame_once(rig: Rig) -> None:
+    learned(rig)
+    rig.show(0, 700, seed=3)  # seventy seconds
+    windows = rig.told("telemetry")
+    assert len(windows) == 1
+    rig.daemon.report_window()
+    first, second = rig.told("telemetry")
+    assert first["to_time"] == second["from_time"]
+    assert first["frames"] + second["frames"] == rig.daemon.counts.frames == 765
+    assert first["routes"].keys() == {"day"} and first["novelty"]["p50"] <= first["novelty"]["p99"]
+    assert first["generation"] >= 1 and first["outbox"]["depth"] > 0
+
+
+def test_what_waits_too_long_for_a_broker_is_dropped_while_the_board_runs(rig: Rig) -> None:
+    rig.show(0, 1)
+    assert rig.kinds == ["start"]
+    rig.now += OutboxPolicy().max_age_s + 1
+    rig.daemon.turn()
+    assert rig.kinds == [] and rig.told("telemetry")[-1]["outbox"]["dropped"]["event"] == 1
+
+
+def test_a_stale_frame_is_counted_and_not_served(rig: Rig) -> None:
+    rig.frames.put(shown(0, 1, 1)[0], rig.now - 10, "old")
+    assert rig.daemon.turn() is False
+    rig.daemon.report_window()
+    rig.daemon.report_window()
+    assert [window["stale"] for window in rig.told("telemetry")] == [1, 0] and rig.board.at == 0
+
+
+def test_predictions_are_published_only_when_asked_for(rig: Rig) -> None:
+    rig.show(0, 2)
+    assert rig.wire.sent == []
+    rig.command("set-policy", predictions=True)
+    rig.show(0, 1)
+    topic, message = rig.wire.sent[-1]
+    assert topic == f"{OWN}/prediction" and message["at"] == 3 and message["label"] is None
+
+
+def test_a_full_disk_stops_learning_and_not_predictions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.show(0, 40)
+
+    def full(*_: object, **__: object) -> int:
+        raise StoreFull("no space left: free some")
+
+    monkeypatch.setattr(rig.store, "write", full)
+    rig.label_all(0)
+    rig.show(0, 3, seed=5)
+    assert "learning-failed" in rig.kinds and rig.board.system.names == ()
+    assert rig.daemon.counts.frames == 43
+
+
+def test_a_full_outbox_stops_neither_predictions_nor_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OutboxFull("no space left: free some")
+
+    for name in ("put", "begin"):
+        monkeypatch.setattr(rig.outbox, name, full)
+    rig.show(0, 2)
+    response = rig.command("pause", paused=True)
+    assert response is not None and response["outcome"] == "refused" and "no space left" in response["reason"]
+    assert rig.daemon.counts.frames == 2 and not rig.board.paused
+
+
+def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned(rig)
+
+    def broken(frames: U8, taps: object) -> dict[str, Any]:
+        from edgeear.errors import DataError
+
+        raise DataError("tap a.mean holds NaN")
+
+    monkeypatch.setattr(rig.board.encoder, "encode", broken)
+    answered = rig.daemon.counts.frames
+    rig.show(0, 1)
+    assert rig.kinds[-1] == "refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
+
+
+def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
+    stop, turned = threading.Event(), threading.Semaphore(0)
+    thread = threading.Thread(target=rig.daemon.run, args=(stop, turned.release))
+    thread.start()
+    assert turned.acquire(timeout=10)
+    rig.daemon.receive(Inbound("report", "command", b'{"id": "r"}', None, None, None, False, None))
+    while not rig.wire.acknowledged:
+        assert turned.acquire(timeout=10)
+    stop.set()
+    rig.daemon.wake()
+    thread.join(10)
+    assert not thread.is_alive() and rig.kinds == ["stopped"]
+
+
+def test_status_names_the_session(rig: Rig) -> None:
+    status = json.loads(rig.daemon.status("online"))
+    assert (status["session"], status["state"], status["generation"]) == (rig.session, "online", 0)
+
+
+def test_a_report_says_what_is_learned(rig: Rig) -> None:
+    learned(rig)
+    response = rig.command("report")
+    assert response is not None
+    result = response["result"]
+    assert [domain["name"] for domain in result["domains"]] == ["day"] and result["session"] == rig.session
+    assert result["frames"]["answered"] == 65 and np.isfinite(result["rss_mb"])
+
+
+def test_commands_that_find_no_room_are_asked_for_again(rig: Rig) -> None:
+    for number in range(300):
+        payload = json.dumps({"id": f"c{number}"}).encode()
+        rig.daemon.receive(Inbound("report", "command", payload, None, None, None, False, None))
+    while rig.daemon.turn():
+        assert rig.wire.asked_again == 0
+    assert rig.wire.asked_again == 1 and len(rig.wire.acknowledged) == 256
+    assert rig.daemon.turn() is False and rig.wire.asked_again == 1
+
+
+def test_a_bug_in_a_command_is_answered_and_not_met_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(rig.daemon.commands, "report", bug)
+    response = rig.command("report")
+    assert response is not None and response["outcome"] == "failed" and "ZeroDivisionError" in response["reason"]
+    assert len(rig.wire.acknowledged) == 1
+
+
+def test_a_result_that_does_not_fit_is_left_out_and_the_answer_given(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.daemon.commands, "report", lambda: {"much": "x" * 100_000})
+    response = rig.command("report")
+    assert response is not None and response["outcome"] == "ok" and "left_out" in response["result"]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_telemetry(rig: Rig) -> None:
+    rig.now -= 1e6
+    rig.daemon.turn()
+    rig.now += 61
+    rig.daemon.turn()
+    assert len(rig.told("telemetry")) == 1
+
+
+def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None:
+    rig.show(0, 41)
+    assert 0 < len(rig.told("frame")) < 5
+    rig.command("pause", paused=True)  # drops what was collected
+    rig.rest()
+    assert len(rig.told("frame")) < 5
+
+
+@dataclass
+class Camera:
+    """A source played by hand."""
+
+    alive: bool = True
+    finished: bool = False
+    last_error: str | None = None
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        return True
+
+    def offer(self, payload: bytes) -> None: ...
+
+
+def test_a_source_that_goes_is_told_once_and_again_when_it_is_back(rig: Rig) -> None:
+    camera = rig.daemon.source = Camera()
+    rig.show(0, 1)
+    camera.alive, camera.last_error = False, "camera 0: gone; plug it in"
+    for _ in range(3):  # its retries
+        rig.daemon.turn()
+        camera.alive = not camera.alive
+    assert rig.kinds == ["start", "source"] and "plug it in" in rig.told()[-1]["text"]
+    camera.alive = True
+    rig.show(0, 2)
+    assert rig.kinds == ["start", "source", "source"] and "again" in rig.told()[-1]["text"]
+    camera.alive, camera.finished = False, True
+    rig.daemon.turn()
+    assert "end" in rig.told()[-1]["text"]

@@ -1,0 +1,656 @@
+"""Sources: the same bits as training, only whole files, no device too lost to come back, and nothing grows young."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pty
+import select
+import socket
+import struct
+import sys
+import threading
+import tracemalloc
+import types
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from device.daemon.config.settings import SourceSection, load_config
+from device.daemon.frames import Frame, FrameCounts, FrameQueue
+from device.daemon.sources import open_source
+from device.daemon.sources.camera import Camera
+from device.daemon.sources.messages import MAX_BYTES, MessageFrames
+from device.daemon.sources.replay import Replay, replayed
+from device.daemon.sources.running import BackOff, RunningSource, Stop
+from device.daemon.sources.sensor import SensorFrames, serial_port, tcp_port
+from device.daemon.sources.watched import PERIOD_S, WatchedFolder
+from device.images.folder import decode, decode_bytes, fit_pixels
+from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.types import U8
+from firmware_bridge.sensor import Hello, PixelFormat, SensorEnd
+
+SIZE = (6, 8)
+
+
+def picture(seed: int = 0, height: int = 20, width: int = 30) -> U8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(pixels: U8, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def frame_of(data: bytes, name: str = "a.png") -> U8:
+    return decode_bytes(data, Path(name), SIZE)
+
+
+class Clock:
+    """A clock that only tests move."""
+
+    def __init__(self, now: float = 100.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Waits(Stop):
+    """A stop whose waits pass at once, on `clock`, and that is set after so many."""
+
+    def __init__(self, clock: Clock, limit: int = 1000) -> None:
+        super().__init__()
+        self.clock, self.waits, self._limit = clock, list[float](), limit
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.clock.now += seconds
+        if len(self.waits) >= self._limit:
+            self.set()
+        return self.is_set()
+
+
+def taken(queue: FrameQueue, now: float = 0.0) -> list[Frame]:
+    frames = []
+    while (frame := queue.get(now, 1e9)) is not None:
+        frames.append(frame)
+    return frames
+
+
+# ---------------------------------------------------------------------------------------------- same bits
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (20, 30), (6, 8, 3), (1, 1), (301, 7, 3)])
+def test_decoded_pixels_give_the_bits_of_their_png(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    assert np.array_equal(fit_pixels(pixels, SIZE), frame_of(encoded(pixels)))
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8)])
+def test_other_pixels_are_refused(bad: Any) -> None:
+    with pytest.raises(UsageError, match="uint8"):
+        fit_pixels(bad, SIZE)
+    with pytest.raises(DataError, match="allowed"):
+        fit_pixels(np.zeros((0, 4, 3), np.uint8), SIZE)
+
+
+# ------------------------------------------------------------------------------------------------- folder
+
+
+class Watch:
+    """A watched folder whose looks the test makes."""
+
+    def __init__(self, folder: Path, *, delete: bool = False, limit: int = 8, max_age_s: float = 2.0) -> None:
+        self.folder, self.clock, self.queue = folder, Clock(), FrameQueue(limit)
+        self.stop = Waits(self.clock)
+        self.wall, self.pace = Clock(1e10), Clock()  # the folder's changes are long ago
+        self._watched = WatchedFolder(
+            folder, SIZE, self.queue, self.clock, delete, max_age_s, self.wall, self.pace
+        )  # fmt: skip
+        self.look()
+
+    def look(self) -> list[str]:
+        self.pace.now += 1
+        self._watched.look(self.stop)
+        self.clock.now += PERIOD_S
+        return [frame.ref for frame in taken(self.queue)]
+
+
+def write(path: Path, data: bytes, time_ns: int = 10**18) -> None:
+    path.write_bytes(data)
+    os.utime(path, ns=(time_ns, time_ns))
+
+
+def test_a_new_file_is_read_once_it_stands_still_and_once_only(tmp_path: Path) -> None:
+    watch, data = Watch(tmp_path), encoded(picture())
+    write(tmp_path / "a.png", data[:50])
+    assert watch.look() == []
+    write(tmp_path / "a.png", data)
+    assert watch.look() == []
+    assert watch.look() == ["a.png"]
+    assert watch.look() == [] and watch.queue.counts == FrameCounts(received=1, served=1)
+    assert (tmp_path / "a.png").exists()
+
+
+def test_its_frame_is_that_of_training_and_as_old_as_its_first_sight(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    write(tmp_path / "a.png", encoded(picture()))
+    seen = watch.clock.now
+    watch._watched.look(watch.stop)
+    watch.clock.now += 1
+    watch._watched.look(watch.stop)
+    (frame,) = taken(watch.queue)
+    assert np.array_equal(frame.pixels, decode(tmp_path / "a.png", SIZE)) and frame.captured == seen
+
+
+def test_a_file_that_takes_long_to_write_is_not_stale_for_it(tmp_path: Path) -> None:
+    watch, data = Watch(tmp_path), encoded(picture())
+    for part in range(1, 30):  # 5.8 s, and 2 s is the limit
+        write(tmp_path / "a.png", data[: 40 * part])
+        assert watch.look() == []
+    write(tmp_path / "a.png", data)
+    assert watch.look() + watch.look() == ["a.png"] and watch.queue.counts.stale == 0
+
+
+def test_a_file_renamed_in_or_changed_later_is_a_new_frame(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    write(tmp_path / ".a.png.part", encoded(picture()))
+    assert watch.look() + watch.look() == []
+    (tmp_path / ".a.png.part").rename(tmp_path / "a.png")
+    assert watch.look() + watch.look() == ["a.png"]
+    write(tmp_path / "a.png", encoded(picture(1)), 2 * 10**18)
+    assert watch.look() + watch.look() == ["a.png"]
+
+
+def test_what_was_there_at_the_start_is_read_only_to_be_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "old.png", encoded(picture()))
+    keeping = Watch(tmp_path)
+    assert keeping.look() + keeping.look() == []
+    deleting = Watch(tmp_path, delete=True)
+    assert deleting.look() == ["old.png"] and list(tmp_path.iterdir()) == []
+
+
+def test_what_gives_no_frame_is_counted_once_and_kept(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, delete=True)
+    write(tmp_path / "bad.jpg", b"nonsense")
+    write(tmp_path / "note.txt", b"nonsense")
+    (tmp_path / "folder.png").mkdir()
+    assert watch.look() + watch.look() + watch.look() == [] and watch.queue.counts.undecodable == 1
+    assert sorted(os.listdir(tmp_path)) == ["bad.jpg", "folder.png", "note.txt"]
+
+
+def test_files_that_wait_longer_than_the_age_are_passed_over_and_counted(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, delete=True, limit=1, max_age_s=0.0)
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name, encoded(picture()))
+    watch.look()
+    assert watch.look() == [] and watch.queue.counts == FrameCounts(received=3, stale=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_wait_for_room_instead_of_pushing_each_other_out(tmp_path: Path) -> None:
+    queue, clock = FrameQueue(1), Clock()
+    watched = WatchedFolder(tmp_path, SIZE, queue, clock, True, 1e9)
+    for number in range(5):
+        write(tmp_path / f"{number}.png", encoded(picture()))
+    stop, served = Stop(), list[str]()
+
+    def serve() -> None:
+        while len(served) < 5 and queue.wait(30):
+            served.extend(frame.ref for frame in taken(queue))
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    watched.look(stop)
+    watched.look(stop)
+    server.join(30)
+    assert served == [f"{number}.png" for number in range(5)] and queue.counts.dropped == 0
+
+
+def test_an_unchanged_folder_is_not_listed_but_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, listed, scandir = Watch(tmp_path), list[Path](), os.scandir
+
+    def slow(folder: Path) -> Any:
+        listed.append(folder)
+        watch.pace.now += 0.1
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    for _ in range(100):
+        watch.look()
+    assert 2 <= len(listed) <= 3  # 100 s, and 50 s of rest after 0.1 s
+
+
+def test_a_change_that_hides_behind_the_same_time_stamp_is_seen(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    watch.wall.now = tmp_path.stat().st_mtime + 1
+    watch._watched._rested = 1e9
+    stamp = tmp_path.stat().st_mtime_ns
+    write(tmp_path / "a.png", encoded(picture()))
+    os.utime(tmp_path, ns=(stamp, stamp))
+    assert watch.look() + watch.look() == ["a.png"]
+
+
+def test_a_folder_that_vanishes_is_a_lost_device_and_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    watch = Watch(folder)
+    folder.rmdir()
+    with pytest.raises(DeviceError, match=r"source\.path"):
+        watch.look()
+    folder.mkdir()
+    watch.look()
+    write(folder / "a.png", encoded(picture()))
+    assert watch.look() + watch.look() == ["a.png"]
+
+
+def test_what_is_remembered_goes_with_the_file(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, limit=20)
+    for number in range(20):
+        write(tmp_path / f"{number}.png", encoded(picture()))
+    assert len(watch.look() + watch.look() + watch.look()) == 20
+    for path in tmp_path.iterdir():
+        path.unlink()
+    watch.look()
+    assert watch._watched._done == {}
+
+
+# ------------------------------------------------------------------------------------------------- replay
+
+
+def tree(folder: Path) -> list[str]:
+    names = [f"{d}/{c}/{n}.png" for d in ("art", "photo") for c in ("cat", "dog") for n in range(4)]
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, encoded(picture(seed)))
+    return names
+
+
+def test_a_tree_is_replayed_domain_by_domain_with_classes_mixed(tmp_path: Path) -> None:
+    names = tree(tmp_path)
+    (tmp_path / "art" / "cat" / ".hidden.png").write_bytes(b"")
+    order = replayed(tmp_path)
+    assert sorted(order) == sorted(names) and order != sorted(order)
+    assert [name.split("/")[0] for name in order] == ["art"] * 8 + ["photo"] * 8
+
+
+def test_a_flat_folder_is_replayed_by_name_at_its_rate_and_once(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "c.jpg"):
+        write(tmp_path / name, encoded(picture()) if name != "c.jpg" else b"bad")
+    clock, queue = Clock(), FrameQueue(9)
+    stop = Waits(clock)
+    Replay(tmp_path, SIZE, queue, clock, 4.0, False, clock).run(stop)
+    frames = taken(queue)
+    assert [(frame.ref, frame.captured) for frame in frames] == [("a.png", 100.0), ("b.png", 100.25)]
+    assert queue.counts.undecodable == 1 and not stop.is_set()
+    assert np.array_equal(frames[0].pixels, decode(tmp_path / "a.png", SIZE))
+
+
+def test_a_loop_goes_on_until_it_is_stopped(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    clock, queue = Clock(), FrameQueue(99)
+    Replay(tmp_path, SIZE, queue, clock, 5.0, True, clock).run(Waits(clock, 11))
+    assert [round(frame.captured - 100, 3) for frame in taken(queue)] == [round(0.2 * n, 3) for n in range(10)]
+
+
+def test_a_replay_that_falls_behind_does_not_hurry(tmp_path: Path) -> None:
+    for name in "abcd":
+        write(tmp_path / f"{name}.png", encoded(picture()))
+    clock, queue = Clock(), FrameQueue(9)
+    stop = Waits(clock)
+    slow = types.SimpleNamespace(count=0)
+
+    def captured() -> float:
+        slow.count += 1
+        clock.now += 10.0 if slow.count == 2 else 0.0
+        return clock.now
+
+    Replay(tmp_path, SIZE, queue, captured, 1.0, False, clock).run(stop)
+    assert stop.waits == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_a_folder_without_frames_does_not_spin(tmp_path: Path) -> None:
+    clock = Clock()
+    replay = Replay(tmp_path, SIZE, FrameQueue(1), clock, 5.0, True, clock)
+    with pytest.raises(DeviceError, match="none of its files"):
+        replay.run(Waits(clock))
+    with pytest.raises(DeviceError, match="no folder"):
+        Replay(tmp_path / "none", SIZE, FrameQueue(1), clock, 5.0, True, clock).run(Waits(clock))
+
+
+# --------------------------------------------------------------------------------------------------- mqtt
+
+
+@pytest.fixture
+def messages() -> Iterator[tuple[RunningSource, FrameQueue]]:
+    queue = FrameQueue(64)
+    source = RunningSource("mqtt", MessageFrames(SIZE, queue, Clock(), 64), queue)
+    yield source, queue
+    assert source.stop(30)
+
+
+def bomb() -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_messages_become_frames_and_bad_ones_are_counted(messages: tuple[RunningSource, FrameQueue]) -> None:
+    source, queue = messages
+    jpeg, png = encoded(picture(), "JPEG"), encoded(picture())
+    bad = [b"", b"RIFF", png[: len(png) // 2], jpeg[:100], bomb(), encoded(picture(), "GIF"), bytes(MAX_BYTES + 1)]
+    for payload in (*bad, jpeg, png):
+        source.offer(payload)
+    source.start()
+    frames: list[Frame] = []
+    while len(frames) < 2 and queue.wait(30):
+        frames += taken(queue)
+    assert np.array_equal(frames[0].pixels, frame_of(jpeg, "a.jpg"))
+    assert np.array_equal(frames[1].pixels, frame_of(png))
+    assert [frame.captured for frame in frames] == [100.0, 100.0]
+    assert queue.counts == FrameCounts(received=2, served=2, undecodable=len(bad))
+
+
+def test_undecoded_messages_are_bounded_and_the_oldest_goes_first() -> None:
+    clock, queue = Clock(), FrameQueue(9)
+    waiting = MessageFrames(SIZE, queue, clock, 2)
+    tracemalloc.start()
+    for _ in range(50):
+        waiting.offer(bytes(1 << 20))
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 3 << 20 and queue.counts == FrameCounts(received=48, dropped=48)
+    assert [number for number, _, _ in waiting._inbox] == [49, 50]
+
+
+# ------------------------------------------------------------------------------------------------- camera
+
+
+class FakeCapture:
+    """What a driver gives, in order: pictures (BGR), None for one that does not decode, and then nothing."""
+
+    def __init__(self, opened: bool, given: list[U8 | None]) -> None:
+        self._opened, self._given, self.released = opened, deque(given), False
+
+    def isOpened(self) -> bool:
+        return self._opened
+
+    def set(self, key: int, value: float) -> bool:
+        return True
+
+    def grab(self) -> bool:
+        self._now = self._given.popleft() if self._given else "lost"
+        return not isinstance(self._now, str)
+
+    def retrieve(self) -> tuple[bool, Any]:
+        return self._now is not None, self._now
+
+    def release(self) -> None:
+        self.released = True
+
+
+@pytest.fixture
+def cv2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fake = types.ModuleType("cv2")
+    fake.__spec__ = importlib.util.spec_from_loader("cv2", None)
+    fake.CAP_PROP_BUFFERSIZE = 38  # type: ignore[attr-defined]
+    fake.captures, fake.asked = deque[FakeCapture](), []  # type: ignore[attr-defined]
+
+    def open_capture(device: object) -> FakeCapture:
+        fake.asked.append(device)
+        return fake.captures.popleft()  # type: ignore[no-any-return]
+
+    fake.VideoCapture = open_capture  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cv2", fake)
+    return fake
+
+
+def test_a_camera_gives_rgb_frames_at_most_so_many_a_second_and_its_loss_is_told(cv2: Any) -> None:
+    clock, queue, seen = Clock(), FrameQueue(9), [picture(n) for n in range(7)]
+    capture = FakeCapture(True, [p[..., ::-1] for p in seen])
+    cv2.captures.append(capture)
+
+    def captured() -> float:  # the camera gives ten pictures a second
+        clock.now += 0.1
+        return clock.now
+
+    with pytest.raises(DeviceError, match="cable"):
+        Camera("0", SIZE, queue, captured, 10 / 3, clock).run(Stop())
+    frames = taken(queue)
+    assert [frame.ref for frame in frames] == ["picture 1", "picture 4", "picture 7"]
+    assert all(np.array_equal(f.pixels, fit_pixels(p, SIZE)) for f, p in zip(frames, seen[::3], strict=True))
+    assert cv2.asked == [0] and capture.released
+
+
+def test_pictures_that_do_not_decode_are_counted_and_grey_ones_serve(cv2: Any) -> None:
+    clock, queue = Clock(), FrameQueue(9)
+    cv2.captures.append(FakeCapture(True, [None, picture()[..., 0], np.zeros((0, 3, 3), np.uint8)]))
+
+    def captured() -> float:
+        clock.now += 1
+        return clock.now
+
+    with pytest.raises(DeviceError):
+        Camera("/dev/video9", SIZE, queue, captured, 5.0, clock).run(Stop())
+    (frame,) = taken(queue)
+    assert np.array_equal(frame.pixels, fit_pixels(picture()[..., 0], SIZE)) and queue.counts.undecodable == 2
+    assert cv2.asked == ["/dev/video9"]
+
+
+def test_a_camera_that_is_not_there_is_told(cv2: Any) -> None:
+    cv2.captures.append(FakeCapture(False, []))
+    with pytest.raises(DeviceError, match="in use"):
+        Camera("3", SIZE, FrameQueue(1), Clock(), 5.0).run(Stop())
+
+
+def test_without_opencv_the_command_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
+    with pytest.raises(UsageError, match=r"pip install 'edgeear\[camera\]'"):
+        open_source(SourceSection(kind="camera", device="0"), SIZE, FrameQueue(1), Clock())
+
+
+def test_a_video_file_stands_in_for_a_camera(tmp_path: Path) -> None:
+    real = pytest.importorskip("cv2", reason="needs OpenCV: pip install 'edgeear[camera]'")
+    path = tmp_path / "film.avi"
+    writer = real.VideoWriter(str(path), real.VideoWriter_fourcc(*"MJPG"), 10.0, (32, 24))
+    for level in (40, 120, 200):
+        writer.write(np.full((24, 32, 3), (level, 0, 0), np.uint8))  # blue
+    writer.release()
+    clock, queue = Clock(), FrameQueue(9)
+    with pytest.raises(DeviceError, match="no more pictures"):
+        Camera(str(path), SIZE, queue, clock, 10.0, clock).run(Waits(clock))
+    blue = [int(frame.pixels[..., 2].mean()) for frame in taken(queue)]
+    assert np.allclose(blue, (40, 120, 200), atol=8)
+
+
+# ------------------------------------------------------------------------------------------------- sensor
+
+
+def got(queue: FrameQueue, count: int) -> list[Frame]:
+    frames: list[Frame] = []
+    while len(frames) < count and queue.wait(30):
+        frames += taken(queue)
+    return frames
+
+
+def heard_host(sensor: SensorEnd, read: Callable[[], bytes]) -> None:
+    """Read what the host says until it greets."""
+    while not sensor.feed(read()):
+        pass
+
+
+def send(write: Callable[[bytes], int], data: bytes) -> None:
+    while data:
+        data = data[write(data) :]
+
+
+RGB = Hello("gate", PixelFormat.RGB888, 30, 20)
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, str]]:
+    """A pseudo-terminal: the sensor's descriptor, and the device file of the host's end."""
+    ours, theirs = pty.openpty()
+    yield ours, os.ttyname(theirs)
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_frames_come_over_a_serial_line_bit_for_bit(terminal: tuple[int, str]) -> None:
+    line, tty = terminal
+    queue, sensor = FrameQueue(9), SensorEnd(RGB)
+    source = open_source(SourceSection(kind="serial", device=tty), SIZE, queue, Clock(7.0))
+    assert source is not None
+    source.start()
+    heard_host(sensor, lambda: os.read(line, 99))
+    pixels = [picture(n) for n in range(3)]  # every byte value, control characters among them
+    for data in (sensor.hello(), sensor.log(20, "ready"), *(d for p in pixels for d in sensor.frame(p.tobytes(), 500))):
+        send(lambda part: os.write(line, part[:1000]), data)
+    frames = got(queue, 3)
+    assert [(f.ref, f.captured) for f in frames] == [(f"gate {n}", 7.0) for n in range(3)]
+    assert all(np.array_equal(f.pixels, fit_pixels(p, SIZE)) for f, p in zip(frames, pixels, strict=True))
+    assert source.alive and source.last_error is None
+    assert source.stop(30) and not source.alive
+
+
+def test_a_sensor_that_is_not_known_is_greeted_again(terminal: tuple[int, str]) -> None:
+    line, tty = terminal
+    queue, sensor = FrameQueue(9), SensorEnd(RGB)
+    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), SIZE, queue, Clock()), queue)
+    source.start()
+    for _ in range(2):
+        heard_host(sensor, lambda: os.read(line, 99))
+        send(lambda part: os.write(line, part), b"".join(sensor.frame(picture().tobytes())))
+    heard_host(sensor, lambda: os.read(line, 99))
+    send(lambda part: os.write(line, part), sensor.hello() + b"".join(sensor.frame(picture().tobytes())))
+    (frame,) = got(queue, 1)
+    assert frame.ref == "gate 2"
+    assert source.stop(30)
+
+
+def test_a_sensor_that_changed_unheard_is_asked_who_it_is(terminal: tuple[int, str]) -> None:
+    line, tty = terminal
+    queue, old, new = FrameQueue(9), SensorEnd(RGB), SensorEnd(Hello("gate", PixelFormat.GRAY8, 30, 20))
+    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), SIZE, queue, Clock()), queue)
+    source.start()
+    heard_host(old, lambda: os.read(line, 99))
+    gray = picture()[..., 0]
+    send(lambda part: os.write(line, part), old.hello() + b"".join(new.frame(gray.tobytes())))
+    heard_host(new, lambda: os.read(line, 99))
+    send(lambda part: os.write(line, part), new.hello() + b"".join(new.frame(gray.tobytes())))
+    (frame,) = got(queue, 1)
+    assert np.array_equal(frame.pixels, fit_pixels(gray, SIZE))
+    assert source.stop(30)
+
+
+def test_frames_come_over_tcp_and_a_lost_sensor_is_joined_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        queue, port = FrameQueue(9), tcp_port(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        source = RunningSource("x", SensorFrames(port, SIZE, queue, Clock()), queue, BackOff(0.0, 0.0))
+        source.start()
+        jpeg = encoded(picture(), "JPEG")
+        for _ in range(2):
+            connection, _ = server.accept()
+            with connection:
+                sensor = SensorEnd(Hello("yard", PixelFormat.JPEG, 30, 20))
+                heard_host(sensor, lambda: connection.recv(99))  # noqa: B023
+                broken = b"".join(sensor.frame(jpeg[:60]))
+                connection.sendall(sensor.hello() + broken + b"".join(sensor.frame(jpeg)))
+                (frame,) = got(queue, 1)
+                assert np.array_equal(frame.pixels, frame_of(jpeg, "a.jpg"))
+        connection, _ = server.accept()
+        connection.close()
+        assert source.stop(30)
+    assert queue.counts.undecodable == 2 and "sensor" in str(source.last_error)
+
+
+def test_what_is_no_serial_line_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for name, word in (("none", "No such file"), ("file", "serial line")):
+        with pytest.raises(DeviceError, match=word):
+            SensorFrames(serial_port(str(tmp_path / name), 115_200), SIZE, FrameQueue(1), Clock()).run(Stop())
+
+
+def test_a_speed_that_does_not_exist_is_told_before_the_start() -> None:
+    with pytest.raises(UsageError, match="115200"):
+        open_source(SourceSection(kind="serial", device="x", baud=115_201), SIZE, FrameQueue(1), Clock())
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+class Failing:
+    """A capture that puts a frame on the tries in `good`, and fails on all."""
+
+    def __init__(self, queue: FrameQueue, good: tuple[int, ...] = ()) -> None:
+        self._queue, self._good, self.tries = queue, good, 0
+
+    def run(self, stop: Stop) -> None:
+        self.tries += 1
+        if self.tries in self._good:
+            self._queue.put(picture(), 0.0, "a")
+        raise DeviceError(f"try {self.tries}") if self.tries % 2 else KeyError("a bug")
+
+
+def test_pauses_grow_to_a_bound_and_start_anew_after_a_frame() -> None:
+    queue, clock = FrameQueue(1), Clock()
+    capture = Failing(queue, good=(5,))
+    source = RunningSource("x", capture, queue, BackOff(1.0, 8.0))
+    source._stop = Waits(clock, 8)
+    source.start()
+    source._thread.join(30)
+    assert source._stop.waits == [1, 2, 4, 8, 1, 2, 4, 8]
+    assert source.last_error == "KeyError: 'a bug'" and not source.alive and not source.finished
+
+
+def test_a_source_that_ends_by_itself_is_finished(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    queue = FrameQueue(1)
+    config = SourceSection(kind="replay", path=tmp_path, fps=240, loop=False)
+    source = open_source(config, SIZE, queue, Clock())
+    assert source is not None and not source.alive
+    source.start()
+    (frame,) = got(queue, 1)
+    source.offer(b"ignored")
+    assert frame.ref == "a.png" and source.stop(30) and source.finished is (source.last_error is None)
+    with pytest.raises(UsageError, match="started already"):
+        source.start()
+
+
+def test_the_watched_folder_runs_as_configured(tmp_path: Path) -> None:
+    env = {"EDGEEAR_SOURCE__KIND": "folder", "EDGEEAR_SOURCE__PATH": str(tmp_path), "EDGEEAR_SOURCE__AFTER": "delete"}
+    queue = FrameQueue(1)
+    source = open_source(load_config(None, env).source, SIZE, queue, Clock())
+    assert source is not None
+    source.start()
+    write(tmp_path / "a.png", encoded(picture()))
+    (frame,) = got(queue, 1)
+    assert frame.ref == "a.png" and source.stop(30) and not list(tmp_path.iterdir())
+
+
+def test_none_is_no_source_and_a_source_that_never_started_stops() -> None:
+    assert open_source(SourceSection(), SIZE, FrameQueue(1), Clock()) is None
+    source = open_source(SourceSection(kind="mqtt"), SIZE, FrameQueue(1), Clock())
+    assert source is not None and source.stop(0)
+
+
+def test_stopping_wakes_who_selects() -> None:
+    stop = Stop()
+    assert select.select([stop.fileno()], [], [], 0)[0] == []
+    stop.set()
+    assert select.select([stop.fileno()], [], [], 0)[0] == [stop.fileno()]

@@ -1,0 +1,687 @@
+"""Folder data sets: what is listed, how it is split, what decodes and what is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+import unicodedata
+import wave
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from device.images import folder
+from device.images.folder import (
+    Item,
+    UndecodableInput,
+    decode,
+    decode_bytes,
+    is_test,
+    read_folder,
+    shots,
+    split,
+    view,
+)
+from edgeear.errors import DataError, UsageError
+from edgeear.types import U8
+
+SIZE = (16, 24)
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def numbered(place: str, count: int, suffix: str = "png") -> list[str]:
+    return [f"{place}/{number}.{suffix}" for number in range(count)]
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def npy(array: NDArray[Any], allow_pickle: bool = False) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=allow_pickle)
+    return stream.getvalue()
+
+
+def wav(samples: NDArray[np.float64], rate: int = 8000, width: int = 2) -> bytes:
+    """PCM of `samples (frames,)` or `(frames, channels)` in -1..1."""
+    stream = io.BytesIO()
+    scaled = np.rint(samples * (2 ** (8 * width - 1) - 1)).astype(np.int64)
+    raw = (scaled + 128 if width == 1 else scaled).astype("<i8").reshape(-1, 1).view(np.uint8)[:, :width]
+    with wave.open(stream, "wb") as clip:
+        clip.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        clip.setsampwidth(width)
+        clip.setframerate(rate)
+        clip.writeframes(raw.tobytes())
+    return stream.getvalue()
+
+
+def tone(hertz: float, count: int = 4000, rate: int = 8000) -> NDArray[np.float64]:
+    return 0.8 * np.sin(2 * np.pi * hertz * np.arange(count) / rate)
+
+
+def frame_of(data: bytes, suffix: str, size: tuple[int, int] = SIZE) -> U8:
+    frame = decode_bytes(data, Path("domain/class/file" + suffix), size)
+    assert frame.shape == (*size, 3) and frame.dtype == np.uint8 and frame.flags.writeable
+    return frame
+
+
+def refusal(data: bytes, suffix: str) -> str:
+    with pytest.raises(UndecodableInput) as caught:
+        decode_bytes(data, Path("domain/class/file" + suffix), SIZE)
+    assert caught.value.paths == (Path("domain/class/file" + suffix),)
+    assert f"file{suffix}: " in str(caught.value)
+    return str(caught.value)
+
+
+def noise(height: int = 20, width: int = 30) -> U8:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def test_domains_and_classes_are_sorted_and_items_carry_relative_path_and_label(tmp_path: Path) -> None:
+    touch(tmp_path, "b/dog/2.png", "b/dog/1.JPG", "b/cat/1.wav", "b/cat/2.npy", "a/emu/1.jpeg", "a/emu/2.png")
+    data = read_folder(tmp_path)
+    assert data.domains == ("a", "b")
+    assert data.classes == ("cat", "dog", "emu")
+    assert [(item.relative, item.label) for item in data.items["b"]] == [
+        ("b/cat/1.wav", 0),
+        ("b/cat/2.npy", 0),
+        ("b/dog/1.JPG", 1),
+        ("b/dog/2.png", 1),
+    ]
+    assert [item.path for item in data.items["a"]] == [tmp_path / "a/emu/1.jpeg", tmp_path / "a/emu/2.png"]
+
+
+def test_given_domains_keep_their_order_and_bound_the_classes(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), *numbered("b/y", 2), *numbered("c/z", 2))
+    data = read_folder(tmp_path, ["c", "a"])
+    assert data.domains == ("c", "a")
+    assert list(data.items) == ["c", "a"]
+    assert data.classes == ("x", "z")
+
+
+def test_a_clean_folder_gives_no_warning(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), *numbered("b/x", 2), "README.txt", "a/notes.txt")
+    assert read_folder(tmp_path).warnings == ()
+
+
+def test_hidden_names_are_passed_over_in_silence(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), "a/x/._0.png", "a/.cache/1.png", ".git/x/1.png", "a/x/.DS_Store")
+    data = read_folder(tmp_path)
+    assert data.domains == ("a",) and data.classes == ("x",)
+    assert [item.path.name for item in data.items["a"]] == ["0.png", "1.png"]
+    assert data.warnings == ()
+
+
+def test_what_is_ignored_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), "a/x/movie.mp4", "a/x/deeper/1.png", "a/loose.png")
+    os.mkfifo(tmp_path / "a/x/pipe.png")
+    (tmp_path / "a/x/gone.png").symlink_to("nowhere.png")
+    data = read_folder(tmp_path)
+    assert len(data.items["a"]) == 2
+    text = "\n".join(data.warnings)
+    for name in ("movie.mp4", "deeper", "loose.png", "pipe.png", "gone.png"):
+        assert name in text
+
+
+def test_small_and_absent_classes_are_warned_about(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), *numbered("a/y", 1), *numbered("b/x", 2))
+    (tmp_path / "b/y").mkdir()
+    data = read_folder(tmp_path)
+    assert data.classes == ("x", "y")
+    assert any("a" in text and "one image" in text and text.endswith("y") for text in data.warnings)
+    assert any("b has no image of 1 classes: y" in text for text in data.warnings)
+    assert any("class folders without an image" in text for text in data.warnings)
+
+
+def test_a_class_that_is_empty_everywhere_is_no_class(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2))
+    (tmp_path / "a/void").mkdir()
+    assert read_folder(tmp_path).classes == ("x",)
+
+
+def test_an_empty_domain_is_an_error_only_if_asked_for(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2))
+    (tmp_path / "empty/x").mkdir(parents=True)
+    data = read_folder(tmp_path)
+    assert data.domains == ("a",)
+    assert any("empty" in text for text in data.warnings)
+    with pytest.raises(DataError, match="empty"):
+        read_folder(tmp_path, ["a", "empty"])
+
+
+def test_a_missing_domain_is_refused_and_the_present_ones_named(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("photo/x", 2))
+    with pytest.raises(DataError, match=r"no domain fhoto: it has photo"):
+        read_folder(tmp_path, ["fhoto"])
+    with pytest.raises(DataError, match="no domain"):
+        read_folder(tmp_path, ["../" + tmp_path.name + "/photo"])
+
+
+@pytest.mark.parametrize("domains", [[], ["a", "b", "a"]])
+def test_an_empty_or_repeating_order_is_a_mistake_of_the_caller(tmp_path: Path, domains: list[str]) -> None:
+    touch(tmp_path, *numbered("a/x", 2), *numbered("b/x", 2))
+    with pytest.raises(UsageError):
+        read_folder(tmp_path, domains)
+
+
+def test_no_folder_and_no_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a folder"):
+        read_folder(tmp_path / "nowhere")
+    touch(tmp_path, "file")
+    with pytest.raises(DataError, match="not a folder"):
+        read_folder(tmp_path / "file")
+    with pytest.raises(DataError, match="DOMAIN/CLASS"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("places", [("a/{}", "b/{}"), ("{}/x", "{}/x")])
+def test_names_that_look_the_same_are_refused(tmp_path: Path, places: tuple[str, str]) -> None:
+    forms = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9")
+    for place, form in zip(places, forms, strict=True):
+        touch(tmp_path, *numbered(place.format(form), 2))
+    with pytest.raises(DataError, match="Unicode"):
+        read_folder(tmp_path)
+
+
+def test_classes_that_differ_in_case_stay_apart_with_a_warning(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/Dog", 2), *numbered("a/dog", 2), *numbered("a/cat", 2))
+    data = read_folder(tmp_path)
+    assert data.classes == ("Dog", "cat", "dog")
+    assert [text for text in data.warnings if "upper and lower case" in text and text.endswith("Dog, dog")]
+
+
+# ------------------------------------------------------------------------------------------------- splitting
+
+
+def test_the_split_of_known_paths_never_changes() -> None:
+    paths = [f"photo/dog/{number}.jpg" for number in range(12)]
+    assert [number for number, path in enumerate(paths) if is_test(path)] == [2, 4, 8, 9]
+
+
+def test_about_a_fifth_is_tested_and_fractions_nest() -> None:
+    paths = [f"d/c/{number}.png" for number in range(5000)]
+    tenth, fifth = {p for p in paths if is_test(p, 0.1)}, {p for p in paths if is_test(p)}
+    assert 0.18 < len(fifth) / 5000 < 0.22
+    assert tenth < fifth
+    assert not any(is_test(path, 0.0) for path in paths)
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=20))
+def test_the_split_does_not_move_with_the_file_systems_unicode_form(name: str) -> None:
+    forms = {is_test(unicodedata.normalize(form, name), 0.5) for form in ("NFC", "NFD")}
+    assert len(forms) == 1
+
+
+def test_a_name_that_is_no_utf8_is_split_too(tmp_path: Path) -> None:
+    (tmp_path / "a/x").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / "a/x" / os.fsdecode(b"\xff%d.png" % number)).write_bytes(b"")
+    items = read_folder(tmp_path).items["a"]
+    training, test = split(items)
+    assert len(items) == 2 and sorted(item.relative for item in training + test) == [i.relative for i in items]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+    with pytest.raises(UsageError, match="fraction"):
+        is_test("a/b/c.png", fraction)
+
+
+def items_of(counts: dict[int, int]) -> list[Item]:
+    names = [(label, f"d/{label}/{number}.png") for label, count in counts.items() for number in range(count)]
+    return [Item(Path(name), name, label) for label, name in names]
+
+
+def test_split_is_a_partition_by_path_whatever_the_order() -> None:
+    items = items_of({0: 100, 1: 60})
+    training, test = split(items)
+    assert sorted(i.relative for i in training + test) == sorted(i.relative for i in items)
+    assert all(is_test(item.relative) for item in test) and test
+    backwards = split(items[::-1])
+    assert (set(backwards[0]), set(backwards[1])) == (set(training), set(test))
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=3, unique=True))
+def test_every_class_keeps_something_to_train_on(numbers: list[int]) -> None:
+    items = [Item(Path(), f"d/c/{number}.png", 0) for number in numbers]
+    training, test = split(items, 0.9)
+    assert training
+    assert len(training) + len(test) == len(items)
+
+
+def test_shots_picks_k_of_every_class_and_all_of_a_small_one() -> None:
+    picked = shots(items_of({0: 30, 1: 3, 4: 20}), 5, seed=1)
+    labels = [item.label for item in picked]
+    assert (labels.count(0), labels.count(1), labels.count(4)) == (5, 3, 5)
+
+
+def test_shots_depend_on_seed_and_own_class_only_and_nest() -> None:
+    items = items_of({0: 30, 1: 30})
+    five = set(shots(items, 5, seed=1))
+    assert five == set(shots(items[::-1], 5, seed=1))
+    assert five != set(shots(items, 5, seed=2))
+    assert five < set(shots(items, 9, seed=1))
+    alone = shots([item for item in items if item.label == 1], 5, seed=1)
+    assert set(alone) == {item for item in five if item.label == 1}
+
+
+def test_classes_do_not_share_their_shots_places() -> None:
+    picked = shots(items_of({0: 30, 1: 30}), 10, seed=1)
+    names = [{item.path.name for item in picked if item.label == label} for label in (0, 1)]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(("k", "seed"), [(0, 0), (-1, 0), (1, -1)])
+def test_impossible_shots_are_refused(k: int, seed: int) -> None:
+    with pytest.raises(UsageError, match="shots"):
+        shots(items_of({0: 3}), k, seed)
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("JPEG", ".JPEG"), ("PNG", ".jpg")])
+def test_a_plain_colour_survives(kind: str, suffix: str) -> None:
+    frame = frame_of(encoded(Image.new("RGB", (50, 40), (200, 30, 90)), kind, quality=95), suffix)
+    assert np.abs(frame.astype(int) - (200, 30, 90)).max() <= 3
+
+
+def test_an_image_of_the_frames_size_is_not_touched() -> None:
+    pixels = noise(*SIZE)
+    assert np.array_equal(frame_of(encoded(Image.fromarray(pixels), "PNG"), ".png"), pixels)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_centre_is_cropped_after_the_shorter_side_fits(turned: bool) -> None:
+    pixels = np.zeros((20, 60), np.uint8)
+    pixels[:, 20:40] = 255
+    pixels[:, 29:31] = 100
+    frame = frame_of(encoded(Image.fromarray(pixels.T if turned else pixels), "PNG"), ".png", (40, 40))[..., 0]
+    line = (frame.T if turned else frame)[20]
+    assert line[1] == line[-2] == 255 and line[0] > 150, "what lies beyond the centre square must be gone"
+    assert line[19] == line[20] == 100
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_obeyed(kind: str, orientation: int) -> None:
+    image = Image.new("RGB", (40, 40), (0, 0, 0))
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    image.paste((0, 255, 0), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(frame_of(data, ".png", (40, 40)), expected)
+
+
+def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
+    data = encoded(Image.new("RGB", (40, 40), (9, 9, 9)), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert frame_of(data, ".png").max() == 9
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_white_and_half_transparent_ones_between(mode: str) -> None:
+    image = Image.new(mode, (48, 16), (100, 0) if mode == "LA" else (100, 100, 100, 0))
+    image.paste((100, 255) if mode == "LA" else (100, 100, 100, 255), (16, 0, 32, 16))
+    frame = frame_of(encoded(image, "PNG"), ".png", (16, 48))
+    assert (frame[:, 4] == 255).all() and (frame[:, 24] == 100).all()
+
+
+def test_a_palettes_transparent_colour_is_white() -> None:
+    image = Image.new("P", (48, 16), 1)
+    image.putpalette([0, 0, 0, 7, 8, 9])
+    image.paste(0, (16, 0, 32, 16))
+    frame = frame_of(encoded(image, "PNG", transparency=0), ".png", (16, 48))
+    assert (frame[:, 24] == 255).all() and (frame[:, 4] == (7, 8, 9)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "P"])
+def test_every_mode_gives_its_own_colours(mode: str) -> None:
+    image = Image.new("RGB", (48, 16), (255, 255, 255))
+    image.paste((0, 0, 0), (16, 0, 32, 16))
+    kind, suffix = ("JPEG", ".jpg") if mode == "CMYK" else ("PNG", ".png")
+    frame = frame_of(encoded(image.convert(mode), kind), suffix, (16, 48)).astype(int)
+    assert frame[:, 4].min() > 250 and frame[:, 24].max() < 5
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    ramp = np.tile(np.linspace(0, 65535, 24).astype(np.uint16), (16, 1))
+    frame = frame_of(encoded(Image.fromarray(ramp), "PNG"), ".png")
+    assert np.abs(frame[0, :, 0] - np.linspace(0, 255, 24)).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_smaller_without_changing_the_picture() -> None:
+    y, x = np.mgrid[0:1200, 0:1600]
+    image = Image.fromarray(np.stack([x * 255 // 1600, y * 255 // 1200, (x + y) % 256 // 2], -1).astype(np.uint8))
+    data = encoded(image, "JPEG", quality=95)
+    full = np.asarray(ImageOps.fit(Image.open(io.BytesIO(data)), (64, 64), Image.Resampling.BILINEAR))
+    assert np.abs(frame_of(data, ".jpg", (64, 64)).astype(int) - full).mean() < 2
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8300, 12000, 60000])
+def test_decompression_bombs_are_refused_before_they_unfold(side: int) -> None:
+    assert "limit" in refusal(png_header(side, side), ".png")
+
+
+def test_a_truncated_image_is_refused() -> None:
+    for kind, suffix in (("PNG", ".png"), ("JPEG", ".jpg")):
+        data = encoded(Image.fromarray(noise(90, 90)), kind)
+        refusal(data[: len(data) // 2], suffix)
+
+
+def test_other_formats_and_suffixes_are_refused() -> None:
+    refusal(encoded(Image.fromarray(noise()), "GIF"), ".png")
+    assert ".gif" in refusal(encoded(Image.fromarray(noise()), "GIF"), ".gif")
+    refusal(b"", ".jpg")
+
+
+def test_an_empty_frame_size_is_refused() -> None:
+    with pytest.raises(UsageError, match="frame size"):
+        decode_bytes(b"", Path("a.png"), (0, 4))
+
+
+# --------------------------------------------------------------------------------------------------- signals
+
+
+def loudest_row(frame: U8) -> int:
+    return int(frame[..., 0].astype(int).sum(axis=1).argmax())
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("hertz", [500, 1000, 3000])
+def test_a_tone_is_a_line_at_its_frequency(width: int, hertz: int) -> None:
+    frame = frame_of(wav(tone(hertz), width=width), ".wav", (100, 80))
+    assert abs(loudest_row(frame) - (100 - hertz / 40)) <= 2
+    assert (frame[..., 0] == frame[..., 1]).all() and (frame[..., 0] == frame[..., 2]).all()
+
+
+def test_time_runs_to_the_right() -> None:
+    frame = frame_of(wav(np.concatenate([tone(1000), 0 * tone(1)])), ".wav", (64, 64))[..., 0].astype(int)
+    assert frame[:, :30].max(axis=0).min() > 200 and frame[:, 34:].max() == 0
+
+
+def test_channels_are_mixed() -> None:
+    both = np.stack([tone(1000), tone(3000)], axis=1)
+    rows = frame_of(wav(both), ".wav", (100, 80))[..., 0].astype(int).sum(axis=1)
+    assert rows[73:78].max() > rows[50] + 1000 and rows[23:28].max() > rows[50] + 1000
+
+
+def test_loudness_and_offset_do_not_show() -> None:
+    plain = frame_of(npy(tone(1000)), ".npy").astype(int)
+    quiet = frame_of(npy(tone(1000) / 500 + 40), ".npy").astype(int)
+    assert np.abs(plain - quiet).max() <= 1
+
+
+def test_a_bare_signal_looks_like_the_same_wav_at_8_khz() -> None:
+    samples = tone(700) + 0.1 * tone(1900)
+    bare, clip = (
+        frame_of(npy(samples), ".npy").astype(int),
+        frame_of(wav(samples, width=4), ".wav").astype(int),
+    )
+    assert np.abs(bare - clip).max() <= 1
+    integers = frame_of(npy(np.rint(samples * 30000).astype(np.int16)), ".npy").astype(int)
+    assert np.abs(bare - integers).mean() < 5
+
+
+@pytest.mark.parametrize("level", [0.0, 3.7, 1e300])
+def test_silence_is_black(level: float) -> None:
+    assert frame_of(npy(np.full(500, level)), ".npy").max() == 0
+
+
+def test_short_signals_of_the_permitted_length_decode() -> None:
+    assert frame_of(npy(np.random.default_rng(0).normal(size=folder.MIN_SAMPLES)), ".npy").max() > 240
+    assert "samples" in refusal(npy(np.ones(folder.MIN_SAMPLES - 1)), ".npy")
+    assert "samples" in refusal(wav(np.zeros(0)), ".wav")
+
+
+def test_long_signals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "MAX_SAMPLES", 3999)
+    assert "3999" in refusal(wav(tone(100)), ".wav")
+    assert "3999" in refusal(npy(tone(100)), ".npy")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_signals_with_nan_or_infinity_are_refused(value: float) -> None:
+    samples = tone(500)
+    samples[7] = value
+    assert "NaN" in refusal(npy(samples), ".npy")
+
+
+def test_a_truncated_or_unsupported_wav_is_refused() -> None:
+    data = wav(tone(500))
+    assert "truncated" in refusal(data[:-100], ".wav")
+    not_pcm = bytearray(data)
+    not_pcm[20:22] = struct.pack("<H", 3)
+    refusal(bytes(not_pcm), ".wav")
+
+
+# ------------------------------------------------------------------------------------------------------- npy
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda pixels: pixels,
+        lambda pixels: np.asfortranarray(pixels),
+        lambda pixels: (pixels / 255).astype(np.float32),
+        lambda pixels: (pixels / 255).astype(">f8"),
+        lambda pixels: pixels.astype(np.uint16) * 257,
+    ],
+)
+def test_every_number_type_gives_the_same_picture(convert: Callable[[U8], NDArray[Any]]) -> None:
+    pixels = noise(*SIZE)
+    assert np.array_equal(frame_of(npy(convert(pixels)), ".npy"), pixels)
+    grey = pixels[..., 0]
+    assert np.array_equal(frame_of(npy(convert(grey)), ".npy"), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_are_rounded() -> None:
+    steps = np.array([[128, 129, 65535 - 129, 65535 - 128]] * 4, np.uint16)
+    frame = decode_bytes(npy(steps), Path("a.npy"), (4, 4))
+    assert frame[0, :, 0].tolist() == [0, 1, 254, 255]
+
+
+def test_a_mask_is_black_and_white() -> None:
+    mask = noise(*SIZE)[..., 0] > 128
+    assert np.array_equal(frame_of(npy(mask), ".npy")[..., 1], mask * np.uint8(255))
+
+
+@pytest.mark.parametrize(
+    ("array", "word"),
+    [
+        (np.full((8, 8), np.nan), "NaN"),
+        (np.full((8, 8), 255.0), "0..1"),
+        (np.full((8, 8), -0.1), "0..1"),
+        (np.zeros((8, 8), np.int64), "int64"),
+        (np.zeros((8, 8), np.complex64), "complex64"),
+        (np.zeros((8, 8, 4), np.uint8), "shape"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "shape"),
+        (np.zeros((0, 8), np.uint8), "shape"),
+        (np.zeros((), np.float32), "shape"),
+        (np.array(["text"]), "U4"),
+        (np.zeros(4, [("a", "f4")]), "plain numbers"),
+    ],
+)
+def test_arrays_that_are_no_picture_are_refused_with_the_reason(array: NDArray[Any], word: str) -> None:
+    assert word in refusal(npy(array), ".npy")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.unlink, ("/nonexistent/unpickled",)
+
+
+def test_nothing_is_unpickled() -> None:
+    assert "object" in refusal(npy(np.array([Bomb()]), allow_pickle=True), ".npy")
+
+
+@pytest.mark.parametrize("shape", ["(1000000000000, 3)", "(-8, -8)", "(9, 8)", "(True, 64)"])
+def test_a_header_that_lies_about_the_length_is_refused(shape: str) -> None:
+    data = npy(np.zeros((8, 8), np.uint8))
+    header = data[10:].split(b"\n")[0].replace(b"(8, 8)", shape.encode()).rstrip()
+    refusal(data[:8] + struct.pack("<H", len(header) + 1) + header + b"\n" + bytes(64), ".npy")
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def test_files_that_cannot_be_read_are_undecodable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("missing.png", "folder.png", "pipe.png"):
+        with pytest.raises(UndecodableInput, match=name):
+            decode(tmp_path / name, SIZE)
+    (tmp_path / "long.png").write_bytes(encoded(Image.fromarray(noise()), "PNG"))
+    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 100)
+    with pytest.raises(UndecodableInput, match="100"):
+        decode(tmp_path / "long.png", SIZE)
+
+
+def test_decode_reads_the_file(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(noise()), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    assert np.array_equal(decode(tmp_path / "a.png", SIZE), frame_of(data, ".png"))
+
+
+def test_one_error_names_ten_files_and_holds_all() -> None:
+    single = [UndecodableInput(f"{number}.png: broken", (Path(f"{number}.png"),)) for number in range(13)]
+    assert UndecodableInput.of_many(single[:1]) is single[0]
+    error = UndecodableInput.of_many(single)
+    assert error.paths == tuple(Path(f"{number}.png") for number in range(13))
+    assert "13 files" in str(error) and "9.png: broken" in str(error) and "and 3 more" in str(error)
+    assert "10.png" not in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.paths) == (str(error), error.paths)
+
+
+SUFFIXED = st.sampled_from([".jpg", ".png", ".wav", ".npy"])
+MAGIC = st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WAVEfmt ", b"\x93NUMPY\x01\0v\0"])
+
+
+@given(SUFFIXED, MAGIC, st.binary(max_size=400))
+def test_random_bytes_give_a_frame_or_one_kind_of_error(suffix: str, magic: bytes, data: bytes) -> None:
+    decodes_or_is_undecodable(magic + data, suffix)
+
+
+def decodes_or_is_undecodable(data: bytes, suffix: str) -> None:
+    try:
+        frame = decode_bytes(data, Path("a" + suffix), SIZE)
+    except UndecodableInput as error:
+        assert "a" + suffix in str(error)
+    else:
+        assert frame.shape == (*SIZE, 3) and frame.dtype == np.uint8
+
+
+VALID = [
+    (".png", encoded(Image.fromarray(noise()).convert("P"), "PNG", transparency=1)),
+    (".png", encoded(Image.fromarray(noise()), "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0")),
+    (".jpg", encoded(Image.fromarray(noise()), "JPEG", progressive=True)),
+    (".wav", wav(tone(500, 300), width=3)),
+    (".npy", npy(noise())),
+    (".npy", npy(tone(500, 300))),
+]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_files_give_a_frame_or_one_kind_of_error(data: st.DataObject) -> None:
+    suffix, content = data.draw(st.sampled_from(VALID))
+    broken = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, min(len(broken) - 1, 200)) | st.integers(0, len(broken) - 1))
+        broken[place] = data.draw(st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
+    decodes_or_is_undecodable(bytes(broken[: data.draw(st.just(len(broken)) | st.integers(1, len(broken)))]), suffix)
+
+
+# ----------------------------------------------------------------------------------------------------- views
+
+
+def scene() -> U8:
+    """Smooth, so that a crop changes it little, and lopsided, so that a flip shows."""
+    y, x = np.mgrid[0:48, 0:64]
+    return np.stack([x * 3, y * 4, 100 + x], axis=-1).astype(np.uint8)
+
+
+def test_plain_changes_nothing_and_flip_mirrors() -> None:
+    assert np.array_equal(view(scene(), "plain"), scene())
+    assert np.array_equal(view(scene(), "flip"), scene()[:, ::-1])
+    assert np.array_equal(view(view(scene(), "flip"), "flip"), scene())
+
+
+def test_crops_are_functions_of_name_and_pixels() -> None:
+    first = view(scene(), "crop1")
+    strided = np.asfortranarray(scene())
+    assert np.array_equal(first, view(strided, "crop1"))
+    assert not np.array_equal(first, view(scene(), "crop2"))
+    other = scene()
+    other[0, 0, 0] ^= 1
+    assert not np.array_equal(first, view(other, "crop1"))
+
+
+def test_crops_are_mild_and_some_are_flipped() -> None:
+    crops = [view(scene(), f"crop{number}") for number in range(1, 41)]
+    assert all(crop.shape == scene().shape and crop.dtype == np.uint8 for crop in crops)
+    means = np.array([crop.mean() for crop in crops]) / scene().mean()
+    assert 0.6 < means.min() < 0.95 and 1.05 < means.max() < 1.4
+    rising = [float(crop[:, 32:, 0].mean()) > float(crop[:, :32, 0].mean()) for crop in crops]
+    assert 8 < sum(rising) < 32
+
+
+@pytest.mark.parametrize("name", ["", "crop", "crop0", "crop01", "crop10000", "Flip", "crop1\n", "crop-1"])
+def test_unknown_views_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="view"):
+        view(scene(), name)
+
+
+@pytest.mark.parametrize("frame", [scene().astype(np.float32), scene()[..., 0], scene()[..., :2]])
+def test_a_view_wants_a_frame(frame: NDArray[Any]) -> None:
+    with pytest.raises(UsageError, match="frame"):
+        view(frame, "flip")
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.parametrize(("archive", "classes"), [("PACS", 7), ("FSDD", 10), ("Digits_tree", 10)])
+def test_real_data_decodes(tmp_path: Path, data_file: Callable[[str], Path], archive: str, classes: int) -> None:
+    with tarfile.open(data_file(f"{archive}.tar.gz")) as tar:
+        members = [member for member in tar if member.isfile()][::60]
+        tar.extractall(tmp_path, members, filter="data")
+    roots = [path for path in (tmp_path, *tmp_path.rglob("*")) if any(path.glob("*/*/*.*"))]
+    data = read_folder(roots[0])
+    frames = [decode(item.path, (64, 64)) for items in data.items.values() for item in items]
+    assert len(data.classes) == classes
+    assert len(frames) == len(members)
+    assert min(int(frame.max()) - int(frame.min()) for frame in frames) > 50

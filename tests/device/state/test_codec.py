@@ -1,0 +1,145 @@
+"""A system survives its files exactly; anything else is refused with one family of exceptions."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptors.spec import HeadSpec
+from device.state.codec import FORMAT, SYSTEM, SystemFormatError, from_files, to_files
+from edgeear.errors import EdgeearError
+from edgeear.flow import judge
+from edgeear.system import System
+from tests.support import fakes
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@lru_cache(maxsize=1)
+def system() -> System:
+    """Two domains with heads of different kinds."""
+    fourier = HeadSpec(("a.mean", "b.mean"), "fourier", 1024, bandwidth=0.3, bits=8)
+    return fakes.grown(0).grown(fakes.domain(1, spec=fourier))
+
+
+@lru_cache(maxsize=1)
+def stored() -> dict[str, bytes]:
+    return to_files(system())
+
+
+def changed(path: tuple[str | int, ...], value: object) -> dict[str, bytes]:
+    """The stored files with one entry of the structure replaced."""
+    structure = json.loads(stored()[SYSTEM])
+    place = structure
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return stored() | {SYSTEM: json.dumps(structure).encode()}
+
+
+def test_what_is_read_is_what_was_written() -> None:
+    again = from_files(stored())
+    assert to_files(again) == stored()
+    assert (again.names, again.generation, again.policy) == (system().names, system().generation, system().policy)
+    assert (again.encoder_digest, again.space.digest) == (system().encoder_digest, system().space.digest)
+    h = fakes.space().encode(fakes.features(0, 20, seed=3))
+    before, after = judge(system(), h), judge(again, h)
+    for name in ("route", "novelty", "p", "conditional_p"):
+        assert np.array_equal(getattr(before, name), getattr(after, name))
+    for a, b in zip(system().domains, again.domains, strict=True):
+        assert (a.head.spec, a.head.classes, a.head.onnx) == (b.head.spec, b.head.classes, b.head.onnx)
+        assert a.codes.tobytes() == b.codes.tobytes() and dict(a.growth) == dict(b.growth)
+
+
+def test_an_empty_system_survives() -> None:
+    assert from_files(to_files(fakes.empty())).domains == ()
+
+
+def test_a_domain_keeps_its_files_while_others_are_learned() -> None:
+    grown = to_files(system().grown(fakes.domain(2)))
+    old = {name: data for name, data in stored().items() if name != SYSTEM}
+    assert old.items() <= grown.items() and len(grown) == len(stored()) + 2
+
+
+def test_a_newer_format_is_refused_with_the_way_out() -> None:
+    with pytest.raises(SystemFormatError, match=rf"format {FORMAT + 1}.*update this board"):
+        from_files(changed(("format",), FORMAT + 1))
+    with pytest.raises(SystemFormatError, match="learn the domains again"):
+        from_files(changed(("format",), FORMAT - 1))
+
+
+@pytest.mark.parametrize("name", sorted(to_files(fakes.grown(0))))
+def test_a_missing_file_is_named(name: str) -> None:
+    files = to_files(fakes.grown(0))
+    del files[name]
+    with pytest.raises(SystemFormatError, match=name):
+        from_files(files)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("domains",), 3),
+        (("domains", 0, "files"), []),
+        (("domains", 0, "classes"), ["left", "left", "top"]),
+        (("domains", 0, "head", "spec", "width"), -1),
+        (("policy", "alpha"), 7),
+        (("policy", "unknown"), 1),
+        (("policy", "shift", "stakes"), [2.0]),
+        (("space", "policy", "dimensions"), 255),
+        (("space", "taps"), [["a.mean", 12]]),
+        (("space", "taps"), []),
+    ],
+)
+def test_a_wrong_entry_is_refused(path: tuple[str | int, ...], value: object) -> None:
+    with pytest.raises(EdgeearError):
+        from_files(changed(path, value))
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(SystemFormatError):
+        from_files({SYSTEM: b"[" * 100_000})
+
+
+@given(st.data())
+def test_a_damaged_data_file_never_passes(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(set(stored()) - {SYSTEM})))
+    content = bytearray(stored()[name])
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        del content[place:]
+    else:
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(SystemFormatError):
+        from_files(stored() | {name: bytes(content)})
+
+
+@given(st.data())
+def test_a_damaged_structure_raises_one_family_only(data: st.DataObject) -> None:
+    content = bytearray(stored()[SYSTEM])
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        del content[place:]
+    else:
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        read = from_files(stored() | {SYSTEM: bytes(content)})
+    except EdgeearError as error:
+        assert str(error)
+    else:
+        assert isinstance(read, System)
+
+
+@given(JSON)
+def test_any_json_is_refused_with_one_family_only(value: object) -> None:
+    with pytest.raises(EdgeearError):
+        from_files(stored() | {SYSTEM: json.dumps(value).encode()})
