@@ -27,7 +27,8 @@ from device.daemon.learning.worker import ProcessLearner, WorkerPolicy, resident
 from device.encoder.export import default_encoder_path
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir, write_whole
-from device.images.folder import decode, read_folder, split
+from device.images.dataset import read_folder, split
+from device.images.decode import decode
 from device.provenance import machine, versions
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, System

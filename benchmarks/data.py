@@ -26,7 +26,8 @@ from PIL import Image, ImageFilter
 from device.encoder.session import OnnxEncoder
 from device.evaluation.data import I64, DataOptions, open_encoder, read_domains
 from device.files import cache_dir
-from device.images.folder import decode, read_folder, split
+from device.images.dataset import read_folder, split
+from device.images.decode import decode
 from edgeear.errors import DataError
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.types import F32, U8

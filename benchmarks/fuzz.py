@@ -43,7 +43,7 @@ from benchmarks.fuzz_messages import SEEDS, Fuzzer, Message
 from device.daemon import machine
 from device.daemon.sources import MessageFrames
 from device.daemon.sources.running import Stop
-from device.images.folder import UndecodableInput, decode_bytes
+from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
 from device.mqtt.connection import Connection, Inbound
 from device.mqtt.link import Link, LinkPolicy

@@ -27,9 +27,9 @@ from device.encoder.export import default_encoder_path
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.evaluation.data import CACHE_BYTES
 from device.files import cache_dir, write_whole
+from device.images.dataset import read_folder, split
 from device.images.feature_cache import FeatureCache
 from device.images.featurise import featurise
-from device.images.folder import read_folder, split
 from device.provenance import machine, versions
 from edgeear.flow import judge
 from edgeear.incremental import refit

@@ -22,8 +22,9 @@ from device.encoder.cache import cached_encoder
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir
+from device.images.dataset import FolderData, read_folder
+from device.images.decode import decode
 from device.images.featurise import featurise
-from device.images.folder import FolderData, decode, read_folder
 from device.state.codec import from_files, to_files
 from device.state.store import Store
 from edgeear.errors import FormatError, UsageError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.evaluation.data import EvalData
-from device.images.folder import decode
+from device.images.decode import decode
 from edgeear.flow import judge
 from edgeear.memory import learn
 from edgeear.novelty import calibrate

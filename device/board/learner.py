@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from device.images.folder import view
+from device.images.views import view
 from edgeear.errors import UsageError
 from edgeear.flow import AdaptPolicy, Progress, Samples, adapt
 from edgeear.system import Candidate, Engine, Rejected, System

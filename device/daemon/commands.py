@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 from device.board.board import Board, BoardPolicy
 from device.board.board import Event as BoardEvent
 from device.daemon.labels import LabelBook
-from device.images.folder import decode_bytes
+from device.images.decode import decode_bytes
 from device.mqtt import messages
 from device.state.maintenance import facts
 from edgeear.errors import DeviceError, EdgeearError

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from device.encoder.session import pooled_taps
 from device.files import cache_dir
+from device.images.dataset import FolderData, Item, read_folder, shots, split
 from device.images.feature_cache import FeatureCache
 from device.images.featurise import OnBad, featurise_items
-from device.images.folder import FolderData, Item, read_folder, shots, split
 from edgeear.errors import DataError, UsageError
 from edgeear.flow import Samples
 from edgeear.space import HypervectorSpace

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
-from device.images.folder import decode
+from device.images.decode import decode
 from edgeear.flow import infer
 from edgeear.shift import ShiftState
 from edgeear.system import System

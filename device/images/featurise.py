@@ -20,9 +20,10 @@ from typing import Literal
 
 import numpy as np
 
+from device.images.dataset import Item
+from device.images.decode import UndecodableInput, decode_bytes, read_input
 from device.images.feature_cache import Array, FeatureCache, FeatureKey
-from device.images.folder import Item, UndecodableInput, decode_bytes, read_input
-from device.images.folder import view as augment
+from device.images.views import view as augment
 from edgeear.errors import DataError, UsageError
 from edgeear.types import F32, Encoder, Tap
 
@@ -30,7 +31,7 @@ BATCH = 8
 READ_ROWS = 256
 WRITE_ROWS = 64
 DECODER = 1
-"""Raise it when `device.images.folder` gives other pixels for the same bytes: it is part of every cache key."""
+"""Raise it when `decode.py` or `views.py` gives other pixels for the same bytes: it is part of every cache key."""
 
 OnBad = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.encoder.session import pooled_taps
+from device.images.dataset import FolderData, Item, split
 from device.images.featurise import featurise_items
-from device.images.folder import FolderData, Item, split
 from device.simulation.record import OodPair
 from edgeear import metrics
 from edgeear.flow import judge

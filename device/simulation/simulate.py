@@ -32,7 +32,8 @@ from device.board.board import Board, BoardPolicy
 from device.board.board import Event as BoardEvent
 from device.encoder.session import pooled_taps
 from device.files import write_whole
-from device.images.folder import FolderData, Item, UndecodableInput, decode, read_folder, split
+from device.images.dataset import FolderData, Item, read_folder, split
+from device.images.decode import UndecodableInput, decode
 from device.provenance import machine, versions
 from device.simulation.exam import Exam
 from device.simulation.live import LiveView

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from device.images.dataset import Item
+from device.images.decode import SUFFIXES
 from device.images.featurise import featurise
-from device.images.folder import SUFFIXES, Item
 from device.state.codec import from_files, to_files
 from device.state.store import CURRENT, Store
 from edgeear.errors import DataError, FormatError, UsageError

@@ -2,7 +2,7 @@
 
 Rules of this package:
 
-1. Frames are decoded and resized by device.images.folder alone, so a source gives the very bits that training saw.
+1. Frames are decoded and resized by device.images.decode alone, so a source gives the very bits that training saw.
 2. A frame's time is when it came here, not when its decoding ended: nothing grows young on the way.
 3. Input that gives no frame is counted and passed over. A vanished device is tried again for ever, with pauses.
 4. A source runs in one thread of its own, and never in the caller's or the network's.

@@ -16,7 +16,7 @@ import numpy as np
 
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.running import Stop
-from device.images.folder import fit_pixels
+from device.images.decode import fit_pixels
 from edgeear.errors import DataError, DeviceError
 
 

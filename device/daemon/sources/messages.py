@@ -9,7 +9,7 @@ from pathlib import Path
 
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.running import Stop
-from device.images.folder import UndecodableInput, decode_bytes
+from device.images.decode import UndecodableInput, decode_bytes
 
 MAX_BYTES = 8 << 20
 _NAME = Path("message.jpg")  # its suffix says image; which one, the bytes say

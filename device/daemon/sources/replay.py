@@ -17,7 +17,7 @@ from pathlib import Path
 
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.running import Stop
-from device.images.folder import SUFFIXES, UndecodableInput, decode
+from device.images.decode import SUFFIXES, UndecodableInput, decode
 from edgeear.errors import DeviceError
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.running import Stop
-from device.images.folder import decode_bytes, fit_pixels
+from device.images.decode import decode_bytes, fit_pixels
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
 from firmware_bridge.sensor import Hello, HostEnd, Log, PixelFormat, SensorFrame, pixels

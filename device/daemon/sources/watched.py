@@ -6,7 +6,7 @@ Rules of this file:
    change is so fresh that another may hide behind the same time stamp, and now and then for files that were written
    in place, but spends at most 0.2 % of the time on that. So it needs no inotify and works on network file systems.
 2. A file is read when its size and time were the same at two looks in a row: what is being written is left alone.
-   A file that changes later is a new frame. Hidden names and suffixes that device.images.folder does not
+   A file that changes later is a new frame. Hidden names and suffixes that device.images.decode does not
    read are passed over.
 3. Files that wait do so on disk: one is decoded when the queue has room. A frame is as old as the first sight of its
    file in that state; a file older than `max_age_s` is passed over, and counted as stale.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.running import Stop
-from device.images.folder import SUFFIXES, UndecodableInput, decode
+from device.images.decode import SUFFIXES, UndecodableInput, decode
 from edgeear.errors import DeviceError
 
 PERIOD_S = 0.2

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from device.images.folder import FolderData, Item, UndecodableInput, decode, read_folder, split
+from device.images.dataset import FolderData, Item, read_folder, split
+from device.images.decode import UndecodableInput, decode
 from edgeear.errors import DataError
 from edgeear.flow import Progress
 from edgeear.types import U8

@@ -32,7 +32,7 @@ from device.daemon.sources.replay import Replay, replayed
 from device.daemon.sources.running import BackOff, RunningSource, Stop
 from device.daemon.sources.sensor import SensorFrames, serial_port, tcp_port
 from device.daemon.sources.watched import PERIOD_S, WatchedFolder
-from device.images.folder import decode, decode_bytes, fit_pixels
+from device.images.decode import decode, decode_bytes, fit_pixels
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
 from firmware_bridge.sensor import Hello, PixelFormat, SensorEnd

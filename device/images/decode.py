@@ -1,28 +1,20 @@
-"""Folder data sets: `DIR/DOMAIN/CLASS/*.{jpg,jpeg,png,wav,npy}`, read, split and decoded.
+"""From a file or its bytes to a frame: images, wav clips and npy arrays.
 
-Rules that this file owns:
-1. Domains keep the given order, else they are sorted; classes are the sorted union over the domains read.
-2. Whether a file is a test file depends on its relative path `DOMAIN/CLASS/name` alone, never on order.
-3. `decode` gives a frame or raises `UndecodableInput`, whatever the bytes. Nothing is executed or unpickled,
-   and a size that a header claims is checked before anything is allocated for it.
-4. A view is a function of its name and the frame's pixels, so equal files have equal views on every machine.
+Rules of this file:
+1. `decode` gives a frame or raises `UndecodableInput`, whatever the bytes.
+2. Nothing is executed or unpickled, and a size that a header claims is checked before anything is allocated for it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-import os
-import re
 import stat
 import struct
 import tokenize
-import unicodedata
 import wave
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.errors import DataError, UsageError
 from edgeear.types import U8
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".wav", ".npy")
@@ -62,195 +54,6 @@ class UndecodableInput(DataError):
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
         return cls("\n".join(lines), tuple(path for error in errors for path in error.paths))
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One labelled file; `relative` is its posix path `DOMAIN/CLASS/name`, `label` the index of its class."""
-
-    path: Path
-    relative: str
-    label: int
-
-
-@dataclass(frozen=True)
-class FolderData:
-    """What `read_folder` found. `items` is keyed by domain, sorted by path; `warnings` are sentences."""
-
-    root: Path
-    domains: tuple[str, ...]
-    classes: tuple[str, ...]
-    items: Mapping[str, tuple[Item, ...]]
-    warnings: tuple[str, ...]
-
-
-# --------------------------------------------------------------------------------------------------- reading
-
-
-def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
-    """List the data set under `root`; no file is opened.
-
-    Hidden names are passed over in silence, files of other kinds and empty classes with a warning. A class
-    with one image is kept (`split` trains on it) and warned about. An empty domain is an error if it was
-    asked for by name, else a warning.
-
-    Raises `DataError` (no such folder or domain, nothing to read, names that differ only in their Unicode
-    form), `UsageError` (no domain or one domain twice), `DeviceError` (permission denied).
-    """
-    folder, warnings = Path(root), _Warnings()
-    present = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
-    chosen = present if domains is None else _chosen(folder, present, tuple(domains))
-    files = {domain: _classes_of(folder / domain, warnings) for domain in chosen}
-    for domain in [name for name in chosen if not files[name]]:
-        if domains is not None:
-            raise DataError(_empty(folder / domain))
-        warnings.append(_empty(folder / domain))
-        del files[domain]
-    if not files:
-        raise DataError(f"{folder} has no DOMAIN/CLASS/ folder with {_listed(SUFFIXES)} files: add some")
-    classes = tuple(sorted({name for found in files.values() for name in found}))
-    _refuse_twins(tuple(files), "domains")
-    _refuse_twins(classes, "classes")
-    _warn_of_gaps(files, classes, warnings)
-    index = {name: label for label, name in enumerate(classes)}
-    items = {domain: tuple(_items(folder, domain, found, index)) for domain, found in files.items()}
-    return FolderData(folder, tuple(files), classes, items, tuple(warnings))
-
-
-class _Warnings(list[str]):
-    """Sentences collected while reading."""
-
-    def ignored(self, folder: Path, names: Sequence[str], why: str) -> None:
-        if names:
-            self.append(f"{folder}: {len(names)} ignored ({why}): {_listed(names)}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _empty(folder: Path) -> str:
-    return f"domain {folder} is empty: add CLASS/ folders with {_listed(SUFFIXES)} files or leave it out"
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is not a folder: give the one that holds DOMAIN/CLASS/ folders") from error
-    except OSError as error:
-        raise DeviceError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
-
-
-def _chosen(folder: Path, present: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
-    if not wanted:
-        raise UsageError("the list of domains is empty: name at least one, or give none to read all")
-    twice = sorted({name for name in wanted if wanted.count(name) > 1})
-    if twice:
-        raise UsageError(f"domains named twice: {_listed(twice)}: name each domain once")
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        raise DataError(f"{folder} has no domain {_listed(missing)}: it has {_listed(present) or 'none'}")
-    return wanted
-
-
-def _classes_of(domain: Path, warnings: _Warnings) -> dict[str, list[str]]:
-    entries = _visible(domain)
-    loose = [e.name for e in entries if not e.is_dir() and Path(e.name).suffix.lower() in SUFFIXES]
-    warnings.ignored(domain, loose, "outside a class folder")
-    found = {e.name: _files_of(domain / e.name, warnings) for e in entries if e.is_dir()}
-    empty = [name for name, files in found.items() if not files]
-    warnings.ignored(domain, empty, "class folders without an image")
-    return {name: files for name, files in found.items() if files}
-
-
-def _files_of(folder: Path, warnings: _Warnings) -> list[str]:
-    entries = _visible(folder)
-    usable = [e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in SUFFIXES]
-    others = sorted({e.name for e in entries}.difference(usable))
-    warnings.ignored(folder, others, f"not a regular file ending in {_listed(SUFFIXES)}")
-    return usable
-
-
-def _refuse_twins(names: tuple[str, ...], what: str) -> None:
-    seen: dict[str, str] = {}
-    for name in names:
-        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
-        if twin != name:
-            raise DataError(f"{what} {twin!a} and {name!a} differ only in Unicode form: spell them alike")
-
-
-def _warn_of_gaps(files: Mapping[str, dict[str, list[str]]], classes: tuple[str, ...], warnings: _Warnings) -> None:
-    folded = [name.casefold() for name in classes]
-    cased = [name for name in classes if folded.count(name.casefold()) > 1]
-    if cased:
-        warnings.append(f"classes that differ only in upper and lower case are kept apart: {_listed(cased)}")
-    for domain, found in files.items():
-        absent = [name for name in classes if name not in found]
-        if absent:
-            warnings.append(f"domain {domain} has no image of {len(absent)} classes: {_listed(absent)}")
-        single = [name for name, names in found.items() if len(names) == 1]
-        if single:
-            why = "one image, which is trained on and never tested"
-            warnings.append(f"domain {domain}: {len(single)} classes have {why}: {_listed(single)}")
-
-
-def _items(root: Path, domain: str, found: dict[str, list[str]], index: dict[str, int]) -> Iterable[Item]:
-    for name, files in found.items():
-        for file in files:
-            yield Item(root / domain / name / file, f"{domain}/{name}/{file}", index[name])
-
-
-# ------------------------------------------------------------------------------------------------- splitting
-
-
-def is_test(relative: str, fraction: float = 0.2) -> bool:
-    """Whether a file is a test file, by the SHA-256 of its posix path `DOMAIN/CLASS/name`.
-
-    Raises `UsageError` unless `0 <= fraction < 1`.
-    """
-    if not 0 <= fraction < 1:
-        raise UsageError(f"test fraction {fraction} is outside 0 <= fraction < 1: 0.2 is the usual choice")
-    # One file system stores a name decomposed and another composed; the split must not move with the disk.
-    path = unicodedata.normalize("NFC", relative).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(path).digest()[:6], "big") < fraction * 2**48
-
-
-def split(items: Sequence[Item], fraction: float = 0.2) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """`(training, test)` items of one domain by `is_test`, in order.
-
-    A class all of whose items are test files keeps its first by name to train on.
-    """
-    trained = {item.label for item in items if not is_test(item.relative, fraction)}
-    rescued: dict[int, str] = {}
-    for item in items:
-        if item.label not in trained:
-            rescued[item.label] = min(rescued.get(item.label, item.relative), item.relative)
-    kept = set(rescued.values())
-    tested = [is_test(item.relative, fraction) and item.relative not in kept for item in items]
-    pairs = list(zip(items, tested, strict=True))
-    return tuple(i for i, test in pairs if not test), tuple(i for i, test in pairs if test)
-
-
-def shots(items: Sequence[Item], k: int, seed: int) -> tuple[Item, ...]:
-    """Pick `k` of the training `items` of every class (all where there are fewer), sorted by path.
-
-    The pick of a class depends on its own files, its label and `seed` only; k shots are among k + 1 shots.
-    Raises `UsageError` for `k < 1` or a negative seed.
-    """
-    if k < 1 or seed < 0:
-        raise UsageError(f"shots={k}, seed={seed}: shots must be at least 1 and the seed at least 0")
-    picked: list[Item] = []
-    for label in sorted({item.label for item in items}):
-        own = sorted((item for item in items if item.label == label), key=lambda item: item.relative)
-        order = np.random.default_rng([seed, label]).permutation(len(own))
-        picked += [own[int(place)] for place in order[:k]]
-    return tuple(sorted(picked, key=lambda item: item.relative))
-
-
-# -------------------------------------------------------------------------------------------------- decoding
 
 
 def decode(path: Path, size: tuple[int, int]) -> U8:
@@ -285,7 +88,7 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
     decoder = {".wav": _wav_frame, ".npy": _npy_frame}.get(path.suffix.lower(), _image_frame)
     try:
         if path.suffix.lower() not in SUFFIXES:
-            _refuse(f"suffix {path.suffix!r} is not one of {_listed(SUFFIXES)}", "convert it")
+            _refuse(f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}", "convert it")
         return decoder(data, size)
     except _Refused as refusal:
         raise _undecodable(path, refusal.reason, refusal.remedy) from None
@@ -479,42 +282,3 @@ def _spectrogram(samples: NDArray[np.float64], window: int, size: tuple[int, int
     picture = Image.fromarray(np.rint(levels).astype(np.uint8))
     grey = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     return np.repeat(grey[:, :, None], 3, axis=2)
-
-
-# ----------------------------------------------------------------------------------------------------- views
-
-
-def view(frame: U8, name: str) -> U8:
-    """An augmented `frame (height, width, 3)` of the same shape: "plain", "flip", or "crop1" to "crop9999".
-
-    A crop is a random resized crop of 0.6 to 1 of the area, flipped half the time, with brightness and
-    contrast changed by up to a fifth; its randomness is the SHA-256 of the name and the pixels.
-    Raises `UsageError` for another name, shape or type.
-    """
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise UsageError(f"frame of {frame.dtype} {frame.shape}: it must be uint8 (height, width, 3)")
-    if name == "plain":
-        return frame
-    if name == "flip":
-        return np.ascontiguousarray(frame[:, ::-1])
-    if not re.fullmatch(r"crop[1-9][0-9]{0,3}", name):
-        raise UsageError(f"view {name!r} is not one of plain, flip, crop1 to crop9999")
-    digest = hashlib.sha256(name.encode() + b"\0" + frame.tobytes()).digest()
-    return _crop(frame, np.random.default_rng(int.from_bytes(digest, "big")))
-
-
-def _crop(frame: U8, rng: np.random.Generator) -> U8:
-    height, width = frame.shape[:2]
-    area, ratio = rng.uniform(0.6, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    wide, tall = width * min(1.0, math.sqrt(area * ratio)), height * min(1.0, math.sqrt(area / ratio))
-    left, top = rng.uniform(0, 1) * (width - wide), rng.uniform(0, 1) * (height - tall)
-    box = (left, top, min(width, left + wide), min(height, top + tall))
-    picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(picture, np.float32)
-    if rng.uniform() < 0.5:
-        pixels = pixels[:, ::-1]
-    contrast, brightness = rng.uniform(0.8, 1.2, size=2).astype(np.float32)
-    mean = np.float32(pixels.mean(dtype=np.float64))
-    changed = ((pixels - mean) * contrast + mean) * brightness
-    jittered: U8 = np.rint(changed.clip(0, 255)).astype(np.uint8)
-    return jittered
