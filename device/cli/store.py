@@ -1,0 +1,111 @@
+"""Commands on a store whose board is stopped: `edgeear store list`, `store merge` and `store forget`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from device.cli.common import PACK, AsJson, EncoderPath, default_encoder, need
+from edgeear.errors import UsageError
+
+if TYPE_CHECKING:
+    from device.state.maintenance import Changed
+    from edgeear.system import Rejected
+
+app = typer.Typer(no_args_is_help=True, help="List, merge or forget what a stopped board has learned.")
+
+StorePath = Annotated[
+    Path, typer.Argument(help="Folder of `simulate --store` or `Ear.save`; its board is stopped.", show_default=False)
+]
+
+
+class Head(StrEnum):
+    """Whose head serves a merged domain; edgeear.merging says what they mean."""
+
+    refit = "refit"
+    first = "first"
+    second = "second"
+
+
+@app.command("list", epilog="Example: `edgeear store list my-board --json`")
+def list_store(store: StorePath, as_json: AsJson = False) -> None:
+    """Show the domains that serve, with their classes and sizes, and the generations that are kept."""
+    from device.state.maintenance import listing
+
+    found = listing(store)
+    typer.echo(json.dumps(found, indent=2) if as_json else _listed(found))
+
+
+@app.command("merge", epilog="Example: `edgeear store merge my-board winter snow`")
+def merge_domains(
+    store: StorePath,
+    first: Annotated[str, typer.Argument(help="The domain that stays.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="The domain that becomes a part of it.", show_default=False)],
+    head: Annotated[
+        Head, typer.Option("--head", help="Refit one to the sums of both, or keep that of one.")
+    ] = Head.refit,
+) -> None:
+    """Make one of two domains that turned out the same. Admitted like a new one, or rejected with exit code 1."""
+    if head is Head.refit:
+        need(PACK)
+    from device.state.maintenance import merge
+
+    _changed(merge(store, first, second, head.value, _now()))
+
+
+@app.command("forget", epilog="Example: `edgeear store forget my-board winter --class dog --images winter/dog`")
+def forget_domain(
+    store: StorePath,
+    domain: Annotated[str, typer.Argument(help="The domain.", show_default=False)],
+    label: Annotated[str | None, typer.Option("--class", help="Forget only this class of it.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="All images learned of the class: makes forgetting it exact.")
+    ] = None,
+    encoder: EncoderPath = None,
+) -> None:
+    """Forget a domain or a class for good: older generations that know it are removed, too.
+
+    A domain is forgotten exactly. So are the sums of a class with its images at hand; without them, its weight in the
+    covariance within classes is left. Either way its domain gets a new head, fitted to the sums that are left.
+    """
+    if images is not None and label is None:
+        raise UsageError("--images are those of a class: name it with --class")
+    if label is not None:
+        need(PACK)
+    from device.encoder.session import OnnxEncoder
+    from device.state.maintenance import forget
+
+    opened = None if images is None else (images, OnnxEncoder(encoder or default_encoder()))
+    _changed(forget(store, domain, label, _now(), opened))
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    lines = [f"generation {found['live']} serves, {found['confirmed']} is confirmed"]
+    for domain in found["domains"]:
+        samples = ", ".join(f"{name} {count}" for name, count in domain["samples"].items())
+        lines.append(f"{domain['name']}: {samples}; {domain['bytes'] / 1024:.0f} KiB; {domain['head']}")
+    lines += [f"generation {g['generation']}: {g['note']}" for g in found["generations"]]
+    return "\n".join(lines)
+
+
+def _changed(outcome: Changed | Rejected) -> None:
+    """Say what a change of the store led to; exit code 1 where it was rejected."""
+    from edgeear.system import Rejected
+
+    if isinstance(outcome, Rejected):
+        typer.echo(f"rejected, nothing was changed: {outcome.domain}: " + "; ".join(outcome.reasons), err=True)
+        raise typer.Exit(1)
+    moved = "".join(f"; {share:.1%} of {name} changed route" for name, share in outcome.replay.items() if share)
+    gone = f"; removed generations {', '.join(map(str, outcome.removed))}" if outcome.removed else ""
+    serves = f"generation {outcome.generation} serves {', '.join(outcome.domains) or 'no domain'}"
+    typer.echo(f"{outcome.what}; {serves}{moved}{gone}")
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
