@@ -25,6 +25,7 @@ from device.files import cache_dir
 from device.images.dataset import FolderData, read_folder
 from device.images.decode import decode
 from device.images.featurise import featurise
+from device.provenance import installation
 from device.state.codec import from_files, to_files
 from device.state.store import Store
 from edgeear.errors import FormatError, UsageError
@@ -182,7 +183,7 @@ def _policy(seed: int) -> AdaptPolicy:
 
 def _need_torch(what: str) -> None:
     if importlib.util.find_spec("torch") is None:
-        raise UsageError(f"{what} needs torch: pip install 'edgeear[learn]'")
+        raise UsageError(f"{what} needs torch: {installation('learn')}")
 
 
 def _domain_of(folder: Path) -> FolderData:

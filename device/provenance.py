@@ -1,4 +1,4 @@
-"""Where a figure comes from: the machine and the versions of the packages that it was measured with."""
+"""What is installed: the machine and the package versions that a figure was measured with, and how to get an extra."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the figures depend on."""
     installed = {name: importlib.metadata.version(name) for name in VERSIONED if _installed(name)}
     return {"python": platform.python_version(), **installed}
+
+
+def installation(extra: str) -> str:
+    """How to install the optional packages of `extra`, a name in pyproject.toml. edgeear is in no package registry."""
+    return f"run pip install -e '.[{extra}]' in your clone of edgeear"
 
 
 def _installed(name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def need(modules: Mapping[str, str]) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         extra = modules[missing[-1]]
-        raise MissingExtra(f"this command needs {', '.join(missing)}: pip install 'edgeear[{extra}]'")
+        raise MissingExtra(f"this command needs {', '.join(missing)}: {installation(extra)}")
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

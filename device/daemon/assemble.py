@@ -32,6 +32,7 @@ from device.files import cache_dir
 from device.mqtt import homeassistant, messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
+from device.provenance import installation
 from device.state.codec import from_files
 from device.state.store import Store
 from edgeear import __version__
@@ -59,8 +60,8 @@ def encoder_file(config: Config) -> Path:
     path = config.device.encoder or cached_encoder(cache_dir())
     if path is None:
         raise UsageError(
-            "device.encoder.session is not set and the cache holds no encoder: make the built-in one with "
-            "`edgeear encoder export` (needs the learn extra), or name an ONNX file"
+            "device.encoder is not set and the cache holds no encoder: run `edgeear encoder export` here or on a "
+            "machine that has the learn extra, and set device.encoder to the file"
         )
     return path
 
@@ -230,7 +231,7 @@ def _unable(config: Config) -> str:
     if not config.learning.enabled:
         return "learning.enabled is false"
     if importlib.util.find_spec("torch") is None:
-        return "torch is not installed: pip install 'edgeear[learn]'"
+        return f"torch is not installed: {installation('learn')}"
     return ""
 
 

@@ -21,6 +21,7 @@ from device.board.board import Event as BoardEvent
 from device.daemon.labels import LabelBook
 from device.images.decode import decode_bytes
 from device.mqtt import messages
+from device.provenance import installation
 from device.state.maintenance import facts
 from edgeear.errors import DeviceError, EdgeearError
 from edgeear.flow import Prediction, infer
@@ -101,7 +102,7 @@ class Commands:
         except DeviceError as error:
             return Outcome("failed", reason=str(error))
         except ModuleNotFoundError as error:
-            return Outcome("failed", reason=f"{error}: pip install 'edgeear[learn]'")
+            return Outcome("failed", reason=f"{error}: {installation('learn')}")
         except EdgeearError as error:
             return Outcome("refused", reason=str(error))
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from device.provenance import installation
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
 
@@ -114,7 +115,7 @@ def _photos() -> list[U8]:
             try:
                 data = folder.joinpath(name).read_bytes()
             except FileNotFoundError as error:
-                raise DataError(f"{package} lacks {name}: reinstall it (pip install 'edgeear[demo]')") from error
+                raise DataError(f"{package} lacks {name}: reinstall it ({installation('demo')})") from error
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as photo:
                 found.append(np.array(photo.convert("RGB")))
     return found
@@ -125,7 +126,7 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"the demo's data needs {name}: pip install 'edgeear[demo]'") from error
+        raise DataError(f"the demo's data needs {name}: {installation('demo')}") from error
 
 
 def _write(folder: Path, domains: dict[str, list[Digit]], on_progress: Progress | None) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, assert_never
 
+from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
 
 Name = Literal["mosquitto", "iotcore"]
@@ -33,7 +34,7 @@ START_S = 20.0
 STOP_S = 5.0
 MAX_PAYLOAD = 16 << 20
 """iotcore wants a bound: twice the largest message that edgeear takes."""
-REMEDY = "install mosquitto (Debian: apt install mosquitto), or pip install 'edgeear[broker]', or name a broker's host"
+REMEDY = f"install mosquitto (Debian: apt install mosquitto), or {installation('broker')}, or name a broker's host"
 
 # A change of user would undo the tie to the parent, so mosquitto, started by root, is told to stay root. Its bounds are
 # out of reach rather than 0 for "none", which some releases of 2.0 misread.

@@ -18,6 +18,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from device.provenance import installation
 from device.simulation.record import ABSTAIN, Growth, RunRecord, ShiftRecord
 from edgeear.errors import UsageError
 
@@ -66,7 +67,7 @@ def picture(target: str, label: str, size: tuple[float, float], draw: Callable[[
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("the report needs matplotlib: pip install 'edgeear[report]'") from error
+        raise UsageError(f"the report needs matplotlib: {installation('report')}") from error
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS}  # not what this machine's file says
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")

@@ -34,7 +34,7 @@ from device.encoder.session import pooled_taps
 from device.files import write_whole
 from device.images.dataset import FolderData, Item, read_folder, split
 from device.images.decode import UndecodableInput, decode
-from device.provenance import machine, versions
+from device.provenance import installation, machine, versions
 from device.simulation.exam import Exam
 from device.simulation.live import LiveView
 from device.simulation.record import (
@@ -369,7 +369,7 @@ def _blank(options: SimulateOptions, data: FolderData, encoder: Encoder, name: s
 def _prepare(options: SimulateOptions) -> None:
     """Everything that would spoil the end of a run, tried before its start."""
     if options.report is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the report needs matplotlib: pip install 'edgeear[report]', or ask for --json only")
+        raise UsageError(f"the report needs matplotlib: {installation('report')}, or ask for --json only")
     for path in (options.report, options.json):
         if path is not None and path.is_dir():
             raise UsageError(f"{path} is a folder: name a file in it")

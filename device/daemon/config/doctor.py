@@ -29,6 +29,7 @@ from device.daemon.config import probes
 from device.daemon.config.certificates import Validity, validity
 from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
 from device.daemon.config.settings import Config, MqttSection, SourceSection
+from device.provenance import installation
 from device.state.store import StoreBusy
 from edgeear.errors import EdgeearError, FormatError
 
@@ -220,7 +221,7 @@ def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None)
         yield Finding("store", "warning", f"{facts.damage}: an older generation serves", "check the disk")
     if digest is not None and facts.encoder is not None and digest != facts.encoder:
         text = f"learned on encoder {facts.encoder[:12]}, configured is {digest[:12]}"
-        yield Finding("store", "problem", text, "set device.encoder.session to the old file, or move device.state away")
+        yield Finding("store", "problem", text, "set device.encoder to the old file, or move device.state away")
     else:
         on = "" if facts.live == facts.confirmed else ", on probation"
         yield Finding("store", "ok", f"generation {facts.live}{on}, domains: {facts.domains}")
@@ -252,7 +253,7 @@ def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
     """The packages of the `learn` extra."""
     missing = [name for name in ("torch", "onnx") if not installed(name)] if enabled else []
     if missing:
-        remedy = "pip install 'edgeear[learn]', or set learning.enabled = false"
+        remedy = f"{installation('learn')}, or set learning.enabled = false"
         yield Finding("learning", "problem", f"not installed: {', '.join(missing)}", remedy)
     else:
         yield Finding("learning", "ok", "ready" if enabled else "off")
@@ -273,7 +274,7 @@ def check_source(
             yield Finding("source", "ok", f"{kind} {path}")
         return
     if kind == "camera" and not installed("cv2"):
-        yield Finding("source", "problem", "OpenCV is not installed", "pip install 'edgeear[camera]'")
+        yield Finding("source", "problem", "OpenCV is not installed", installation("camera"))
     elif source.url is not None and kind == "serial":
         yield from _check_sensor_port(source.url, connect)
     elif kind in ("camera", "serial"):

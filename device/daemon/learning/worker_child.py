@@ -30,6 +30,7 @@ from device.board.learner import Job, learn
 from device.daemon.learning.snapshot import Kind, domain_parts, job_of, message, parcel
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
+from device.provenance import installation
 from edgeear.errors import EdgeearError
 from edgeear.flow import AdaptPolicy
 from edgeear.system import Candidate
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         kind, parts = _answer(job, how, out)
     except ModuleNotFoundError as error:
-        kind, parts = _failed(f"{error}: learning needs torch, pip install 'edgeear[learn]'")
+        kind, parts = _failed(f"{error}: learning needs torch, {installation('learn')}")
     except MemoryError:
         kind, parts = _failed(f"out of memory at its limit of {how['memory_limit_mb']} MB: raise the limit")
     except (EdgeearError, ValueError, KeyError) as error:

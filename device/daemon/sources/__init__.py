@@ -18,6 +18,7 @@ from device.daemon.config.settings import SourceSection
 from device.daemon.frames import FrameQueue
 from device.daemon.sources.messages import MessageFrames
 from device.daemon.sources.running import RunningSource
+from device.provenance import installation
 from edgeear.errors import UsageError
 
 __all__ = ["MessageFrames", "Source", "open_source"]
@@ -73,7 +74,7 @@ def open_source(
             from device.daemon.sources.camera import Camera
 
             if importlib.util.find_spec("cv2") is None:
-                raise UsageError("source.kind = camera needs OpenCV: pip install 'edgeear[camera]'")
+                raise UsageError(f"source.kind = camera needs OpenCV: {installation('camera')}")
             assert config.device is not None
             return RunningSource("camera", Camera(config.device, size, sink, clock, config.fps), sink)
         case "serial":

@@ -103,7 +103,8 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else find(name))
     assert code("eval", "--data", "x", "--json", "y.json") == 2
-    assert capsys.readouterr().err == "error: this command needs torch: pip install 'edgeear[learn]'\n"
+    told = "error: this command needs torch: run pip install -e '.[learn]' in your clone of edgeear\n"
+    assert capsys.readouterr().err == told
 
 
 def test_an_interruption_has_its_own_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,7 @@ def test_learning() -> None:
     assert verdict(doctor.check_learning(True, lambda _: True)) == "ok"
     assert verdict(doctor.check_learning(False, lambda _: False)) == "ok"
     missing = one(doctor.check_learning(True, lambda name: name != "torch"))
-    assert missing.verdict == "problem" and "edgeear[learn]" in missing.remedy and "torch" in missing.text
+    assert missing.verdict == "problem" and "'.[learn]'" in missing.remedy and "torch" in missing.text
 
 
 def refuse(host: str, port: int) -> None:

@@ -459,12 +459,12 @@ def test_a_camera_that_is_not_there_is_told(cv2: Any) -> None:
 def test_without_opencv_the_command_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
-    with pytest.raises(UsageError, match=r"pip install 'edgeear\[camera\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[camera\]'"):
         open_source(SourceSection(kind="camera", device="0"), SIZE, FrameQueue(1), Clock())
 
 
 def test_a_video_file_stands_in_for_a_camera(tmp_path: Path) -> None:
-    real = pytest.importorskip("cv2", reason="needs OpenCV: pip install 'edgeear[camera]'")
+    real = pytest.importorskip("cv2", reason="needs OpenCV: pip install -e '.[camera]'")
     path = tmp_path / "film.avi"
     writer = real.VideoWriter(str(path), real.VideoWriter_fourcc(*"MJPG"), 10.0, (32, 24))
     for level in (40, 120, 200):

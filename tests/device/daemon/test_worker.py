@@ -158,7 +158,7 @@ def test_without_labels_the_gate_speaks_in_the_child(world: World) -> None:
 
 def test_a_child_without_torch_says_what_to_install(world: World) -> None:
     script = "sys.modules['torch'] = None\nfrom device.daemon.learning.worker_child import main\nmain(sys.argv[1:])"
-    assert "pip install 'edgeear[learn]'" in failure(world, script)
+    assert "pip install -e '.[learn]'" in failure(world, script)
 
 
 def test_another_encoder_than_the_board_serves_with_is_refused(world: World, tmp_path: Path) -> None:
