@@ -25,6 +25,23 @@ from typing import Literal, Protocol, assert_never, get_args
 
 import numpy as np
 
+from device.board.events import (
+    Confirmed,
+    Event,
+    Forgotten,
+    Grown,
+    LabelsWanted,
+    LearningFailed,
+    NotAdmitted,
+    Paused,
+    Recognised,
+    Resumed,
+    RolledBack,
+    Searching,
+    Shifted,
+    Started,
+    TooFewLabels,
+)
 from device.board.learner import Failed, InlineLearner, Job, Learner, Outcome
 from device.encoder.engine import OrtEngine
 from device.state.codec import to_files
@@ -111,16 +128,6 @@ class BoardPolicy:
     unlabelled: UnlabelledPolicy | None = None
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something an operator wants to know, at a sample number and a time (seconds)."""
-
-    at: int
-    time: float
-    kind: str
-    text: str
-
-
 @dataclass(frozen=True, eq=False)
 class Step:
     """What one frame led to."""
@@ -177,8 +184,6 @@ class Board:
         self.policy = policy or BoardPolicy()
         self.phase: Phase = "serving"
         self.paused = False
-        self.shift: Shift | None = None
-        self.attribution: Attribution | None = None
         self._labeller, self._clock, self._store, self._seed = labeller, clock, store, seed
         self._learner = learner or InlineLearner(encoder, self.engine, self.policy.adapt, on_progress)
         self._on_event = on_event
@@ -216,9 +221,10 @@ class Board:
         """The frames whose labels are waited for: sample number, frame, and the route that it took."""
         return () if self._waiting is None else tuple((s.number, s.frame, s.route) for s in self._waiting.seen)
 
-    def event(self, kind: str, text: str) -> Event:
-        """Something that happened to the board from outside."""
-        return Event(self._at, self._clock(), kind, text)
+    @property
+    def moment(self) -> tuple[int, float]:
+        """Sample number and time, with which every event begins."""
+        return self._at, self._clock()
 
     def step(self, frame: U8) -> Step:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
@@ -261,11 +267,11 @@ class Board:
 
     def rollback(self) -> tuple[Event, ...]:
         """Undo the generation on probation."""
-        return self._settled("foreign", "by the operator")
+        return self._settled("foreign")
 
     def confirm(self) -> tuple[Event, ...]:
         """Make the generation on probation permanent before its time."""
-        return self._settled("good", "by the operator")
+        return self._settled("good")
 
     def pause(self, paused: bool) -> tuple[Event, ...]:
         """Stop learning, or resume: predictions and probation go on. What was collected, or is being learned, is
@@ -274,13 +280,13 @@ class Board:
         if paused and not self.paused:
             self._move("pause")
             self._drop_work()
-            self._tell("paused", "learning is paused, predictions go on")
+            self._tell(Paused(*self.moment))
         elif self.paused and not paused:
-            self._tell("resumed", "learning goes on")
+            self._tell(Resumed(*self.moment))
         self.paused = paused
         return tuple(self._events)
 
-    def replace(self, candidate: Candidate, note: str, kind: str = "forgotten") -> tuple[Event, ...]:
+    def replace(self, candidate: Candidate, note: str) -> tuple[Event, ...]:
         """Serve an admitted change of an operator's, permanent at once and without a way back: a domain or class
         forgotten, domains merged. A job at work is started again over it. Raises UsageError for another base's.
 
@@ -298,7 +304,7 @@ class Board:
         self._drop_work()
         self._recent.clear()
         self._state = self._state.restart()
-        self._tell(kind, f"{note}; generation {self.system.generation} serves")
+        self._tell(Forgotten(*self.moment, note, self.system.generation))
         if job is not None:
             self._start(replace(job, system=self.system))
         return tuple(self._events)
@@ -318,15 +324,12 @@ class Board:
 
     def _declare(self, shift: Shift | None) -> None:
         self._move("shift")
-        self.shift = shift
         onset = self._onset(shift) if shift else self._at - 1
         self._recent = deque((s for s in self._recent if s.number > onset), maxlen=self._recent.maxlen)
         if shift:
-            self.attribution = self._attribute()
-            left = f"the stream left all known domains after sample {onset} (declared at {self._at})"
-            self._tell("shift", f"{left}; by the taps that moved: {self.attribution.kind}")
+            self._tell(Shifted(*self.moment, onset, self._attribute()))
         else:
-            self._tell("start", "nothing is learned yet: collecting the first domain")
+            self._tell(Started(*self.moment))
 
     def _attribute(self) -> Attribution:
         """Which taps moved since the onset, against the domain that most of these frames are routed to."""
@@ -354,7 +357,7 @@ class Board:
             self._await("enough", None)
             return
         self._move("known")
-        self._tell("recognised", f"{back.domain} is back: it explains the {len(self._recent)} frames, none is new")
+        self._tell(Recognised(*self.moment, back.domain, len(self._recent)))
         self._start_afresh()
 
     def _await(self, signal: Signal, name: str | None) -> None:
@@ -363,8 +366,8 @@ class Board:
         self._waiting = _Waiting(tuple(self._recent), self._clock(), name)
         self._start_afresh()
         if self.policy.patience > 0:
-            numbers, wait = self._waiting.numbers, f"{self.policy.patience:g} s"
-            self._tell("label-wanted", f"labels wanted for samples {numbers[0]} to {numbers[-1]}, within {wait}")
+            numbers = self._waiting.numbers
+            self._tell(LabelsWanted(*self.moment, numbers[0], numbers[-1], self.policy.patience))
 
     def _start_afresh(self) -> None:
         self._recent.clear()
@@ -393,8 +396,7 @@ class Board:
         blind = self.policy.unlabelled if self.system.domains else None
         if len(known) < MINIMUM and blind is None:
             self._move("too few")
-            wanted = f"{len(known)} labels for {len(waiting.seen)} frames, {MINIMUM} needed"
-            self._tell("refused", f"{wanted}: nothing was learned")
+            self._tell(TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
             return
         self._move("labels")
         name = waiting.name or self._labeller.domain(waiting.numbers)
@@ -405,10 +407,7 @@ class Board:
         self._start(replace(job, views=self.policy.views, seed=self._seed))
 
     def _start(self, job: Job) -> None:
-        if job.unlabelled is None:
-            self._tell("search", f"{job.name}: searching a head with {len(job.labels)} labelled frames")
-        else:
-            self._tell("search", f"{job.name}: no labels came, adapting without from {len(job.frames)} frames")
+        self._tell(Searching(*self.moment, job.name, len(job.frames), job.unlabelled is None))
         try:
             self._learner.start(job)
         except BaseException:
@@ -420,7 +419,7 @@ class Board:
         self._job = None
         if isinstance(outcome, Rejected):
             self._move("rejected")
-            self._tell("rejected", f"{outcome.domain}: " + "; ".join(outcome.reasons))
+            self._tell(NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
         elif isinstance(outcome, Failed):
             self._fail(job, outcome.reason)
         elif isinstance(outcome, Candidate):
@@ -431,7 +430,7 @@ class Board:
 
     def _fail(self, job: Job, reason: str) -> None:
         self._move("failed")
-        self._tell("learning-failed", f"{job.name}: {reason}")
+        self._tell(LearningFailed(*self.moment, job.name, reason))
 
     def _commit(self, candidate: Candidate, job: Job) -> None:
         if candidate.base is not self.system:
@@ -445,8 +444,9 @@ class Board:
             return
         self._move("admitted")
         self.live, self._probation = live, []
-        growth = self.system.domain(job.name).growth
-        self._tell("grown", f"{job.name}: {growth['explanation']}; generation {self.system.generation} is on probation")
+        new = self.system.domain(job.name)
+        why, classes = str(new.growth["explanation"]), len(new.head.classes)
+        self._tell(Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
 
     def _write(self, system: System, note: str) -> None:
         if self._store is not None:
@@ -457,31 +457,29 @@ class Board:
         if len(self._probation) < self.policy.probation:
             return
         share = sum(self._probation) / len(self._probation)
-        if share > self.policy.foreign:
-            self._settle("foreign", f"{share:.0%} of {len(self._probation)} frames were foreign to the new generation")
-        else:
-            self._settle("good", f"{share:.0%} foreign frames")
+        self._settle("foreign" if share > self.policy.foreign else "good", share)
 
-    def _settled(self, signal: Literal["good", "foreign"], why: str) -> tuple[Event, ...]:
+    def _settled(self, signal: Literal["good", "foreign"]) -> tuple[Event, ...]:
         self._events = []
-        self._settle(signal, why)
+        self._settle(signal, None)
         return tuple(self._events)
 
-    def _settle(self, signal: Literal["good", "foreign"], why: str) -> None:
-        """End probation, for good or back to the confirmed generation."""
+    def _settle(self, signal: Literal["good", "foreign"], share: float | None) -> None:
+        """End probation, for good or back to the confirmed generation. `share` of foreign frames: None where the
+        operator decided."""
         self._move(signal)
         self._state = self._state.restart()
         if signal == "foreign":
             self.live = rollback(self.live)
-            self._tell("rolled back", why)
+            self._tell(RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
         else:
             self.live = confirm(self.live)
-            self._tell("confirmed", f"generation {self.system.generation} is permanent ({why})")
+            self._tell(Confirmed(*self.moment, self.system.generation, share))
         try:
             self._persist_confirmation() if signal == "good" else self._persist_rollback()
             self._collect_garbage()
         except DeviceError as error:  # a restart falls back to what was confirmed before
-            self._tell("learning-failed", f"the store does not know of it: {error}")
+            self._tell(LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
 
     def _persist_confirmation(self) -> None:
         if self._store is not None and self._store.live is not None:
@@ -495,8 +493,7 @@ class Board:
         if self._store is not None:
             self._store.rollback()
 
-    def _tell(self, kind: str, text: str) -> None:
-        event = Event(self._at, self._clock(), kind, text)
+    def _tell(self, event: Event) -> None:
         self._events.append(event)
         self._on_event(event)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.board.board import Board, BoardPolicy
+from device.board.events import OutboxReset, StoreDamaged
 from device.daemon import machine
 from device.daemon.commands import Commands
 from device.daemon.config.settings import Config
@@ -220,9 +221,9 @@ def _daemon(
     if why := _unable(config):
         daemon.pause(why)
     if outbox.recovered_from is not None:
-        daemon.note("dropped", f"the outbox was damaged and begun anew: {outbox.recovered_from}")
+        daemon.tell(OutboxReset(*board.moment, str(outbox.recovered_from)))
     if store.recovered_from is not None:
-        daemon.note("rolled-back", f"the store was damaged: {store.recovered_from}")
+        daemon.tell(StoreDamaged(*board.moment, str(store.recovered_from)))
     return daemon
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from device.board.board import Board, BoardPolicy
-from device.board.board import Event as BoardEvent
+from device.board.events import Event, PolicyChanged
 from device.daemon.labels import LabelBook
 from device.images.decode import decode_bytes
 from device.mqtt import messages
@@ -46,7 +46,7 @@ class Outcome:
     outcome: Literal["ok", "refused", "failed"]
     result: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
-    events: Sequence[BoardEvent] = ()
+    events: Sequence[Event] = ()
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Commands:
         events = self.board.poll()
         return Outcome("ok", {"accepted": len(fitting), "unknown_samples": unknown[:100]}, events=events)
 
-    def _moved(self, events: Sequence[BoardEvent]) -> Outcome:
+    def _moved(self, events: Sequence[Event]) -> Outcome:
         return Outcome("ok", {"generation": self.board.system.generation}, events=events)
 
     def _set_policy(self, command: messages.SetPolicy) -> Outcome:
@@ -177,7 +177,7 @@ class Commands:
         self.settings = settings
         kept = {name: value for name, value in asdict(settings).items() if value is not None}
         self.outbox.set(SETTINGS, json.dumps(kept))
-        return Outcome("ok", {"settings": kept}, events=(self.board.event("policy", f"set {json.dumps(wanted)}"),))
+        return Outcome("ok", {"settings": kept}, events=(PolicyChanged(*self.board.moment, wanted),))
 
     def _forget(self, command: messages.Forget, again: bool) -> Outcome:
         if again and self._gone(command):

@@ -22,7 +22,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from device.board.board import Board
-from device.board.board import Event as BoardEvent
+from device.board.events import (
+    ENDED,
+    Event,
+    FrameRefused,
+    LabelsWanted,
+    LearningFailed,
+    Paused,
+    SourceChanged,
+    Stopped,
+)
 from device.daemon import machine
 from device.daemon.commands import Commands, Outcome
 from device.daemon.frames import Frame, FrameQueue
@@ -47,8 +56,6 @@ INBOX, INBOX_BYTES = 256, 32 << 20
 unacknowledged, and is asked for again once there is."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep with nothing to do, and while a learner runs, seconds."""
-LEARNED = ("grown", "rejected", "learning-failed")
-"""Events that end an adaptation."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +154,17 @@ class Daemon:
 
     def pause(self, why: str) -> None:
         """Do not learn, and say why."""
-        self._tell(*self.board.pause(True), self.board.event("paused", why))
+        self.tell(*self.board.pause(True), Paused(*self.board.moment, why))
 
-    def note(self, kind: str, text: str) -> None:
-        """Tell of something that happened outside the loop."""
-        self._tell(self.board.event(kind, text))
+    def tell(self, *events: Event) -> None:
+        """Log and publish events."""
+        for event in events:
+            LOG.info("%s: %s", event.kind, event.text)
+            self.out.event(event, self.board.system.generation)
+            if self.metrics is not None and isinstance(event, ENDED):
+                self.metrics.learning_runs.labels(event.kind).inc()
+            if isinstance(event, LabelsWanted) and self.policy.label_requests:
+                self._requests = deque(self.board.wanted())
 
     # The loop
 
@@ -163,7 +176,7 @@ class Daemon:
             progressed()
             if not busy and not stop.is_set():
                 self._wake.wait(self._patience())
-        self._tell(self.board.event("stopped", "the daemon was asked to stop"))
+        self.tell(Stopped(*self.board.moment))
 
     def turn(self) -> bool:
         """Do what is due: one frame, one command, one label request, the telemetry. False where there was none of the
@@ -198,10 +211,10 @@ class Daemon:
             step = self.board.step(frame.pixels)
         except DataError as error:
             self.counts.unusable += 1
-            self._tell(self.board.event("refused", f"frame {frame.ref}: {error}"))
+            self.tell(FrameRefused(*self.board.moment, frame.ref, str(error)))
             return
         except DeviceError as error:
-            self._tell(self.board.event("learning-failed", str(error)))
+            self.tell(LearningFailed(*self.board.moment, None, str(error)))
             return
         seconds = self._timer() - begun
         self.counts.frames += 1
@@ -210,7 +223,7 @@ class Daemon:
             self.metrics.answered(step.prediction, seconds)
         if self._publishes:
             self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
-        self._tell(*step.events)
+        self.tell(*step.events)
 
     @property
     def _publishes(self) -> bool:
@@ -219,9 +232,9 @@ class Daemon:
 
     def _poll(self) -> None:
         try:
-            self._tell(*self.board.poll())
+            self.tell(*self.board.poll())
         except DeviceError as error:
-            self._tell(self.board.event("learning-failed", str(error)))
+            self.tell(LearningFailed(*self.board.moment, None, str(error)))
 
     # Commands
 
@@ -272,7 +285,7 @@ class Daemon:
         outcome = self._applied(command, again=recorded is not None)
         self.out.answer(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
-        self._tell(*outcome.events)
+        self.tell(*outcome.events)
 
     def _applied(self, command: messages.Command, again: bool) -> Outcome:
         try:
@@ -293,15 +306,6 @@ class Daemon:
 
     # Events and telemetry
 
-    def _tell(self, *events: BoardEvent) -> None:
-        for event in events:
-            LOG.info("%s: %s", event.kind, event.text)
-            self.out.event(event, self.board.system.generation)
-            if self.metrics is not None and event.kind in LEARNED:
-                self.metrics.learning_runs.labels(event.kind).inc()
-            if event.kind == "label-wanted" and self.policy.label_requests:
-                self._requests = deque(self.board.wanted())
-
     def _ask_label(self) -> bool:
         """Send one frame that wants a label, if its label is still wanted."""
         if not self._requests:
@@ -319,11 +323,11 @@ class Daemon:
         received = self.frames.counts.received
         if self._trouble_at is not None and received > self._trouble_at:
             self._trouble_at = None
-            self._tell(self.board.event("source", "frames come again"))
+            self.tell(SourceChanged(*self.board.moment, None))
         elif self._trouble_at is None and not source.alive and (source.last_error or source.finished):
             self._trouble_at = received
             why = "the source came to its end" if source.finished else f"no frames come: {source.last_error}"
-            self._tell(self.board.event("source", why))
+            self.tell(SourceChanged(*self.board.moment, why))
 
     def _close_window(self) -> None:
         now = self._clock()

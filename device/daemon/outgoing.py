@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
-from device.board.board import Event as BoardEvent
+from device.board.events import Event, bounded
 from device.daemon.commands import Outcome, answer
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from device.mqtt.connection import Inbound
 
 LOG = logging.getLogger("edgeear")
+MAX_TEXT = 2000
+"""Characters of the sentence in an event."""
 
 
 class Link(Protocol):
@@ -57,10 +59,10 @@ class Outgoing:
         self._site, self._device = address
         self._clock, self._stamp = clock, messages.Stamper(session, outbox.boot)
 
-    def event(self, event: BoardEvent, generation: int) -> None:
+    def event(self, event: Event, generation: int) -> None:
         """Something that an operator wants to know."""
-        kind, text = event.kind.replace(" ", "-"), event.text[:2000]
-        self._put(topics.EVENT, messages.Event, {"kind": kind, "text": text, "at": event.at, "generation": generation})
+        facts = {"kind": event.kind, "text": bounded(event.text, MAX_TEXT), "at": event.at, "data": event.data}
+        self._put(topics.EVENT, messages.Event, {**facts, "generation": generation})
 
     def expire(self) -> None:
         """Drop what has waited longer than the outbox's age. A disk too full for that is met again at the next put."""

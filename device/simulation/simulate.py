@@ -28,8 +28,8 @@ from rich.console import Console
 from adaptors.latency import LatencyModel
 from adaptors.search import SearchPolicy
 from adaptors.search_space import BUDGETS, Budget
+from device.board import events
 from device.board.board import Board, BoardPolicy
-from device.board.board import Event as BoardEvent
 from device.encoder.session import pooled_taps
 from device.files import write_whole
 from device.images.dataset import FolderData, Item, read_folder, split
@@ -147,7 +147,6 @@ class GroundTruth:
         self.budget, self._once = budget, FIRST_LABELS if budget == 0 else 0
         self.seen: list[tuple[str, str]] = []
         """Domain and class of each sample; sample numbers start at 1."""
-        self.named = ""
 
     def label(self, at: Sequence[int]) -> list[str | None]:
         # The oldest frames since the onset are the ones that may still show the domain before.
@@ -156,8 +155,7 @@ class GroundTruth:
         return [None if i < free else self.seen[number - 1][1] for i, number in enumerate(at)]
 
     def domain(self, at: Sequence[int]) -> str:
-        self.named = Counter(self.seen[number - 1][0] for number in at).most_common(1)[0][0]
-        return self.named
+        return Counter(self.seen[number - 1][0] for number in at).most_common(1)[0][0]
 
 
 class _Stopwatch:
@@ -246,13 +244,14 @@ class _Run:
             self.shifts.append(missed)
             self._note("missed", f"the step from {names[index - 1]} to {names[index]} was not noticed")
 
-    def _event(self, event: BoardEvent) -> None:
-        if event.kind == "shift":
-            self._shift(event.at)
-        elif event.kind == "search":
-            self.watch.growth = {}
-        elif event.kind == "grown":
-            self.times[self.truth.named] = self.watch.growth
+    def _event(self, event: events.Event) -> None:
+        match event:
+            case events.Shifted():
+                self._shift(event.at)
+            case events.Searching():
+                self.watch.growth = {}
+            case events.Grown():
+                self.times[event.domain] = self.watch.growth
         self._note(event.kind, event.text)
 
     def _shift(self, at: int) -> None:

@@ -16,7 +16,8 @@ from adaptors import selftrain
 from adaptors.search import SearchPolicy
 from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy
-from device.board.board import Board, BoardPolicy, Event
+from device.board.board import Board, BoardPolicy
+from device.board.events import Event
 from device.simulation.simulate import FIRST_LABELS, GroundTruth
 from edgeear import flow
 from edgeear.errors import UsageError

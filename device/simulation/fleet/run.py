@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from device.board.events import ENDED, Stopped
 from device.board.learner import Learner
 from device.daemon import machine
 from device.daemon.assemble import opened
@@ -36,7 +37,7 @@ from device.daemon.config.settings import (
     SourceSection,
     TelemetrySection,
 )
-from device.daemon.loop import LEARNED, Daemon
+from device.daemon.loop import Daemon
 from device.simulation.fleet.check import Truth
 from device.simulation.fleet.data import Pictures, read_pictures
 from device.simulation.fleet.factory import SharedEncoder, factory, look_at_all
@@ -254,8 +255,8 @@ class _Run:
             if board.phase != "probation":
                 break
             self._round(-STAGGER, [device])
-        self._await(lambda: any(heard.kinds[kind] for kind in LEARNED))
-        outcome = next((kind for kind in LEARNED if heard.kinds[kind]), "silence")
+        self._await(lambda: any(heard.kinds[event.kind] for event in ENDED))
+        outcome = next((event.kind for event in ENDED if heard.kinds[event.kind]), "silence")
         return Taught(device.name, outcome, device.target in board.system.names, time.monotonic() - begun)
 
     def end(self) -> None:
@@ -273,7 +274,7 @@ class _Run:
         for device in self.devices:
             daemon = device.daemon
             daemon.report_window()
-            daemon.note("stopped", "the fleet ends")
+            daemon.tell(Stopped(*daemon.board.moment, "the fleet ends"))
             self.truths[device.name] = Truth(
                 daemon.session,
                 daemon.outbox.boot,
