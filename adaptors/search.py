@@ -11,7 +11,7 @@ sample; interrupting between specifications loses nothing but the search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from adaptors import transfer
 from adaptors.halving import halve
+from adaptors.progress import Progress
 from adaptors.proxies import PROXIES, Probe, Sample
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import Cost, HeadSpec
@@ -103,7 +104,7 @@ def search(
     taps: Mapping[str, NDArray[np.float32]],
     labels: NDArray[np.int64],
     policy: SearchPolicy,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Progress = lambda *_: None,
 ) -> SearchResult:
     """Rank `policy.specs` specifications for labelled samples `taps[name] (samples, *shape)`, `labels (samples,)`.
 
@@ -124,7 +125,7 @@ class _Run:
         taps: Mapping[str, NDArray[np.float32]],
         labels: NDArray[np.int64],
         policy: SearchPolicy,
-        on_progress: Callable[[int, int], None],
+        on_progress: Progress,
     ) -> None:
         self.space, self.taps, self.labels, self.policy = space, taps, labels, policy
         self.combined = policy.proxy == COMBINED
@@ -218,7 +219,7 @@ class _Run:
                 for future in pending:
                     rows.append(future.result())
                     self.done += 1
-                    self.on_progress(self.done, self.total)
+                    self.on_progress("search", self.done, self.total)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

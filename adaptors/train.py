@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptors.modules import Head, Weights
+from adaptors.progress import Progress
 from adaptors.quantise import dequantised
 from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
 
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
 """The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
-Progress = Callable[[int, int], None]
 Solver = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -275,7 +275,7 @@ def _descend(
         if score >= best:
             best, best_epoch, state = score, epoch, copy.deepcopy(head.state_dict())
         if on_progress:
-            on_progress(epoch + 1, policy.epochs)
+            on_progress("train", epoch + 1, policy.epochs)
         if epoch - best_epoch >= policy.patience:
             break
     head.load_state_dict(state)

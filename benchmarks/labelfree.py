@@ -27,8 +27,9 @@ from device.encoder.engine import OrtEngine
 from device.evaluation.data import DataOptions, EvalData, open_encoder, read_domains
 from device.provenance import machine, versions
 from edgeear import unlabelled
-from edgeear.flow import AdaptPolicy, Samples, adapt, judge
+from edgeear.flow import adapt, judge
 from edgeear.incremental import readout
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.system import HYPERVECTOR, Candidate, Domain, System
 from edgeear.types import F32
 

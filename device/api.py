@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from adaptors.progress import Progress
 from device.encoder.cache import cached_encoder
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder, pooled_taps
@@ -29,7 +30,8 @@ from device.provenance import installation
 from device.state.codec import from_files, to_files
 from device.state.store import Store
 from edgeear.errors import FormatError, UsageError
-from edgeear.flow import AdaptPolicy, Prediction, Progress, Samples, adapt, infer
+from edgeear.flow import Prediction, adapt, infer
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import ShiftState
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, Rejected, System, commit, confirm, rollback
@@ -153,9 +155,7 @@ class Ear:
         items = data.items[data.domains[0]]
         taps = [tap.name for tap in self.system.space.taps]
         views = [
-            featurise(
-                items, self.encoder, taps, view=view, on_progress=lambda done, total: on_progress("encode", done, total)
-            )
+            featurise(items, self.encoder, taps, view=view, on_progress=lambda _, *at: on_progress("encode", *at))
             for view in VIEWS
         ]
         return Samples(name, views, np.array([item.label for item in items], np.int64), data.classes)

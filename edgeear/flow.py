@@ -10,31 +10,22 @@ is pure: no clock, no disk, no network; the seed is an argument and progress is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.progress import Progress
 from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.learned import learned
 from edgeear.mixture import answer, second_route
 from edgeear.router import by_domain
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.scenes import scene_code
 from edgeear.shift import Shift, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
-from edgeear.types import F32, U8, Features
-
-if TYPE_CHECKING:
-    from adaptors.latency import LatencyModel
-    from adaptors.search import SearchPolicy
-    from adaptors.search_space import Budget
-    from adaptors.train import TrainPolicy
-
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total)."""
+from edgeear.types import F32, U8
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,28 +53,6 @@ class Prediction:
     p: float
     ood: bool
     code: F32 | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Labelled samples of a new domain: `views` are the same samples as served and, if any, augmented;
-    `labels (samples,)` index `classes`."""
-
-    name: str
-    views: Sequence[Features]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AdaptPolicy:
-    """What an adaptation may cost, and the board's `latency`: None stands for the defaults of the search room."""
-
-    budget: Budget | None = None
-    search: SearchPolicy | None = None
-    train: TrainPolicy | None = None
-    spatial: bool = field(default=True)
-    latency: LatencyModel | None = None
 
 
 def judge(system: System, h: F32) -> Judgement:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adaptors.archive import HeadArchive, pack
 from adaptors.latency import DEFAULT
 from adaptors.modules import Weights
+from adaptors.progress import Progress
 from adaptors.search import Scored, SearchPolicy, SearchResult, search
 from adaptors.search_space import BUDGETS, Budget, SearchSpace
 from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, accuracy, train
 from edgeear.errors import DataError, UsageError
 from edgeear.novelty import MINIMUM
-
-if TYPE_CHECKING:
-    from edgeear.flow import AdaptPolicy, Progress, Samples
+from edgeear.samples import AdaptPolicy, Samples
 
 QUANTISATION_LOSS = 0.005
 """Accuracy on the labelled samples, fraction of one, that int8 weights may lose; a head that loses more stays fp32."""
@@ -61,7 +59,7 @@ def grow_head(
         plain,
         samples.labels,
         replace(policy.search or SearchPolicy(), seed=seed),
-        lambda i, n: on_progress("search", i, n),
+        on_progress,
     )
     picked = found.best.spec
     on_progress("train", 0, 1)
@@ -72,7 +70,7 @@ def grow_head(
         samples.labels,
         len(samples.classes),
         replace(policy.train or TrainPolicy(), seed=seed),
-        lambda i, n: on_progress("train", i, n),
+        on_progress,
     )
     on_progress("train", 1, 1)
     spec, quantised = _quantised(picked, fitted.weights, samples, space, budget, seed)

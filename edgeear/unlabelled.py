@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.progress import Progress
 from adaptors.selftrain import (
     SelfTrainPolicy,
     chance_corrected,
@@ -36,10 +37,11 @@ from adaptors.selftrain import (
 )
 from edgeear.admission import admit
 from edgeear.errors import UsageError
-from edgeear.flow import AdaptPolicy, Progress, Samples, judge
+from edgeear.flow import judge
 from edgeear.incremental import readout
 from edgeear.learned import learned
 from edgeear.memory import I64, DomainMemory, learn
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
 from edgeear.types import F32, Features
 

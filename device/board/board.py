@@ -25,6 +25,7 @@ from typing import Literal, Protocol, assert_never, get_args
 
 import numpy as np
 
+from adaptors.progress import Progress
 from device.board.events import (
     Confirmed,
     Event,
@@ -48,9 +49,10 @@ from device.state.codec import to_files
 from device.state.store import Store
 from edgeear.attribution import Attribution, attribute
 from edgeear.errors import DeviceError, UsageError
-from edgeear.flow import AdaptPolicy, Prediction, Progress, infer
+from edgeear.flow import Prediction, infer
 from edgeear.novelty import MINIMUM
 from edgeear.recognition import recognise
+from edgeear.samples import AdaptPolicy
 from edgeear.shift import Shift, ShiftState, log_e_value
 from edgeear.system import Candidate, Live, Rejected, System, commit, confirm, rollback
 from edgeear.types import F32, U8, Encoder

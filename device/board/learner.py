@@ -16,9 +16,11 @@ from typing import Protocol
 
 import numpy as np
 
+from adaptors.progress import Progress
 from device.images.views import view
 from edgeear.errors import UsageError
-from edgeear.flow import AdaptPolicy, Progress, Samples, adapt
+from edgeear.flow import adapt
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.system import Candidate, Engine, Rejected, System
 from edgeear.types import U8, Encoder, Features
 from edgeear.unlabelled import UnlabelledPolicy, adapt_unlabelled

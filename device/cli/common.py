@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from adaptors.progress import Progress
 from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-Show = Callable[[str, int, int], None]
 """Progress: phase, done, total."""
 
 
@@ -88,7 +88,7 @@ def default_encoder() -> Path:
 
 
 @contextmanager
-def bars(quiet: bool) -> Iterator[Show]:
+def bars(quiet: bool) -> Iterator[Progress]:
     """Progress bars on stderr, one a phase; gives the function that moves them."""
     from rich.console import Console
     from rich.progress import Progress

@@ -153,7 +153,7 @@ def _digits(seed: int, quiet: bool) -> Path:
     from device.images.digits import write_demo_data
 
     with bars(quiet) as show:
-        return write_demo_data(cache_dir(), seed, lambda done, total: show("images", done, total))
+        return write_demo_data(cache_dir(), seed, show)
 
 
 def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | None, quiet: bool) -> None:

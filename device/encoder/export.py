@@ -49,7 +49,7 @@ DEFAULT_SPATIAL = ("stage5", "stage6", "stage7")
 _TOLERANCE = 1e-3  # relative to the largest value of a tap; a sound export stays below 1e-5
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
 Triple = tuple[float, float, float]
 
 
@@ -65,7 +65,7 @@ class _Plan:
     classifier: nn.Linear | None = None
 
 
-def default_encoder_path(cache: Path, *, progress: Progress | None = None) -> Path:
+def default_encoder_path(cache: Path, *, progress: Tell | None = None) -> Path:
     """The default encoder's file in `cache`, verified; exported first where there is none (some seconds).
 
     Raises `DeviceError` where the cache cannot be written, `ImportError` without the weights package.
@@ -85,7 +85,7 @@ def export_module(
     spatial: Collection[str] | None = None,
     grid: int | None = GRID,
     provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> str:
     """Export `module`, which takes `(1, 3, height, width)` on the CPU, to `path`; returns the file's SHA-256.
 
@@ -122,7 +122,7 @@ def _ignore(_step: str) -> None:
     pass
 
 
-def _default_encoder(report: Progress) -> bytes:
+def _default_encoder(report: Tell) -> bytes:
     report("loading weights")
     network, weights = efficientnet.load_pretrained()
     plan = _Plan(
@@ -134,7 +134,7 @@ def _default_encoder(report: Progress) -> bytes:
     return _export(network, plan, report)
 
 
-def _export(module: nn.Module, plan: _Plan, report: Progress) -> bytes:
+def _export(module: nn.Module, plan: _Plan, report: Tell) -> bytes:
     """The bytes of the file, compared with torch on one random input."""
     size = plan.preprocessing.height, plan.preprocessing.width
     example = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))

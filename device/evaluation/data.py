@@ -9,26 +9,25 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.progress import Progress
 from device.encoder.session import pooled_taps
 from device.files import cache_dir
 from device.images.dataset import FolderData, Item, read_folder, shots, split
 from device.images.feature_cache import FeatureCache
 from device.images.featurise import OnBad, featurise_items
 from edgeear.errors import DataError, UsageError
-from edgeear.flow import Samples
+from edgeear.samples import Samples
 from edgeear.space import HypervectorSpace
 from edgeear.types import F32, Encoder
 
 I64 = NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total)."""
 
 CACHE_BYTES = 6 << 30
 TRAINING_VIEWS = ("plain", "flip")
@@ -178,7 +177,7 @@ class _Reader:
             self.taps,
             view=view,
             cache=self.cache,
-            on_progress=lambda done, total: self.on_progress(f"{name}: features ({view})", done, total),
+            on_progress=lambda _, *at: self.on_progress(f"{name}: features ({view})", *at),
             workers=self.options.workers,
             on_bad=self.options.on_bad,
         )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from adaptors import transfer
+from adaptors.progress import Progress
 from adaptors.proxies import PROXIES, Probe, Sample
 from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, cheap_first, search, single_thread
 from adaptors.search_space import Budget, SearchSpace
@@ -30,7 +31,6 @@ from device.evaluation.nas_table import (
     F64,
     FULL,
     Images,
-    Progress,
     Regime,
     Truth,
     draw,

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from adaptors.latency import LatencyModel
+from adaptors.progress import Progress
 from adaptors.search_space import Budget, SearchSpace
 from device.evaluation.data import DataOptions, open_encoder, read_domains
 from device.evaluation.nas import bench_nas, fidelity, make_truth
-from device.evaluation.nas_table import CHEAP, FULL, Images, Progress, Regime, Truth, from_json, to_json
+from device.evaluation.nas_table import CHEAP, FULL, Images, Regime, Truth, from_json, to_json
 from device.files import cache_dir, write_whole
 from device.provenance import machine, versions
 from edgeear.errors import DataError, UsageError

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from device.evaluation.data import I64, DataOptions, DomainData, EvalData, Progress, open_encoder, read_domains
+from adaptors.progress import Progress
+from device.evaluation.data import I64, DataOptions, DomainData, EvalData, open_encoder, read_domains
 from device.evaluation.result import OodResult, PairScores, Separation
 from device.provenance import machine
 from device.provenance import versions as installed_versions

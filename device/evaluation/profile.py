@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptors.archive import pack
 from adaptors.latency import DEFAULT, InvalidModel, LatencyModel, fit, work
+from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS, SearchSpace
 from adaptors.spec import HeadSpec, TapShapes, weight_shapes
 from device.encoder.engine import open_session
@@ -31,7 +32,7 @@ from device.provenance import machine, versions
 from edgeear.errors import DataError, FormatError, UsageError
 
 F64 = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
+
 Clock = Callable[[], float]
 
 FORMAT = 1

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS
 from device.encoder.engine import OrtEngine
-from device.evaluation.data import I64, DomainData, EvalData, Progress, open_encoder, read_domains
+from device.evaluation.data import I64, DomainData, EvalData, open_encoder, read_domains
 from device.evaluation.memory import inference_memory, peak_rss_mb
 from device.evaluation.result import EvalResult, Memory, OodFigures, Rejection, WrongRoutes
 from device.evaluation.run import (
@@ -39,10 +40,11 @@ from device.evaluation.stream import false_alarms, shifts
 from device.provenance import machine
 from device.provenance import versions as installed_versions
 from edgeear.errors import UsageError
-from edgeear.flow import AdaptPolicy, adapt, judge
+from edgeear.flow import adapt, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc, bwt, confusion, forgetting, fpr95
 from edgeear.novelty import calibrate, detector
+from edgeear.samples import AdaptPolicy
 from edgeear.system import Live, Rejected, System, SystemPolicy, commit, confirm
 from edgeear.types import Encoder
 

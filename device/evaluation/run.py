@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from adaptors.latency import LatencyModel
+from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS
 from device.encoder.engine import OrtEngine
-from device.evaluation.data import I64, DataOptions, DomainData, EvalData, Progress
+from device.evaluation.data import I64, DataOptions, DomainData, EvalData
 from device.evaluation.result import GrowthFigures, Rejection
 from edgeear.errors import UsageError
 from edgeear.flow import judge

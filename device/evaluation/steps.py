@@ -17,8 +17,9 @@ from dataclasses import replace
 import numpy as np
 
 from adaptors.archive import HeadArchive
+from adaptors.progress import Progress
 from device.encoder.engine import OrtEngine
-from device.evaluation.data import I64, DomainData, EvalData, Progress
+from device.evaluation.data import I64, DomainData, EvalData
 from device.evaluation.run import Clock, EvalOptions, Laps, Run, growth_figures, head_scores, named, predict
 from edgeear.errors import DataError, UsageError
 from edgeear.incremental import refit

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from device.evaluation.data import DomainData, Progress
+from adaptors.progress import Progress
+from device.evaluation.data import DomainData
 from device.evaluation.result import ShiftFigures
 from edgeear.flow import judge
 from edgeear.shift import ShiftPolicy, ShiftState, observe

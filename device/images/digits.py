@@ -17,7 +17,7 @@ import importlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adaptors.progress import Progress
 from device.provenance import installation
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
@@ -41,7 +42,7 @@ _PHOTOS = (
 )
 _LABELS = 10
 
-Progress = Callable[[int, int], None]
+
 Digit = tuple[str, int, U8]
 """Its file's stem, its label, its pixels `(height, width)` or `(height, width, 3)`."""
 
@@ -49,7 +50,7 @@ Digit = tuple[str, int, U8]
 def write_demo_data(root: Path, seed: int = 0, on_progress: Progress | None = None) -> Path:
     """Make the data set in a folder under `root`, and return that folder; at once if it is already there.
 
-    `on_progress(written, total)` counts files. `seed` picks digits and photo crops.
+    `on_progress("images", written, total)` counts files. `seed` picks digits and photo crops.
     Raises `UsageError` for a negative seed, `DataError` without the packages, `DeviceError` if writing fails.
     """
     if seed < 0:
@@ -135,7 +136,7 @@ def _write(folder: Path, domains: dict[str, list[Digit]], on_progress: Progress 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, "PNG")
         if on_progress is not None:
-            on_progress(written, total)
+            on_progress("images", written, total)
 
 
 def _files(folder: Path, domains: dict[str, list[Digit]]) -> Iterator[tuple[Path, U8]]:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from adaptors.progress import Progress
 from device.images.dataset import Item
 from device.images.decode import UndecodableInput, decode_bytes, read_input
 from device.images.feature_cache import Array, FeatureCache, FeatureKey
@@ -34,7 +35,6 @@ DECODER = 1
 """Raise it when `decode.py` or `views.py` gives other pixels for the same bytes: it is part of every cache key."""
 
 OnBad = Literal["raise", "skip"]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def featurise(
 ) -> dict[str, F32]:
     """Features of the named taps, in item order: tap name -> `(len(items), *tap.shape)` float32.
 
-    `on_progress(done, total)` is called on this thread, first when the cache was read.
+    `on_progress("features", done, total)` is called on this thread, first when the cache was read.
     Raises `UndecodableInput` for all bad files at once, after the good ones are cached, `DataError` for NaN
     features, `UsageError` for an unknown tap or view, no tap or no worker.
     """
@@ -253,7 +253,7 @@ class _Run:
     def _report(self, left: int | None = None) -> None:
         if self.on_progress is not None:
             total = len(self.items)
-            self.on_progress(total - (len(self.missing) if left is None else left), total)
+            self.on_progress("features", total - (len(self.missing) if left is None else left), total)
 
 
 def _in_order(

@@ -9,12 +9,12 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.progress import Progress
 from device.encoder.session import pooled_taps
 from device.images.dataset import FolderData, Item, split
 from device.images.featurise import featurise_items
@@ -26,7 +26,6 @@ from edgeear.space import HypervectorSpace
 from edgeear.system import HYPERVECTOR, Engine, System
 from edgeear.types import F32, Encoder
 
-Progress = Callable[[str, int, int], None]
 Truths = NDArray[np.bool_]
 
 
@@ -64,7 +63,7 @@ class Exam:
             encoder,
             taps,
             on_bad="skip",
-            on_progress=lambda done, total: progress("test images", done, total),
+            on_progress=lambda _, *at: progress("test images", *at),
         )
         self.warnings += [str(bad) for bad in found.bad]
         h = space.encode(found.features)

@@ -24,7 +24,7 @@ from adaptors.spec import HeadSpec
 from adaptors.train import Trained, accuracy, train
 from device.encoder.engine import open_session
 from edgeear import growth
-from edgeear.flow import AdaptPolicy
+from edgeear.samples import AdaptPolicy
 from tests.adaptors.test_heads import REFERENCE, packed, random_head, served, taps
 from tests.support import fakes
 

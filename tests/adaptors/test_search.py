@@ -237,10 +237,10 @@ def test_search_picks_the_informative_tap(informative: str) -> None:
 
 def test_search_tells_its_progress_and_its_reasons() -> None:
     taps, labels = labelled(60)
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     policy = SearchPolicy(specs=12, samples=30, proxy="spectral")
-    result = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, policy, lambda i, n: calls.append((i, n)))
-    assert calls == [(i, 20) for i in range(1, 21)]  # all 12, and 8 of them again
+    result = search(SearchSpace(SHAPES, 3), ANYTHING, taps, labels, policy, lambda *at: calls.append(at))
+    assert calls == [("search", i, 20) for i in range(1, 21)]  # all 12, and 8 of them again
     best = result.best
     assert best.score is not None
     for word in (
@@ -272,9 +272,9 @@ def test_the_finalists_are_scored_again_on_more_samples() -> None:
 def test_combined_the_heads_that_ridge_solves_are_ordered_by_a_closer_look_at_their_error() -> None:
     taps, labels = labelled(90)
     space, policy = SearchSpace(SHAPES, 3), SearchPolicy(specs=40, samples=15, finalists=5)
-    calls: list[tuple[int, int]] = []
-    result = search(space, ANYTHING, taps, labels, policy, lambda i, n: calls.append((i, n)))
-    assert calls[-1] == (45, 45) and [done for done, _ in calls] == list(range(1, 46))
+    calls: list[tuple[str, int, int]] = []
+    result = search(space, ANYTHING, taps, labels, policy, lambda *at: calls.append(at))
+    assert calls == [("search", done, 45) for done in range(1, 46)]
     once = search(space, ANYTHING, taps, labels, replace(policy, finalists=0))
     solved = [s.spec for s in result.ranking if s.spec.solved]
     assert [s.spec for s in result.ranking if not s.spec.solved] == [s.spec for s in once.ranking if not s.spec.solved]
@@ -383,7 +383,7 @@ def test_thrift_takes_no_guess_for_what_is_known() -> None:
 def test_an_interrupt_stops_the_scoring() -> None:
     taps, labels = labelled(60)
 
-    def stop(done: int, _total: int) -> None:
+    def stop(_: str, done: int, _total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 

@@ -265,11 +265,11 @@ def test_early_stopping_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) ->
         return measured[len(readouts) - 1]
 
     monkeypatch.setattr(training, "_accuracy", accuracy_of_epoch)
-    epochs: list[tuple[int, int]] = []
+    epochs: list[tuple[str, int, int]] = []
     policy = TrainPolicy(epochs=7, batch=16, patience=3)
     data = labelled(60)
-    result = train(MLP, SHAPES, [data[0]], data[1], 3, policy, lambda i, n: epochs.append((i, n)))
-    assert epochs == [(i, 7) for i in range(1, 6)]
+    result = train(MLP, SHAPES, [data[0]], data[1], 3, policy, lambda *at: epochs.append(at))
+    assert epochs == [("train", i, 7) for i in range(1, 6)]
     assert (result.validation_accuracy, result.chosen) == (0.9, "stopped after epoch 2")
     np.testing.assert_array_equal(result.weights["matrix.readout"], readouts[1])
     assert not np.array_equal(readouts[1], readouts[-1])

@@ -19,9 +19,10 @@ from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy
 from device.encoder.engine import OrtEngine
 from edgeear.errors import DataError, UsageError
-from edgeear.flow import AdaptPolicy, Prediction, Samples, adapt, infer, install, judge
+from edgeear.flow import Prediction, adapt, infer, install, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import Shift, ShiftPolicy, ShiftState, observe
 from edgeear.system import HYPERVECTOR, Candidate, Rejected, System
 from edgeear.types import F32, U8

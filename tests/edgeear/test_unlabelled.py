@@ -23,6 +23,7 @@ from edgeear import flow
 from edgeear.errors import UsageError
 from edgeear.learned import learned
 from edgeear.memory import I64
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Candidate, Live, Rejected, System, SystemPolicy
 from edgeear.types import F32, Features, Tap
@@ -34,7 +35,7 @@ SHIFT = 5.0
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 WIDTH, N, M = 160, 350, 96
 POLICY = UnlabelledPolicy()
-QUICK = flow.AdaptPolicy(search=SearchPolicy(specs=6), train=TrainPolicy(epochs=5), spatial=False)
+QUICK = AdaptPolicy(search=SearchPolicy(specs=6), train=TrainPolicy(epochs=5), spatial=False)
 ENGINE = fakes.engine()
 
 
@@ -62,7 +63,7 @@ def known() -> System:
     empty = System("e" * 64, space, SystemPolicy(memory_dimensions=M))
     features, y = world(0)
     h = space.encode(features)
-    samples = flow.Samples("home", [features], y, CLASSES)
+    samples = Samples("home", [features], y, CLASSES)
     return empty.grown(learned(empty, "home", h, y, CLASSES, fakes.head(samples, HeadSpec(("a", "b"))), {}, 0))
 
 

@@ -29,7 +29,7 @@ from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
 from device.state.codec import to_files
 from device.state.store import Store
-from edgeear.flow import AdaptPolicy
+from edgeear.samples import AdaptPolicy
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Candidate, System
 from tests.support import fakes, tiny_models

@@ -19,9 +19,9 @@ from adaptors.search import SearchPolicy
 from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, train
 from device.encoder.engine import OrtEngine
-from edgeear.flow import AdaptPolicy, Samples
 from edgeear.learned import learned
 from edgeear.memory import I64
+from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import ShiftPolicy
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Domain, System, SystemPolicy

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import IO
 
 from adaptors.latency import LatencyModel
+from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS
 from device.board.learner import Failed, Job, Outcome
 from device.daemon.learning.snapshot import Inbox, Kind, domain_of, job_parts, opened
 from edgeear.admission import admit
 from edgeear.errors import FormatError, UsageError
-from edgeear.flow import Progress
 from edgeear.system import Candidate, Rejected
 
 COMMAND = (sys.executable, "-m", "device.daemon.learning.worker_child")

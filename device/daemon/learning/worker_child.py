@@ -32,7 +32,7 @@ from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
 from device.provenance import installation
 from edgeear.errors import EdgeearError
-from edgeear.flow import AdaptPolicy
+from edgeear.samples import AdaptPolicy
 from edgeear.system import Candidate
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -87,7 +87,7 @@ def _failed(reason: str) -> tuple[Kind, Sequence[Any]]:
 
 
 class _Reporter:
-    """`edgeear.flow.Progress`, as messages, not too many of them."""
+    """`Progress`, as messages, not too many of them."""
 
     def __init__(self, out: int) -> None:
         self._out, self._phase, self._told = out, "", 0.0

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from adaptors.progress import Progress
 from device.images.dataset import FolderData, Item, read_folder, split
 from device.images.decode import UndecodableInput, decode
 from edgeear.errors import DataError
-from edgeear.flow import Progress
 from edgeear.types import U8
 
 LESSONS = 140

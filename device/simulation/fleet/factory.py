@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adaptors.progress import Progress
 from device.board.board import Board, BoardPolicy
 from device.board.learner import Learner
 from device.daemon.assemble import blank
 from device.encoder.engine import OrtEngine
 from device.simulation.fleet.data import Pictures
 from edgeear.errors import DeviceError
-from edgeear.flow import Progress, infer
+from edgeear.flow import infer
 from edgeear.shift import ShiftState
 from edgeear.system import Live, System
 from edgeear.types import F32, U8, Encoder, Tap

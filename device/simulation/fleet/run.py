@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptors.progress import Progress
 from device.board.events import ENDED, Stopped
 from device.board.learner import Learner
 from device.daemon import machine
@@ -46,7 +47,6 @@ from device.simulation.fleet.place import EMBEDDED, broker_address, broker_at, l
 from device.simulation.fleet.result import Costs, Fleet, FleetResult, Row, Taught, result
 from device.simulation.fleet.script import PROBATION, STAGGER, Device, script
 from edgeear.errors import UsageError
-from edgeear.flow import Progress
 from edgeear.system import System
 from edgeear.types import Encoder
 

@@ -29,7 +29,7 @@ from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
 from edgeear.errors import EdgeearError, FormatError, UsageError
-from edgeear.flow import AdaptPolicy
+from edgeear.samples import AdaptPolicy
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Candidate, Live, Rejected, System
 from edgeear.unlabelled import UnlabelledPolicy

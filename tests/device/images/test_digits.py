@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_three_domains_of_ten_classes_of_two_hundred(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     place = write_demo_data(tmp_path, on_progress=lambda *call: calls.append(call))
     data = read_folder(place)
     assert data.domains == ("mnist", "optdigits", "photo_digits")
@@ -59,7 +59,7 @@ def test_three_domains_of_ten_classes_of_two_hundred(tmp_path: Path) -> None:
     assert counts["mnist"] == counts["photo_digits"] == [200] * 10
     assert min(counts["optdigits"]) >= 170
     total = sum(map(len, data.items.values()))
-    assert calls == [(number, total) for number in range(1, total + 1)]
+    assert calls == [("images", number, total) for number in range(1, total + 1)]
     for domain, shape in (("mnist", (28, 28)), ("optdigits", (8, 8)), ("photo_digits", (28, 28, 3))):
         pixels = np.asarray(Image.open(data.items[domain][0].path))
         assert pixels.shape == shape and pixels.dtype == np.uint8
@@ -115,7 +115,7 @@ def test_what_is_there_is_returned_at_once(tmp_path: Path, few: None, monkeypatc
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path, few: None) -> None:
-    def interrupt(written: int, total: int) -> None:
+    def interrupt(_: str, written: int, total: int) -> None:
         if written == 50:
             raise KeyboardInterrupt
 
@@ -129,7 +129,7 @@ def test_another_process_may_be_first(tmp_path: Path, few: None) -> None:
     target = write_demo_data(tmp_path / "before")
     rival = tmp_path / "now" / target.name
 
-    def finish_first(written: int, total: int) -> None:
+    def finish_first(_: str, written: int, total: int) -> None:
         if written == total:
             (rival / "mnist").mkdir(parents=True)
 

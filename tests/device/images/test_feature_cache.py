@@ -543,9 +543,9 @@ def test_content_counts_and_not_the_name(items: list[Item], cache: FeatureCache)
 def test_progress_rises_from_what_was_cached_to_the_total(items: list[Item], cache: FeatureCache) -> None:
     encoder = TinyEncoder()
     featurise(items[:5], encoder, ["mean"], cache=cache)
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     featurise(items, encoder, ["mean"], cache=cache, on_progress=lambda *call: calls.append(call))
-    assert calls == [(5, 21), (13, 21), (21, 21)]
+    assert calls == [("features", n, 21) for n in (5, 13, 21)]
 
 
 def break_some(items: list[Item]) -> list[Path]:
@@ -606,7 +606,7 @@ def test_values_beyond_float16_are_clipped_and_finite(items: list[Item], cache: 
 def test_an_interruption_loses_little(tmp_path: Path, cache: FeatureCache) -> None:
     many = [picture(tmp_path, number) for number in range(2 * WRITE_ROWS)]
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(_: str, done: int, total: int) -> None:
         if done >= WRITE_ROWS:
             raise KeyboardInterrupt
 

@@ -17,6 +17,7 @@ from device.simulation.simulate import GroundTruth, SimulateOptions, simulate
 from device.state.codec import from_files
 from device.state.store import Store
 from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.samples import Samples
 from edgeear.system import Rejected
 from tests.support import fakes
 
@@ -142,7 +143,7 @@ def test_a_rejected_domain_does_not_stop_the_run(tmp_path: Path, monkeypatch: py
 
     def picky(*args: object) -> object:
         samples = args[1]
-        assert isinstance(samples, flow.Samples)
+        assert isinstance(samples, Samples)
         return Rejected("green", ("steals",)) if samples.name == "green" else flow.adapt(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("device.board.learner.adapt", picky)
