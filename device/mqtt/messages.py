@@ -46,6 +46,7 @@ from device.mqtt.fields import (
     Text,
     shown,
 )
+from device.mqtt.settings import Changes, LiveSettings
 
 VERSION: Final = 1
 PROTOCOL: Final = "edgeear/v1"
@@ -257,16 +258,28 @@ class Response(_Stamped):
         return self
 
 
-class _Command(Message):
-    """`id` makes a command happen once however often it arrives; after `expires` (unix seconds) it is refused."""
+class Command(Message):
+    """`id` makes a command happen once however often it arrives; after `expires` (unix seconds) it is refused. The
+    docstring of each command is its help text."""
 
     limit: ClassVar[int] = SMALL
     name: ClassVar[str]
     id: CommandId
     expires: Moment | None = None
 
+    @classmethod
+    def help(cls) -> str:
+        """What the command does, in one line."""
+        return " ".join((cls.__doc__ or "").split())
 
-class Infer(_Command):
+    @classmethod
+    def parameters(cls) -> dict[str, bool]:
+        """The fields that belong to this command alone: name -> whether it must be given."""
+        own = {name: field for name, field in cls.model_fields.items() if name not in Command.model_fields}
+        return {name: field.is_required() for name, field in own.items()}
+
+
+class Infer(Command):
     """Predict for this image; the stream and its detector do not see it."""
 
     limit: ClassVar[int] = 6 << 20
@@ -279,7 +292,7 @@ class Infer(_Command):
         return binascii.a2b_base64(self.image)
 
 
-class Label(_Command):
+class Label(Command):
     """Class names of frames by sample number, which count within a session."""
 
     limit: ClassVar[int] = MAX_PAYLOAD
@@ -289,64 +302,56 @@ class Label(_Command):
     domain: Name | None = None
 
 
-class Adapt(_Command):
+class Adapt(Command):
     """Adapt to what was just seen, without waiting for a shift."""
 
     name: ClassVar[str] = "adapt"
     domain: Name | None = None
 
 
-class Rollback(_Command):
+class Rollback(Command):
     """Back to the generation before the serving one."""
 
     name: ClassVar[str] = "rollback"
 
 
-class Confirm(_Command):
+class Confirm(Command):
     """Make the generation on probation permanent."""
 
     name: ClassVar[str] = "confirm"
 
 
-class Pause(_Command):
+class Pause(Command):
     """Stop, or go on with, learning; predictions never stop."""
 
     name: ClassVar[str] = "pause"
     paused: bool
 
 
-class SetPolicy(_Command):
+class SetPolicy(Changes, Command):  # type: ignore[misc]
     """Settings that survive restarts; at least one."""
 
     name: ClassVar[str] = "set-policy"
-    labels: Annotated[int, Field(ge=8, le=MAX_LABELS)] | None = None
-    probation: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    foreign: Share | None = None
-    label_free: bool | None = None
-    label_wait_s: Annotated[float, Field(ge=0, le=30 * 86_400, allow_inf_nan=False)] | None = None
-    telemetry_period_s: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] | None = None
-    predictions: bool | None = None
-
     @property
     def settings(self) -> dict[str, int | float | bool]:
         """What is to change: setting -> value."""
-        return self.model_dump(exclude_none=True, exclude={"v", "id", "expires"})
+        return self.model_dump(exclude_none=True, include=set(LiveSettings.model_fields))
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.settings:
-            names = ", ".join(key for key in type(self).model_fields if key not in _Command.model_fields)
+            names = ", ".join(LiveSettings.model_fields)
             raise PydanticCustomError("settings", "sets nothing: give at least one of {names}", {"names": names})
         return self
 
 
-class Report(_Command):
+class Report(Command):
     """Describe the board: domains, generations, settings."""
 
     name: ClassVar[str] = "report"
 
 
-class Forget(_Command):
+class Forget(Command):
     """Forget a domain, or one class of it."""
 
     name: ClassVar[str] = "forget"
@@ -354,10 +359,10 @@ class Forget(_Command):
     label: Name | None = None
 
 
-Command = Infer | Label | Adapt | Rollback | Confirm | Pause | SetPolicy | Report | Forget
 COMMANDS: Final[Mapping[str, type[Command]]] = {
     model.name: model for model in (Infer, Label, Adapt, Rollback, Confirm, Pause, SetPolicy, Report, Forget)
 }
+"""Every command by its name. What each does stands in device/daemon/commands.py."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from device.mqtt.settings import PLACES, LiveSettings, live_keys
 from edgeear.errors import UsageError
 
 PREFIX = "EDGEEAR_"
@@ -179,17 +180,10 @@ class MqttSection(Section):
         return _without(self, faults)
 
 
-class LearningSection(Section):
+class LearningSection(live_keys("learning"), Section):  # type: ignore[misc]
     """When and how the board adapts. Needs the `learn` extra; predictions do not."""
 
     enabled: bool = Field(True, description="Whether this board adapts by itself.")
-    labels: int = Field(140, ge=5, le=100_000, description="Labels asked for after one shift.")
-    probation: int = Field(40, ge=1, le=1_000_000, description="Frames before a new generation is confirmed.")
-    foreign: float = Field(
-        0.5, gt=0, le=1, description="Share of foreign frames on probation that rolls the generation back."
-    )
-    label_free: bool = Field(True, description="Adapt without labels when none come, where the evidence allows it.")
-    label_wait_s: float = Field(86_400.0, ge=0, le=31_536_000, description="Seconds to wait for labels.")
     label_requests: bool = Field(True, description="Publish the frames whose labels are wanted.")
     budget: Literal["small", "medium", "large"] = Field("medium", description="Upper limits of a head.")
     specs: int = Field(300, ge=1, le=100_000, description="Heads that a search scores.")
@@ -198,11 +192,8 @@ class LearningSection(Section):
     nice: int = Field(19, ge=0, le=19, description="How far learning steps back: 19 is furthest.")
 
 
-class TelemetrySection(Section):
+class TelemetrySection(live_keys("telemetry"), Section):  # type: ignore[misc]
     """What the board tells unasked."""
-
-    period_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that one summary covers.")
-    predictions: bool = Field(False, description="Publish every prediction, with QoS 0.")
 
 
 class OutboxSection(Section):
@@ -234,6 +225,11 @@ class Config(BaseSettings):
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     outbox: OutboxSection = Field(default_factory=OutboxSection)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
+
+    @property
+    def live(self) -> LiveSettings:
+        """The settings that `set-policy` can change, as configured."""
+        return LiveSettings(**{name: getattr(getattr(self, table), key) for name, (table, key) in PLACES.items()})
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:

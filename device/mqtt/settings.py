@@ -1,0 +1,110 @@
+"""The settings that an operator can change while the board runs: one row for each, used by everyone who needs it.
+
+Rules of this file:
+
+1. `LiveSettings` alone gives such a setting its type, range, default and description. The configuration file has it as
+   a key (`PLACES`), `set-policy` as an optional field; the board and the daemon read its value.
+2. What an operator changed is stored as JSON, without the settings that stand as configured. A stored setting that this
+   version does not know, or whose value is out of range, stays in the store for a version that it fits. It has no effect
+   and does not stop the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from device.mqtt.fields import MAX_LABELS, shown
+
+MIN_LABELS: Final = 5
+"""What a calibration needs (edgeear/novelty.py)."""
+UNREADABLE: Final = "unreadable"
+"""Under this key a stored text that is no JSON object is kept."""
+
+
+class LiveSettings(BaseModel):
+    """The settings of a running board. Times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    labels: int = Field(140, ge=MIN_LABELS, le=MAX_LABELS, description="Labels asked for after one shift.")
+    probation: int = Field(40, ge=1, le=1_000_000, description="Frames before a new generation is confirmed.")
+    foreign: float = Field(
+        0.5, gt=0, le=1, description="Share of foreign frames on probation that rolls the generation back."
+    )
+    label_free: bool = Field(True, description="Adapt without labels when none come, where the evidence allows it.")
+    label_wait_s: float = Field(86_400.0, ge=0, le=31_536_000, description="Seconds to wait for labels.")
+    telemetry_period_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that one summary covers.")
+    predictions: bool = Field(False, description="Publish every prediction, with QoS 0.")
+
+    def changed(self, changes: Mapping[str, Any]) -> LiveSettings:
+        """These settings with `changes`, which were checked before: a `SetPolicy`'s, or `Stored.chosen`."""
+        return self.model_copy(update=dict(changes))
+
+
+PLACES: Final[Mapping[str, tuple[str, str]]] = {
+    **{name: ("learning", name) for name in LiveSettings.model_fields},
+    "telemetry_period_s": ("telemetry", "period_s"),
+    "predictions": ("telemetry", "predictions"),
+}
+"""Setting -> section and key of the configuration file."""
+
+
+def live_keys(section: str) -> type[BaseModel]:
+    """A model of the live settings that stand in `section` of the file: key, type, range, default and description."""
+    fields = LiveSettings.model_fields
+    rows: dict[str, Any] = {
+        key: (fields[name].rebuild_annotation(), Field(fields[name].default, description=fields[name].description))
+        for name, (where, key) in PLACES.items()
+        if where == section
+    }
+    return create_model(f"Live{section.capitalize()}", **rows)
+
+
+def _optional() -> type[BaseModel]:
+    rows: dict[str, Any] = {
+        name: (field.rebuild_annotation() | None, Field(None, description=field.description))
+        for name, field in LiveSettings.model_fields.items()
+    }
+    return create_model("Changes", **rows)
+
+
+Changes: Any = _optional()
+"""`LiveSettings` as a change: each setting is optional, None where it stays."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an operator changed and the board stored: `chosen` has effect; `aside` does not fit this version, and
+    `faults` says why, a sentence for each."""
+
+    chosen: Mapping[str, Any]
+    aside: Mapping[str, Any]
+    faults: tuple[str, ...]
+
+    def with_changes(self, changes: Mapping[str, Any]) -> str:
+        """The text to store after `changes`, which replace what stood aside under their names."""
+        return json.dumps({**self.aside, **self.chosen, **changes})
+
+
+def read_stored(text: str | None) -> Stored:
+    """The stored settings; `text` None where none were stored. Never raises, whatever the text."""
+    try:
+        stored = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        stored = text
+    if not isinstance(stored, dict):
+        stored = {UNREADABLE: stored}
+    chosen, aside, faults = dict[str, Any](), dict[str, Any](), list[str]()
+    for name, value in stored.items():
+        try:
+            LiveSettings.model_validate({name: value})
+            chosen[name] = value
+        except ValidationError as error:
+            aside[name] = value
+            faults.append(f"{name} = {shown(value)}: {error.errors(include_url=False)[0]['msg']}")
+    return Stored(chosen, aside, tuple(faults))
