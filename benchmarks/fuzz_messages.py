@@ -247,7 +247,7 @@ def _real(session: str, image: str) -> dict[str, bytes]:
         messages.Rollback(id="a4"),
         messages.Confirm(id="a5"),
         messages.Pause(id="a6", paused=True),
-        messages.SetPolicy(id="a7", labels=50, foreign=0.5, telemetry_period_s=5.0, predictions=True),
+        messages.SetPolicy.model_validate({"id": "a7", "labels": 50, "foreign": 0.5, "predictions": True}),
         messages.Report(id="a8", expires=4e9),
         messages.Forget(id="a9", domain="day", label="rows"),
     )

@@ -45,6 +45,7 @@ from device.board.events import (
 )
 from device.board.learner import Failed, InlineLearner, Job, Learner, Outcome
 from device.encoder.engine import OrtEngine
+from device.mqtt.settings import LiveSettings
 from device.state.codec import to_files
 from device.state.store import Store
 from edgeear.attribution import Attribution, attribute
@@ -128,6 +129,17 @@ class BoardPolicy:
     views: tuple[str, ...] = ("plain", "flip")
     adapt: AdaptPolicy = field(default_factory=AdaptPolicy)
     unlabelled: UnlabelledPolicy | None = None
+
+    def with_live(self, live: LiveSettings) -> BoardPolicy:
+        """This policy with the settings that an operator can change."""
+        return replace(
+            self,
+            labels=live.labels,
+            probation=live.probation,
+            foreign=live.foreign,
+            patience=live.label_wait_s,
+            unlabelled=(self.unlabelled or UnlabelledPolicy()) if live.label_free else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)

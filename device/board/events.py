@@ -262,6 +262,18 @@ class PolicyChanged(_Happened):
 
 
 @dataclass(frozen=True)
+class SettingsIgnored(_Happened):
+    """Stored settings do not fit this version: they stay stored and have no effect. `faults` says why."""
+
+    kind = "policy"
+    faults: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return f"stored settings that do not fit this version have no effect: {'; '.join(self.faults)}"
+
+
+@dataclass(frozen=True)
 class FrameRefused(_Happened):
     """A frame could not be encoded; `ref` is what its source calls it."""
 
@@ -327,6 +339,7 @@ Event = (
     | Paused
     | Resumed
     | PolicyChanged
+    | SettingsIgnored
     | FrameRefused
     | SourceChanged
     | OutboxReset

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.board.board import Board, BoardPolicy
-from device.board.events import OutboxReset, StoreDamaged
+from device.board.events import OutboxReset, SettingsIgnored, StoreDamaged
 from device.daemon import machine
-from device.daemon.commands import Commands
 from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
@@ -30,7 +29,7 @@ from device.daemon.systemd import Notifier
 from device.encoder.cache import cached_encoder
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir
-from device.mqtt import homeassistant, messages
+from device.mqtt import homeassistant
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from device.provenance import installation
@@ -41,7 +40,6 @@ from edgeear.errors import FormatError, UsageError
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, System
 from edgeear.types import Encoder
-from edgeear.unlabelled import UnlabelledPolicy
 
 FAREWELL_S = 5.0
 """Time at the end to send what waits and to say goodbye."""
@@ -84,18 +82,6 @@ def serving(store: Store, encoder: Encoder, start: System | None = None) -> Syst
             "name the encoder that it was learned on, or start with an empty state folder"
         )
     return system
-
-
-def board_policy(config: Config) -> BoardPolicy:
-    """The board's rules as configured."""
-    learning = config.learning
-    return BoardPolicy(
-        labels=learning.labels,
-        probation=learning.probation,
-        foreign=learning.foreign,
-        patience=learning.label_wait_s,
-        unlabelled=UnlabelledPolicy() if learning.label_free else None,
-    )
 
 
 def link_policy(config: Config) -> LinkPolicy:
@@ -179,51 +165,41 @@ def _daemon(
     now: Callable[[], float],
     stack: ExitStack,
 ) -> Daemon:
-    awake: list[Callable[[], None]] = []  # the loop that the parts below wake is made from them
-
-    def wake() -> None:
-        for call in awake:
-            call()
-
+    wake = threading.Event()
     labels = LabelBook(lambda: board.system.names)
-    learner = ProcessLearner(file, _worker_policy(config), on_ready=wake)
+    learner = ProcessLearner(file, _worker_policy(config), on_ready=wake.set)
     board = Board(
         Live(system, system),
         encoder,
         labels,
         now,
-        board_policy(config),
+        BoardPolicy().with_live(config.live),
         store=store,
         seed=config.device.seed,
         learner=learner,
     )
     stack.callback(board.close)
-    session = messages.new_session()
-    commands = Commands(board, outbox, labels, session, now)
     daemon = Daemon(
         board,
-        commands,
+        labels,
         outbox,
-        FrameQueue(config.source.queue, wake),
+        FrameQueue(config.source.queue, wake.set),
         (config.device.site, config.device.name),
-        session,
+        config.live,
         clock=now,
         timer=time.perf_counter,
+        wake=wake,
         seed=config.device.seed,
-        policy=DaemonPolicy(
-            config.telemetry.period_s,
-            config.source.max_age_s,
-            config.telemetry.predictions,
-            config.learning.label_requests,
-        ),
+        policy=DaemonPolicy(config.source.max_age_s, config.learning.label_requests),
     )
-    awake.append(daemon.wake)
     if why := _unable(config):
         daemon.pause(why)
     if outbox.recovered_from is not None:
         daemon.tell(OutboxReset(*board.moment, str(outbox.recovered_from)))
     if store.recovered_from is not None:
         daemon.tell(StoreDamaged(*board.moment, str(store.recovered_from)))
+    if faults := daemon.commands.stored.faults:
+        daemon.tell(SettingsIgnored(*board.moment, faults))
     return daemon
 
 

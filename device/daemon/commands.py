@@ -1,26 +1,30 @@
-"""What a command does: one method each, from a parsed command to an outcome. Nothing here knows of MQTT.
+"""What each command does: one row for each, from a parsed command to an outcome. No topic and no broker is known here.
 
 Rules of this file:
 
-1. An outcome is a value. What the operator asked wrongly is "refused", what the machine could not do is "failed"; both
-   leave the serving generation as it was. Only a bug raises.
-2. Each command may be applied twice with the same effect as once, because power may fail between doing and noting it.
+1. An outcome is a value. `apply` is the only place that turns errors into outcomes: what the operator asked wrongly is
+   "refused", what the machine could not do is "failed". Both leave the serving generation as it was. A bug is "failed",
+   too, and logged: the broker would send a command that is never acknowledged again and again.
+2. A command may be applied twice, because power may fail between doing and noting it. Where doing it again would be
+   refused, its row's `done` says whether it had its effect.
 3. `infer` looks at one picture and changes nothing: neither the shift test nor telemetry sees it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from device.board.board import Board, BoardPolicy
+from device.board.board import Board
 from device.board.events import Event, PolicyChanged
 from device.daemon.labels import LabelBook
 from device.images.decode import decode_bytes
 from device.mqtt import messages
+from device.mqtt.settings import LiveSettings, read_stored
 from device.provenance import installation
 from device.state.maintenance import facts
 from edgeear.errors import DeviceError, EdgeearError
@@ -28,11 +32,11 @@ from edgeear.flow import Prediction, infer
 from edgeear.forgetting import forget_class, forget_domain
 from edgeear.shift import ShiftState
 from edgeear.system import Rejected
-from edgeear.unlabelled import UnlabelledPolicy
 
 if TYPE_CHECKING:
     from device.mqtt.outbox import Outbox
 
+LOG = logging.getLogger("edgeear")
 PICTURE = Path("picture.jpg")
 """How a picture that came in a message is read: as JPEG or PNG, whichever it is."""
 SETTINGS, PAUSED = "settings", "paused"
@@ -49,34 +53,9 @@ class Outcome:
     events: Sequence[Event] = ()
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `set-policy` changed; None: as configured."""
-
-    labels: int | None = None
-    probation: int | None = None
-    foreign: float | None = None
-    label_free: bool | None = None
-    label_wait_s: float | None = None
-    telemetry_period_s: float | None = None
-    predictions: bool | None = None
-
-    def applied(self, policy: BoardPolicy) -> BoardPolicy:
-        """`policy` with these choices in it."""
-        changes: dict[str, Any] = {
-            "labels": self.labels,
-            "probation": self.probation,
-            "foreign": self.foreign,
-            "patience": self.label_wait_s,
-        }
-        changed = replace(policy, **{name: value for name, value in changes.items() if value is not None})
-        if self.label_free is None:
-            return changed
-        return replace(changed, unlabelled=(policy.unlabelled or UnlabelledPolicy()) if self.label_free else None)
-
-
 class Commands:
-    """Applies commands to a board; `now` is the time in seconds. `describe` adds the daemon's part to a report."""
+    """Applies commands to a board; `now` is the time in seconds, `configured` the settings before an operator changed
+    any. `describe` gives the daemon's part of a report."""
 
     def __init__(
         self,
@@ -84,51 +63,31 @@ class Commands:
         outbox: Outbox,
         labels: LabelBook,
         session: str,
-        now: Callable[[], float],
+        configured: LiveSettings,
+        describe: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.board, self.outbox, self.labels = board, outbox, labels
-        self._session, self._now = session, now
-        self.describe: Callable[[], dict[str, Any]] = dict
-        self._configured = board.policy
-        self.settings = Settings(**json.loads(outbox.get(SETTINGS) or "{}"))
-        board.policy = self.settings.applied(board.policy)
+        self._session, self._configured, self._describe = session, configured, describe
+        self.stored = read_stored(outbox.get(SETTINGS))
+        self.settings = configured.changed(self.stored.chosen)
+        board.policy = board.policy.with_live(self.settings)
         if outbox.get(PAUSED) == "true":
             board.pause(True)
 
     def apply(self, command: messages.Command, again: bool = False) -> Outcome:
         """Do what `command` says; `again` where it was begun before, and power failed before it was noted as done."""
+        row = TABLE[type(command)]
         try:
-            return self._apply(command, again)
+            return self._serving() if again and row.done(self, command) else row.do(self, command)
         except DeviceError as error:
             return Outcome("failed", reason=str(error))
         except ModuleNotFoundError as error:
             return Outcome("failed", reason=f"{error}: {installation('learn')}")
         except EdgeearError as error:
             return Outcome("refused", reason=str(error))
-
-    def _apply(self, command: messages.Command, again: bool) -> Outcome:
-        match command:
-            case messages.Infer():
-                return self._infer(command)
-            case messages.Label():
-                return self._label(command)
-            case messages.Adapt():
-                return Outcome("ok", events=self.board.adapt_now(command.domain))
-            case messages.Rollback():
-                return self._moved(self.board.rollback())
-            case messages.Confirm():
-                return self._moved(self.board.confirm())
-            case messages.Pause():
-                self.outbox.set(PAUSED, json.dumps(command.paused))
-                return Outcome("ok", {"paused": command.paused}, events=self.board.pause(command.paused))
-            case messages.SetPolicy():
-                return self._set_policy(command)
-            case messages.Report():
-                return Outcome("ok", self.report())
-            case messages.Forget():
-                return self._forget(command, again)
-            case _:
-                assert_never(command)
+        except Exception as error:
+            LOG.exception("command %s failed", command.id)
+            return Outcome("failed", reason=f"internal error, {type(error).__name__}: {error}")
 
     def report(self) -> dict[str, Any]:
         """All that an operator may want to know at once."""
@@ -138,9 +97,9 @@ class Commands:
             "phase": board.phase,
             "domains": self._domains(),
             "encoder": board.system.encoder_digest,
-            "settings": {name: value for name, value in asdict(self.settings).items() if value is not None},
+            "settings": dict(self.stored.chosen),
             "labels_waiting": len(self.labels),
-            **self.describe(),
+            **self._describe(),
         }
 
     def _domains(self) -> list[Any]:
@@ -151,7 +110,23 @@ class Commands:
     def _infer(self, command: messages.Infer) -> Outcome:
         frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
-        return Outcome("ok", answer(prediction))
+        return Outcome("ok", prediction_facts(prediction))
+
+    def _adapt(self, command: messages.Adapt) -> Outcome:
+        return Outcome("ok", events=self.board.adapt_now(command.domain))
+
+    def _rollback(self, command: messages.Rollback) -> Outcome:
+        return self._serving(self.board.rollback())
+
+    def _confirm(self, command: messages.Confirm) -> Outcome:
+        return self._serving(self.board.confirm())
+
+    def _pause(self, command: messages.Pause) -> Outcome:
+        self.outbox.set(PAUSED, json.dumps(command.paused))
+        return Outcome("ok", {"paused": command.paused}, events=self.board.pause(command.paused))
+
+    def _report(self, command: messages.Report) -> Outcome:
+        return Outcome("ok", self.report())
 
     def _label(self, command: messages.Label) -> Outcome:
         if command.session != self._session:
@@ -167,21 +142,20 @@ class Commands:
         events = self.board.poll()
         return Outcome("ok", {"accepted": len(fitting), "unknown_samples": unknown[:100]}, events=events)
 
-    def _moved(self, events: Sequence[Event]) -> Outcome:
+    def _serving(self, events: Sequence[Event] = ()) -> Outcome:
         return Outcome("ok", {"generation": self.board.system.generation}, events=events)
 
     def _set_policy(self, command: messages.SetPolicy) -> Outcome:
-        wanted: dict[str, Any] = dict(command.settings)
-        settings = replace(self.settings, **wanted)
-        self.board.policy = settings.applied(self._configured)
-        self.settings = settings
-        kept = {name: value for name, value in asdict(settings).items() if value is not None}
-        self.outbox.set(SETTINGS, json.dumps(kept))
-        return Outcome("ok", {"settings": kept}, events=(PolicyChanged(*self.board.moment, wanted),))
+        wanted = command.settings
+        text = self.stored.with_changes(wanted)
+        self.outbox.set(SETTINGS, text)
+        self.stored = read_stored(text)
+        self.settings = self._configured.changed(self.stored.chosen)
+        self.board.policy = self.board.policy.with_live(self.settings)
+        told = PolicyChanged(*self.board.moment, wanted)
+        return Outcome("ok", {"settings": dict(self.stored.chosen)}, events=(told,))
 
-    def _forget(self, command: messages.Forget, again: bool) -> Outcome:
-        if again and self._gone(command):
-            return Outcome("ok", {"generation": self.board.system.generation})
+    def _forget(self, command: messages.Forget) -> Outcome:
         board, label = self.board, command.label
         domain = board.system.domain(command.domain).name
         outcome = forget_domain(board.system, domain) if label is None else forget_class(board.system, domain, label)
@@ -191,17 +165,54 @@ class Commands:
         events = board.replace(outcome, what)
         return Outcome("ok", {"generation": board.system.generation, "replay": dict(outcome.replay)}, events=events)
 
-    def _gone(self, command: messages.Forget) -> bool:
+    def _forgotten(self, command: messages.Forget) -> bool:
         known = {domain.name: domain.memory.classes for domain in self.board.system.domains}
         return command.domain not in known or (command.label or known[command.domain][0]) not in known[command.domain]
 
 
-def answer(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON; a novelty that is not finite (nothing learned) is None."""
+def prediction_facts(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as JSON. `score` is the predicted class's, None where the board abstained (see PredictionMessage).
+    A novelty that is not finite (nothing learned) is None."""
     return {
         "label": prediction.label,
+        "score": messages.finite(prediction.scores.max()) if prediction.label is not None else None,
         "route": prediction.route,
         "novelty": messages.finite(prediction.novelty),
         "p": prediction.p,
         "ood": prediction.ood,
     }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a command does, and whether it was `done` before where doing it twice would be refused."""
+
+    do: Callable[[Commands, Any], Outcome]
+    done: Callable[[Commands, Any], bool]
+
+
+C = TypeVar("C", bound=messages.Command)
+
+
+def _row(
+    model: type[C],
+    do: Callable[[Commands, C], Outcome],
+    done: Callable[[Commands, C], bool] = lambda commands, command: False,
+) -> tuple[type[messages.Command], Row]:
+    return model, Row(do, done)
+
+
+TABLE: Final[Mapping[type[messages.Command], Row]] = dict(
+    [
+        _row(messages.Infer, Commands._infer),
+        _row(messages.Label, Commands._label),
+        _row(messages.Adapt, Commands._adapt),
+        _row(messages.Rollback, Commands._rollback),
+        _row(messages.Confirm, Commands._confirm),
+        _row(messages.Pause, Commands._pause),
+        _row(messages.SetPolicy, Commands._set_policy),
+        _row(messages.Report, Commands._report),
+        _row(messages.Forget, Commands._forget, done=Commands._forgotten),
+    ]
+)
+"""The handler of each command; its name, fields and help are those of the model (device/mqtt/messages.py)."""

@@ -33,12 +33,14 @@ from device.board.events import (
     Stopped,
 )
 from device.daemon import machine
-from device.daemon.commands import Commands, Outcome
+from device.daemon.commands import Commands
 from device.daemon.frames import Frame, FrameQueue
+from device.daemon.labels import LabelBook
 from device.daemon.outgoing import Link, Outgoing, outbox_facts
 from device.daemon.telemetry import Window
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxDamaged
+from device.mqtt.settings import LiveSettings
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
 from edgeear.types import U8
@@ -60,12 +62,10 @@ IDLE_S, LEARNING_S = 5.0, 0.2
 
 @dataclass(frozen=True)
 class DaemonPolicy:
-    """`period_s` of telemetry, `max_age_s` of a frame that is still answered, both seconds; `predictions`: whether
-    every answer is published; `label_requests`: whether frames that want a label are."""
+    """`max_age_s`: seconds after which a waiting frame is not answered; `label_requests`: whether frames that want a
+    label are published."""
 
-    period_s: float = 60.0
     max_age_s: float = 2.0
-    predictions: bool = False
     label_requests: bool = True
 
 
@@ -79,43 +79,39 @@ class Counts:
 
 
 class Daemon:
-    """One board's loop, a turn at a time. `address`: site and device. `clock` gives unix seconds, `timer` seconds that
-    never go back."""
+    """One board's loop, a turn at a time. `address`: site and device; `settings`: as configured. `clock` gives unix
+    seconds, `timer` seconds that never go back; setting `wake` ends the sleep between two turns."""
 
     def __init__(
         self,
         board: Board,
-        commands: Commands,
+        labels: LabelBook,
         outbox: Outbox,
         frames: FrameQueue,
         address: tuple[str, str],
-        session: str,
+        settings: LiveSettings,
         *,
         clock: Callable[[], float],
         timer: Callable[[], float],
+        wake: threading.Event | None = None,
         seed: int = 0,
         policy: DaemonPolicy | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self.board, self.commands, self.outbox, self.frames = board, commands, outbox, frames
-        self.out = Outgoing(outbox, address, session, clock)
+        self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
+        self.commands = Commands(board, outbox, labels, self.session, settings, self.describe)
+        self.out = Outgoing(outbox, address, self.session, clock)
         self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
         self.source: Source | None = None
         self._trouble_at: int | None = None
-        commands.describe = self.describe
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
-        self._wake = threading.Event()
+        self._wake = wake or threading.Event()
         self._requests: deque[tuple[int, U8, str | None]] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
-
-    @property
-    def session(self) -> str:
-        """Names this start of the daemon in every message."""
-        return self.out.session
 
     @property
     def link(self) -> Link | None:
@@ -199,7 +195,7 @@ class Daemon:
     @property
     def period_s(self) -> float:
         """Seconds between two telemetry messages."""
-        return self.commands.settings.telemetry_period_s or self.policy.period_s
+        return self.commands.settings.period_s
 
     def _patience(self) -> float:
         due = self._window.started + self.period_s - self._clock()
@@ -221,14 +217,9 @@ class Daemon:
         self._window.add(step.prediction, seconds)
         if self.metrics is not None:
             self.metrics.answered(step.prediction, seconds)
-        if self._publishes:
+        if self.commands.settings.predictions:
             self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
         self.tell(*step.events)
-
-    @property
-    def _publishes(self) -> bool:
-        chosen = self.commands.settings.predictions
-        return self.policy.predictions if chosen is None else chosen
 
     def _poll(self) -> None:
         try:
@@ -251,12 +242,17 @@ class Daemon:
 
     def _command(self, inbound: Inbound) -> None:
         command = messages.parse_command(inbound.name, inbound.payload)
+        if not isinstance(command, messages.Refusal) and (late := self._late(inbound, command)) is not None:
+            command = messages.Refusal(command.id, late)
         if isinstance(command, messages.Refusal):
             self._turn_away(inbound, command)
-        elif (late := self._late(inbound, command)) is not None:
-            self._turn_away(inbound, messages.Refusal(command.id, late))
         else:
-            self._apply_guarded(inbound, command)
+            try:
+                self._apply_once(inbound, command)
+            except OutboxDamaged:
+                raise
+            except DeviceError as error:
+                self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
         if self.link is not None:
             self.link.acknowledge(inbound)
 
@@ -267,32 +263,18 @@ class Daemon:
             return f"expired {now - min(ends):.1f} s ago: send it again with a later expiry"
         return None
 
-    def _apply_guarded(self, inbound: Inbound, command: messages.Command) -> None:
-        try:
-            self._apply_once(inbound, command)
-        except OutboxDamaged:
-            raise
-        except DeviceError as error:
-            self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
-
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
+        """Apply a command, or answer a repeated one as the first time. Raises `DeviceError` from the ledger."""
         now = self._clock()
         recorded = self.outbox.recall(command.id, now)
         if recorded is not None and recorded.payload is not None:
             self.out.answer_again(inbound, recorded.payload)
             return
         self.outbox.begin(command.id, now)
-        outcome = self._applied(command, again=recorded is not None)
+        outcome = self.commands.apply(command, again=recorded is not None)
         self.out.answer(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
         self.tell(*outcome.events)
-
-    def _applied(self, command: messages.Command, again: bool) -> Outcome:
-        try:
-            return self.commands.apply(command, again)
-        except Exception as error:  # a bug; the broker would send what is not acknowledged again and again
-            LOG.exception("command %s failed", command.id)
-            return Outcome("failed", reason=f"internal error, {type(error).__name__}: {error}")
 
     def _turn_away(self, inbound: Inbound, refusal: messages.Refusal) -> None:
         self.counts.refused_messages += 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from device.board.events import Event, bounded
-from device.daemon.commands import Outcome, answer
+from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
 from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
@@ -93,7 +93,7 @@ class Outgoing:
             time=frame.captured,
             generation=generation,
             ref=frame.ref[-500:],
-            **answer(prediction),
+            **prediction_facts(prediction),
         )
         self.link.publish_now(self._topic(topics.PREDICTION), message.payload())
 

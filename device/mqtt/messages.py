@@ -46,7 +46,7 @@ from device.mqtt.fields import (
     Text,
     shown,
 )
-from device.mqtt.settings import Changes, LiveSettings
+from device.mqtt.settings import NAMES, Changes
 
 VERSION: Final = 1
 PROTOCOL: Final = "edgeear/v1"
@@ -332,15 +332,16 @@ class SetPolicy(Changes, Command):  # type: ignore[misc]
     """Settings that survive restarts; at least one."""
 
     name: ClassVar[str] = "set-policy"
+
     @property
     def settings(self) -> dict[str, int | float | bool]:
         """What is to change: setting -> value."""
-        return self.model_dump(exclude_none=True, include=set(LiveSettings.model_fields))
+        return self.model_dump(exclude_none=True, include=set(NAMES))
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.settings:
-            names = ", ".join(LiveSettings.model_fields)
+            names = ", ".join(NAMES)
             raise PydanticCustomError("settings", "sets nothing: give at least one of {names}", {"names": names})
         return self
 

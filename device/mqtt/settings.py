@@ -2,11 +2,11 @@
 
 Rules of this file:
 
-1. `LiveSettings` alone gives such a setting its type, range, default and description. The configuration file has it as
-   a key (`PLACES`), `set-policy` as an optional field; the board and the daemon read its value.
+1. A row gives type, range, default and description. Sections of the configuration file inherit the rows, `set-policy`
+   has them as optional fields, the board and the daemon read their values from `LiveSettings`.
 2. What an operator changed is stored as JSON, without the settings that stand as configured. A stored setting that this
-   version does not know, or whose value is out of range, stays in the store for a version that it fits. It has no effect
-   and does not stop the start.
+   version does not know, or whose value is out of range, stays in the store for a version that it fits. It has no
+   effect and does not stop the start.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ UNREADABLE: Final = "unreadable"
 """Under this key a stored text that is no JSON object is kept."""
 
 
-class LiveSettings(BaseModel):
-    """The settings of a running board. Times are in seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class LiveLearning(BaseModel):
+    """Those of the file's section [learning]."""
 
     labels: int = Field(140, ge=MIN_LABELS, le=MAX_LABELS, description="Labels asked for after one shift.")
     probation: int = Field(40, ge=1, le=1_000_000, description="Frames before a new generation is confirmed.")
@@ -38,43 +36,45 @@ class LiveSettings(BaseModel):
     )
     label_free: bool = Field(True, description="Adapt without labels when none come, where the evidence allows it.")
     label_wait_s: float = Field(86_400.0, ge=0, le=31_536_000, description="Seconds to wait for labels.")
-    telemetry_period_s: float = Field(60.0, ge=1, le=86_400, description="Seconds that one summary covers.")
+
+
+class LiveTelemetry(BaseModel):
+    """Those of the file's section [telemetry]."""
+
+    period_s: float = Field(
+        60.0,
+        ge=1,
+        le=86_400,
+        description="Seconds that one summary covers.",
+        serialization_alias="telemetry_period_s",
+    )
     predictions: bool = Field(False, description="Publish every prediction, with QoS 0.")
 
+
+class LiveSettings(LiveTelemetry, LiveLearning):
+    """All of them, each with a value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
     def changed(self, changes: Mapping[str, Any]) -> LiveSettings:
-        """These settings with `changes`, which were checked before: a `SetPolicy`'s, or `Stored.chosen`."""
-        return self.model_copy(update=dict(changes))
+        """These settings with `changes`, by their names on the wire, which were checked before."""
+        return self.model_copy(update={NAMES[name]: value for name, value in changes.items()})
 
 
-PLACES: Final[Mapping[str, tuple[str, str]]] = {
-    **{name: ("learning", name) for name in LiveSettings.model_fields},
-    "telemetry_period_s": ("telemetry", "period_s"),
-    "predictions": ("telemetry", "predictions"),
-}
-"""Setting -> section and key of the configuration file."""
-
-
-def live_keys(section: str) -> type[BaseModel]:
-    """A model of the live settings that stand in `section` of the file: key, type, range, default and description."""
-    fields = LiveSettings.model_fields
-    rows: dict[str, Any] = {
-        key: (fields[name].rebuild_annotation(), Field(fields[name].default, description=fields[name].description))
-        for name, (where, key) in PLACES.items()
-        if where == section
-    }
-    return create_model(f"Live{section.capitalize()}", **rows)
+NAMES: Final = {field.serialization_alias or name: name for name, field in LiveSettings.model_fields.items()}
+"""Name on the wire and in the store -> name here."""
 
 
 def _optional() -> type[BaseModel]:
-    rows: dict[str, Any] = {
-        name: (field.rebuild_annotation() | None, Field(None, description=field.description))
-        for name, field in LiveSettings.model_fields.items()
-    }
+    rows: dict[str, Any] = {}
+    for wire, name in NAMES.items():
+        field = LiveSettings.model_fields[name]
+        rows[wire] = (field.rebuild_annotation() | None, Field(None, description=field.description))
     return create_model("Changes", **rows)
 
 
 Changes: Any = _optional()
-"""`LiveSettings` as a change: each setting is optional, None where it stays."""
+"""`LiveSettings` as a change: each setting is optional, None where it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,18 @@ def read_stored(text: str | None) -> Stored:
         stored = {UNREADABLE: stored}
     chosen, aside, faults = dict[str, Any](), dict[str, Any](), list[str]()
     for name, value in stored.items():
-        try:
-            LiveSettings.model_validate({name: value})
-            chosen[name] = value
-        except ValidationError as error:
-            aside[name] = value
-            faults.append(f"{name} = {shown(value)}: {error.errors(include_url=False)[0]['msg']}")
+        why = _fault(name, value)
+        (chosen if why is None else aside)[name] = value
+        if why is not None:
+            faults.append(f"{name} = {shown(value)}: {why}")
     return Stored(chosen, aside, tuple(faults))
+
+
+def _fault(name: str, value: object) -> str | None:
+    if name not in NAMES:
+        return "this version does not know it"
+    try:
+        LiveSettings.model_validate({NAMES[name]: value})
+    except ValidationError as error:
+        return error.errors(include_url=False)[0]["msg"]
+    return None

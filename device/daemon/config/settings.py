@@ -35,7 +35,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from device.mqtt.settings import PLACES, LiveSettings, live_keys
+from device.mqtt.settings import LiveLearning, LiveSettings, LiveTelemetry
 from edgeear.errors import UsageError
 
 PREFIX = "EDGEEAR_"
@@ -180,7 +180,7 @@ class MqttSection(Section):
         return _without(self, faults)
 
 
-class LearningSection(live_keys("learning"), Section):  # type: ignore[misc]
+class LearningSection(LiveLearning, Section):
     """When and how the board adapts. Needs the `learn` extra; predictions do not."""
 
     enabled: bool = Field(True, description="Whether this board adapts by itself.")
@@ -192,7 +192,7 @@ class LearningSection(live_keys("learning"), Section):  # type: ignore[misc]
     nice: int = Field(19, ge=0, le=19, description="How far learning steps back: 19 is furthest.")
 
 
-class TelemetrySection(live_keys("telemetry"), Section):  # type: ignore[misc]
+class TelemetrySection(LiveTelemetry, Section):
     """What the board tells unasked."""
 
 
@@ -229,7 +229,8 @@ class Config(BaseSettings):
     @property
     def live(self) -> LiveSettings:
         """The settings that `set-policy` can change, as configured."""
-        return LiveSettings(**{name: getattr(getattr(self, table), key) for name, (table, key) in PLACES.items()})
+        learning = self.learning.model_dump(include=set(LiveLearning.model_fields))
+        return LiveSettings(**learning, **self.telemetry.model_dump(include=set(LiveTelemetry.model_fields)))
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:

@@ -42,6 +42,7 @@ EXAMPLES: list[events.Event] = [
     events.Paused(*MOMENT, NASTY),
     events.Resumed(*MOMENT),
     events.PolicyChanged(*MOMENT, {name: 0.5 for name in messages.SetPolicy.model_fields}),
+    events.SettingsIgnored(*MOMENT, ("labels = 3: too few", "haste = 1: not known")),
     events.FrameRefused(*MOMENT, NASTY, NASTY),
     events.SourceChanged(*MOMENT, NASTY),
     events.SourceChanged(*MOMENT, None),

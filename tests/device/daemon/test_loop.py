@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from device.board.board import Board, BoardPolicy
-from device.daemon.commands import Commands
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
-from device.daemon.loop import Daemon, DaemonPolicy
+from device.daemon.loop import Daemon
 from device.mqtt import messages
 from device.mqtt.connection import Inbound
 from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
+from device.mqtt.settings import NAMES, LiveSettings
 from device.state.codec import from_files
 from device.state.store import Store, StoreFull
 from edgeear.system import Live
@@ -31,7 +31,8 @@ from edgeear.types import U8
 from tests.support import fakes
 
 START = 1_800_000_000.0
-POLICY = BoardPolicy(labels=40, memory=60, probation=20, adapt=fakes.QUICK, patience=3600)
+POLICY = BoardPolicy(memory=60, adapt=fakes.QUICK)
+SETTINGS = LiveSettings(labels=40, probation=20, label_wait_s=3600, label_free=False)
 OWN = "edgeear/v1/plant/cam-1"
 
 
@@ -61,7 +62,7 @@ class Wire:
 class Rig:
     """A daemon, its wire, and a clock that only moves when told to."""
 
-    def __init__(self, folder: Path, stack: ExitStack, policy: BoardPolicy = POLICY) -> None:
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.now = START
         self.store = stack.enter_context(Store.open(folder / "store"))
         self.outbox = stack.enter_context(Outbox.open(folder / "outbox.sqlite", OutboxPolicy(), self.now))
@@ -69,22 +70,20 @@ class Rig:
         system = fakes.empty() if number is None else from_files(self.store.read(number))
         self.labels = LabelBook(lambda: self.board.system.names)
         self.board = Board(
-            Live(system, system), fakes.FakeEncoder(), self.labels, lambda: self.now, policy, store=self.store
+            Live(system, system), fakes.FakeEncoder(), self.labels, lambda: self.now, POLICY, store=self.store
         )
-        self.session = messages.new_session()
-        commands = Commands(self.board, self.outbox, self.labels, self.session, lambda: self.now)
         self.frames = FrameQueue(4)
         self.daemon = Daemon(
             self.board,
-            commands,
+            self.labels,
             self.outbox,
             self.frames,
             ("plant", "cam-1"),
-            self.session,
+            SETTINGS,
             clock=lambda: self.now,
             timer=lambda: self.now,
-            policy=DaemonPolicy(period_s=60),
         )
+        self.session = self.daemon.session
         self.wire = self.daemon.link = Wire()
 
     def show(self, background: int, count: int, seed: int = 1) -> None:
@@ -140,9 +139,9 @@ def shown(background: int, count: int, seed: int) -> U8:
 
 
 @contextmanager
-def rigged(folder: Path, policy: BoardPolicy = POLICY) -> Iterator[Rig]:
+def rigged(folder: Path) -> Iterator[Rig]:
     with ExitStack() as stack:
-        yield Rig(folder, stack, policy)
+        yield Rig(folder, stack)
 
 
 @pytest.fixture
@@ -301,6 +300,62 @@ def test_settings_survive_a_restart(tmp_path: Path) -> None:
         before.command("pause", paused=True)
     with rigged(tmp_path) as after:
         assert after.board.policy.labels == 50 and after.daemon.period_s == 5.0 and after.board.paused
+
+
+STORED = (
+    ('{"labels": 50, "haste": 3}', {"haste": 3}, "haste = 3"),
+    ('{"labels": 50, "foreign": "much"}', {"foreign": "much"}, "foreign = 'much'"),
+    ('{"labels": 50, "probation": true}', {"probation": True}, "probation = True"),
+    ('{"labels": 50, "label_wait_s": null}', {"label_wait_s": None}, "label_wait_s = None"),
+    ('{"labels": 50, "telemetry_period_s": 0.5}', {"telemetry_period_s": 0.5}, "greater than or equal to 1"),
+    ('{"labels": 50, "period_s": 5}', {"period_s": 5}, "period_s = 5: this version does not know it"),
+)
+WHOLE = ('{"labels": 50', "[1, 2]", "null", '"text"', "[" * 5000)
+
+
+@pytest.mark.parametrize(("text", "aside", "words"), STORED)
+def test_a_stored_setting_of_another_version_is_kept_aside_and_told(
+    tmp_path: Path, text: str, aside: dict[str, Any], words: str
+) -> None:
+    with rigged(tmp_path) as before:
+        before.outbox.set("settings", text)
+    with rigged(tmp_path) as after:
+        commands = after.daemon.commands
+        assert after.board.policy.labels == 50 and commands.settings == SETTINGS.changed({"labels": 50})
+        assert len(commands.stored.faults) == 1 and words in commands.stored.faults[0]
+        assert (after.command("set-policy", labels=60) or {})["result"] == {"settings": {"labels": 60}}
+        assert json.loads(after.outbox.get("settings") or "") == {"labels": 60, **aside}
+        (name,) = aside
+        if name in NAMES:  # a new choice replaces what stood aside
+            after.now += 1
+            taken = {"foreign": 0.25, "probation": 5, "label_wait_s": 9.0, "telemetry_period_s": 9.0}[name]
+            assert (after.command("set-policy", **{name: taken}) or {})["outcome"] == "ok"
+            assert json.loads(after.outbox.get("settings") or "") == {"labels": 60, name: taken}
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_stored_settings_that_are_no_object_are_kept_whole(tmp_path: Path, text: str) -> None:
+    with rigged(tmp_path) as before:
+        before.outbox.set("settings", text)
+    with rigged(tmp_path) as after:
+        assert after.daemon.commands.settings == SETTINGS and len(after.daemon.commands.stored.faults) == 1
+        after.command("set-policy", labels=60)
+        kept = json.loads(after.outbox.get("settings") or "")
+        assert kept.pop("labels") == 60 and list(kept) == ["unreadable"]
+        assert kept["unreadable"] in (text, json.loads(text) if text in WHOLE[1:4] else text)
+
+
+def test_every_live_setting_reaches_the_board_or_the_loop(rig: Rig) -> None:
+    changes: dict[str, Any] = {
+        "labels": 41, "probation": 21, "foreign": 0.25, "label_free": True, "label_wait_s": 5.0,
+        "telemetry_period_s": 7.0, "predictions": True,
+    }  # fmt: skip
+    assert set(changes) == set(NAMES)
+    assert (rig.command("set-policy", **changes) or {})["outcome"] == "ok"
+    policy = rig.board.policy
+    found = (policy.labels, policy.probation, policy.foreign, policy.patience, policy.unlabelled is not None)
+    assert found == (41, 21, 0.25, 5.0, True)
+    assert rig.daemon.period_s == 7.0 and rig.daemon.commands.settings.predictions
 
 
 def test_telemetry_counts_every_frame_once(rig: Rig) -> None:

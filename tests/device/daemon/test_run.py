@@ -109,7 +109,7 @@ def test_a_power_cut_leaves_a_will_and_the_learned_state(tmp_path: Path, broker:
     board = DaemonProcess(tmp_path, config(tmp_path, broker.port, teach(tmp_path)))
     with listening(broker) as ear, board:
         (birth,) = ear.wait("status")
-        assert ear.ask(messages.SetPolicy(id="set", labels=77)).outcome == "ok"
+        assert ear.ask(messages.SetPolicy.model_validate({"id": "set", "labels": 77})).outcome == "ok"
         before = ear.report("before")
         board.kill()
         (will,) = ear.wait("status", lambda facts: facts["state"] == "offline")

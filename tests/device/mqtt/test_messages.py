@@ -87,8 +87,12 @@ ids = st.from_regex(r"[A-Za-z0-9_.:-]{1,64}", fullmatch=True)
 images = st.binary(max_size=200).map(lambda rest: base64.b64encode(JPEG + rest).decode())
 base = {"id": ids, "expires": st.none() | st.floats(0, 4e9)}
 settings_of = st.fixed_dictionaries(
-    {"labels": st.integers(8, MAX_LABELS)},
-    optional={"probation": st.integers(1, 9), "foreign": st.floats(0, 1), "label_free": st.booleans()},
+    {"labels": st.integers(5, MAX_LABELS)},
+    optional={
+        "probation": st.integers(1, 9),
+        "foreign": st.floats(0, 1, exclude_min=True),
+        "label_free": st.booleans(),
+    },
 )
 commands: st.SearchStrategy[Command] = st.one_of(
     st.builds(Infer, image=images, **base),
@@ -241,9 +245,11 @@ def test_mutated_messages_of_boards_get_an_answer(message: Message, data: st.Dat
         ("infer", '{"id": "a", "image": "é/9j/"}', "image: must be base64 with padding and without line breaks"),
         ("set-policy", '{"id": "a"}', "sets nothing: give at least one of labels, probation, foreign, label_free"),
         ("set-policy", '{"id": "a", "labels": null}', "sets nothing"),
-        ("set-policy", '{"id": "a", "labels": 1}', "labels: Input should be greater than or equal to 8, got 1"),
+        ("set-policy", '{"id": "a", "labels": 1}', "labels: Input should be greater than or equal to 5, got 1"),
         ("set-policy", '{"id": "a", "labels": 10.0}', "labels: Input should be a valid integer"),
         ("set-policy", '{"id": "a", "foreign": 2}', "foreign: Input should be less than or equal to 1, got 2"),
+        ("set-policy", '{"id": "a", "foreign": 0}', "foreign: Input should be greater than 0, got 0"),
+        ("set-policy", '{"id": "a", "period_s": 5}', "field 'period_s' is not known"),
         ("forget", '{"id": "a"}', "domain: Field required"),
     ],
 )
