@@ -1,4 +1,4 @@
-"""Live settings: one range for the file, the wire and the store, and stored text of any kind is read without an error."""
+"""Live settings: one range for the file, the wire and the store; stored text of any kind is read without an error."""
 
 from __future__ import annotations
 
