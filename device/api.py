@@ -27,9 +27,9 @@ from device.images.dataset import FolderData, read_folder
 from device.images.decode import decode
 from device.images.featurise import featurise
 from device.provenance import installation
-from device.state.codec import from_files, to_files
+from device.state import generations
 from device.state.store import Store
-from edgeear.errors import FormatError, UsageError
+from edgeear.errors import UsageError
 from edgeear.flow import Prediction, adapt, infer
 from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import ShiftState
@@ -125,9 +125,7 @@ class Ear:
         Raises `StoreBusy` while another process has the store open, `DeviceError` where the disk fails.
         """
         with Store.open(Path(folder)) as store:
-            number = store.write(to_files(self.system), created=time.time(), note=", ".join(self.domains))
-            store.commit(number)
-            store.confirm(number)
+            number = generations.publish_confirmed(store, self.system, time.time(), ", ".join(self.domains))
         self._live = confirm(self._live)
         return number
 
@@ -138,16 +136,11 @@ class Ear:
         if not path.is_dir():
             raise UsageError(f"{path} is not a folder: give the one that was saved to")
         with Store.open(path) as store:
-            number = store.recover()
-            if number is None:
-                raise UsageError(f"{path} holds nothing learned: give the folder that was saved to")
-            system = from_files(store.read(number))
+            system = generations.load(store)
+        if system is None:
+            raise UsageError(f"{path} holds nothing learned: give the folder that was saved to")
         ear = cls(encoder, seed=seed)
-        if system.encoder_digest != ear.encoder.digest:
-            raise FormatError(
-                f"{path} was learned on encoder {system.encoder_digest[:12]}, this one is {ear.encoder.digest[:12]}: "
-                "load it with the encoder that it was learned on"
-            )
+        generations.require_encoder(system, ear.encoder.digest)
         ear._live = Live(system, system)
         return ear
 

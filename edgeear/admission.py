@@ -2,7 +2,7 @@
 
 With a frozen encoder and frozen old heads the only way left to forget is a new domain winning an old domain's inputs
 at the router. So every old domain's stored codes are replayed through the new route, and the share that changes hands
-is bounded by `SystemPolicy.steal`. A domain that absorbs another must also win what was the other's.
+is bounded by `SystemPolicy.max_stolen_share`. A domain that absorbs another must also win what was the other's.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candid
     lost = replay(system, grown, {} if absorbed is None else {absorbed: domain.name})
     policy = system.policy
     for name, share in lost.items():
-        if share > policy.steal:
+        if share > policy.max_stolen_share:
             reasons.append(
-                f"takes {share:.1%} of the inputs of {name!r}, at most {policy.steal:.1%} allowed: "
+                f"takes {share:.1%} of the inputs of {name!r}, at most {policy.max_stolen_share:.1%} allowed: "
                 "collect more samples, or merge the two domains if they are one"
             )
     own = float((router([d.memory for d in grown.domains]).route(_codes(domain)) == _index(grown, domain.name)).mean())
-    if own < policy.own:
+    if own < policy.min_own_share:
         reasons.append(
-            f"wins only {own:.1%} of its own inputs, at least {policy.own:.1%} needed: it is not a new domain"
+            f"wins only {own:.1%} of its own inputs, at least {policy.min_own_share:.1%} needed: it is not a new domain"
         )
     return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(system, grown, lost)
 

@@ -35,25 +35,25 @@ class SystemPolicy:
 
     `alpha`: false-OOD rate of a verdict. `memory_dimensions`: m of the second-order memory. `contenders`: how many of
     the router's best domains are asked for a verdict. `codes`: calibration codes kept of a domain for replay.
-    `steal`: largest share of an old domain's codes that a new domain may take. `own`: least share of its own codes that
-    a new domain must win. `recognise`: how many standard deviations the novelties of samples may lie too high, taken
-    together, for them to be a known domain's. `mixture`: margin of the router (log odds) under which two domains that
-    both explain an input both answer (0: never). `abstain_below`: conformal p under which no head serves (0: always
-    serve)."""
+    `max_stolen_share`: largest share of an old domain's codes that a new domain may take. `min_own_share`: least share
+    of its own codes that a new domain must win. `recognise`: how many standard deviations the novelties of samples may
+    lie too high, taken together, for them to be a known domain's. `mixture`: margin of the router (log odds) under
+    which two domains that both explain an input both answer (0: never). `abstain_below`: conformal p under which no
+    head serves (0: always serve)."""
 
     alpha: float = 0.05
     memory_dimensions: int = 256
     contenders: int = 2
     codes: int = 96
-    steal: float = 0.10
-    own: float = 0.5
+    max_stolen_share: float = 0.10
+    min_own_share: float = 0.5
     recognise: float = 3.0
     mixture: float = 3.0
     abstain_below: float = 0.0
     shift: ShiftPolicy = field(default_factory=ShiftPolicy)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "steal", "own", "abstain_below"):
+        for name in ("alpha", "max_stolen_share", "min_own_share", "abstain_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
         for name in ("recognise", "mixture"):

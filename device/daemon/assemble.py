@@ -33,10 +33,10 @@ from device.mqtt import homeassistant
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from device.provenance import installation
-from device.state.codec import from_files
+from device.state import generations
 from device.state.store import Store
 from edgeear import __version__
-from edgeear.errors import FormatError, UsageError
+from edgeear.errors import UsageError
 from edgeear.space import HypervectorSpace
 from edgeear.system import Live, System
 from edgeear.types import Encoder
@@ -72,15 +72,10 @@ def blank(encoder: Encoder) -> System:
 
 def serving(store: Store, encoder: Encoder, start: System | None = None) -> System:
     """What a board serves at boot: the confirmed generation, or `start`, else nothing learned. Raises `FormatError`."""
-    number = store.recover()
-    if number is None:
+    system = generations.load(store)
+    if system is None:
         return start or blank(encoder)
-    system = from_files(store.read(number))
-    if system.encoder_digest != encoder.digest:
-        raise FormatError(
-            f"the store was learned on encoder {system.encoder_digest[:12]}, this one is {encoder.digest[:12]}: "
-            "name the encoder that it was learned on, or start with an empty state folder"
-        )
+    generations.require_encoder(system, encoder.digest)
     return system
 
 

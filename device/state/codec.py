@@ -1,15 +1,19 @@
 """A `System` as named byte files and back: JSON for structure, safetensors for arrays, ONNX for heads. No pickle.
 
-Sums are stored as float32; `edgeear.flow.adapt` already rounds them, so what is read back equals what served. Files are
-named by content, so that unchanged domains are the same files in every generation.
+Rules of this file:
+
+1. Sums are stored as float32; `edgeear.flow.adapt` already rounds them, so what is read back equals what served.
+2. Files are named by content, so that unchanged domains are the same files in every generation.
+3. Every array has a name. A field of `Calibration` is stored under its own name.
+4. Older formats are brought up to date while they are read (migrations.py); a newer one is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from adaptors.archive import HeadArchive
+from device.state.migrations import FORMAT, MIGRATIONS, Arrays
 from edgeear.errors import EdgeearError, FormatError
 from edgeear.memory import DomainMemory
 from edgeear.novelty import Calibration
@@ -26,12 +31,12 @@ from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Domain, System, SystemPolicy
 from edgeear.types import Tap
 
-FORMAT = 2
 SYSTEM = "system.json"
+_CALIBRATION = "calibration."
 
 
 class SystemFormatError(FormatError):
-    """Stored files that are no system of this version; the message names the file."""
+    """Stored files that are no system that this version can read; the message names the file."""
 
 
 def to_files(system: System) -> dict[str, bytes]:
@@ -64,19 +69,22 @@ def to_files(system: System) -> dict[str, bytes]:
 
 
 def from_files(files: Mapping[str, bytes]) -> System:
-    """Inverse of `to_files`; raises SystemFormatError for anything else, newer versions included."""
+    """Inverse of `to_files`, for files of older formats, too. Raises SystemFormatError for anything else, newer formats
+    included."""
     try:
         structure = json.loads(files[SYSTEM])
-        if structure["format"] > FORMAT:
+        version, oldest = structure["format"], min(MIGRATIONS)
+        if version > FORMAT:
+            raise SystemFormatError(f"system of format {version}, this edgeear reads up to {FORMAT}: update this board")
+        if version < oldest:
             raise SystemFormatError(
-                f"system of format {structure['format']}, this edgeear reads up to {FORMAT}: update this board"
+                f"system of format {version}, this edgeear reads {oldest} to {FORMAT}: its hypervectors differ, learn "
+                "the domains again"
             )
-        if structure["format"] < FORMAT:
-            raise SystemFormatError(
-                f"system of format {structure['format']}, this edgeear reads format {FORMAT}: its hypervectors differ, "
-                "learn the domains again"
-            )
-        return _system(structure, files)
+        arrays = [_arrays(entry["files"]["memory"], files) for entry in structure["domains"]]
+        for step in range(version, FORMAT):
+            MIGRATIONS[step](structure, arrays)
+        return _system(structure, arrays, files)
     except EdgeearError:
         raise
     except KeyError as error:
@@ -85,7 +93,7 @@ def from_files(files: Mapping[str, bytes]) -> System:
         raise SystemFormatError(f"stored system does not parse: {error}; restore an earlier generation") from error
 
 
-def _system(structure: dict[str, Any], files: Mapping[str, bytes]) -> System:
+def _system(structure: dict[str, Any], arrays: Sequence[Arrays], files: Mapping[str, bytes]) -> System:
     taps = [Tap(name, tuple(shape)) for name, shape in structure["space"]["taps"]]
     policy = dict(structure["policy"])
     shift = {**policy.pop("shift")}
@@ -94,37 +102,38 @@ def _system(structure: dict[str, Any], files: Mapping[str, bytes]) -> System:
         structure["encoder"],
         HypervectorSpace(taps, SpacePolicy(**structure["space"]["policy"])),
         SystemPolicy(**policy, shift=ShiftPolicy(**shift)),
-        tuple(_domain(d, files) for d in structure["domains"]),
+        tuple(_domain(*both, files) for both in zip(structure["domains"], arrays, strict=True)),
         structure["generation"],
     )
 
 
-def _domain(entry: dict[str, Any], files: Mapping[str, bytes]) -> Domain:
-    name = entry["files"]["memory"]
+def _arrays(name: str, files: Mapping[str, bytes]) -> Arrays:
+    """The arrays of one domain."""
     if name != _memory_name(files[name]):
         raise SystemFormatError(f"{name} is not what was stored under its name: restore an earlier generation")
-    tensors = load(files[name])
+    return load(files[name])
+
+
+def _domain(entry: dict[str, Any], arrays: Arrays, files: Mapping[str, bytes]) -> Domain:
     memory = DomainMemory(
-        tuple(entry["classes"]), tensors["counts"], tensors["class_sums"].astype(np.float64), _unpacked(tensors["gram"])
+        tuple(entry["classes"]), arrays["counts"], arrays["class_sums"].astype(np.float64), _unpacked(arrays["gram"])
     )
-    statistics = [float(x) for x in tensors["statistics"]]
-    calibration = Calibration(
-        statistics[0], statistics[1], statistics[2], statistics[3], tensors["values"], statistics[4]
-    )
+    statistics: dict[str, Any] = {f.name: arrays[_CALIBRATION + f.name] for f in fields(Calibration)}
+    calibration = Calibration(**{name: x if x.ndim else x.item() for name, x in statistics.items()})
     head = HeadArchive.from_dict(entry["head"], files[entry["files"]["head"]])
-    return Domain(entry["name"], head, memory, calibration, tensors["codes"], entry["growth"], statistics[5])
+    likeness = float(arrays["likeness"])
+    return Domain(entry["name"], head, memory, calibration, arrays["codes"], entry["growth"], likeness)
 
 
-def _tensors(domain: Domain) -> dict[str, NDArray[Any]]:
-    c, memory = domain.calibration, domain.memory
-    statistics = [c.angle_mean, c.angle_deviation, c.leverage_mean, c.leverage_deviation, c.delta, domain.likeness]
+def _tensors(domain: Domain) -> Arrays:
+    memory, calibration = domain.memory, domain.calibration
     return {
         "counts": np.ascontiguousarray(memory.counts),
         "class_sums": memory.class_sums.astype(np.float32),
         "gram": memory.gram[np.triu_indices(memory.m)].astype(np.float32),
         "codes": np.ascontiguousarray(domain.codes),
-        "values": np.ascontiguousarray(c.values),
-        "statistics": np.asarray(statistics, np.float64),
+        "likeness": np.asarray(domain.likeness, np.float64),
+        **{_CALIBRATION + f.name: np.asarray(getattr(calibration, f.name)) for f in fields(Calibration)},
     }
 
 

@@ -4,8 +4,7 @@ Rules of this file:
 
 1. A change goes the way of every change: admitted, committed, confirmed. A rejection is a value and changes nothing.
 2. It starts from the confirmed generation, as a board does at boot; one process at a time has the store open.
-3. What is forgotten is gone from every generation of the store, older ones included: there is no way back. Files are
-   unlinked, not overwritten; what a flash chip keeps of them is beyond a store.
+3. What is forgotten is gone from every generation of the store: there is no way back (generations.py).
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from pathlib import Path
 from device.images.dataset import Item
 from device.images.decode import SUFFIXES
 from device.images.featurise import featurise
-from device.state.codec import from_files, to_files
+from device.state import generations
+from device.state.codec import from_files
 from device.state.store import CURRENT, Store
-from edgeear.errors import DataError, FormatError, UsageError
+from edgeear.errors import DataError, UsageError
 from edgeear.forgetting import forget_class, forget_domain
 from edgeear.merging import HeadChoice, merge_domains
 from edgeear.system import Candidate, Domain, Rejected, System
@@ -58,7 +58,7 @@ def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -
         if isinstance(outcome, Rejected):
             return outcome
         what = f"merged {second} into {first}"
-        number = _kept(store, outcome.system, now, what)
+        number = generations.publish_confirmed(store, outcome.system, now, what)
         return Changed(what, number, outcome.system.names, dict(outcome.replay))
 
 
@@ -79,10 +79,8 @@ def forget(
             return outcome
         how = "from the sums alone" if images is None else "with its samples, exactly"
         what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, {how}"
-        # Twice, because the store holds on to one confirmed generation beside the newest: that one must not know it.
-        for _ in range(2):
-            number = _kept(store, outcome.system, now, what)
-        return Changed(what, number, outcome.system.names, dict(outcome.replay), store.collect())
+        number, removed = generations.publish_alone(store, outcome.system, now, what)
+        return Changed(what, number, outcome.system.names, dict(outcome.replay), removed)
 
 
 @contextmanager
@@ -94,17 +92,10 @@ def _opened(folder: Path) -> Iterator[Store]:
 
 
 def _confirmed(store: Store, folder: Path) -> System:
-    number = store.recover()
-    if number is None:
+    system = generations.load(store)
+    if system is None:
         raise UsageError(f"{folder} holds nothing that was confirmed: there is nothing to change")
-    return from_files(store.read(number))
-
-
-def _kept(store: Store, system: System, now: float, note: str) -> int:
-    number = store.write(to_files(system), created=now, note=note)
-    store.commit(number)
-    store.confirm(number)
-    return number
+    return system
 
 
 def facts(domain: Domain) -> dict[str, object]:
@@ -116,11 +107,7 @@ def facts(domain: Domain) -> dict[str, object]:
 
 def _encoded(system: System, images: Path, encoder: Encoder) -> F32:
     """Hypervectors `(images, D)` of all images in a folder."""
-    if encoder.digest != system.encoder_digest:
-        raise FormatError(
-            f"the store was learned on encoder {system.encoder_digest[:12]}, this one is {encoder.digest[:12]}: "
-            "give the encoder that it was learned on"
-        )
+    generations.require_encoder(system, encoder.digest)
     paths = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES) if images.is_dir() else []
     if not paths:
         raise DataError(f"{images} holds no image: give the folder of all images that were learned of the class")

@@ -71,9 +71,9 @@ def test_a_thief_is_rejected_with_both_names_and_the_figures() -> None:
 
 def test_the_limit_of_theft_is_inclusive() -> None:
     share = share_taken(fakes.grown(0), thief())
-    candidate = admitted(admit(fakes.grown(0, steal=share), thief()))
+    candidate = admitted(admit(fakes.grown(0, max_stolen_share=share), thief()))
     assert candidate.replay == {"d0": share}
-    rejected(admit(fakes.grown(0, steal=share - 1e-6), thief()))
+    rejected(admit(fakes.grown(0, max_stolen_share=share - 1e-6), thief()))
 
 
 def test_replay_equals_a_direct_computation() -> None:
@@ -100,7 +100,7 @@ def test_fresh_samples_of_an_old_domain_are_no_new_domain() -> None:
 
 
 def test_the_least_share_of_own_inputs_is_the_policys() -> None:
-    lenient = fakes.grown(0, 1, own=0.0, steal=1.0)
+    lenient = fakes.grown(0, 1, min_own_share=0.0, max_stolen_share=1.0)
     assert admitted(admit(lenient, replace(fakes.domain(0), name="again"))).system.names == ("d0", "d1", "again")
 
 

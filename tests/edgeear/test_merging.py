@@ -47,7 +47,7 @@ def test_twins_become_one_domain_that_serves_both() -> None:
     outcome = merge_domains(system, "d1", "twin")
     domain = merged(system, outcome)
     assert isinstance(outcome, Candidate) and set(outcome.replay) == {"d0", "d1", "twin"}
-    assert max(outcome.replay.values()) <= system.policy.steal
+    assert max(outcome.replay.values()) <= system.policy.max_stolen_share
     assert commit(Live(system, system), outcome).serving is outcome.system
     assert outcome.system.domains[0] is system.domains[0]
     both = merge(system.domain("d1").memory, system.domain("twin").memory)

@@ -227,7 +227,13 @@ def test_bytes_of_a_domain_count_all_that_is_kept() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("alpha", -0.1), ("alpha", float("nan")), ("steal", 1.1), ("own", 2), ("abstain_below", -1)),
+        *(
+            ("alpha", -0.1),
+            ("alpha", float("nan")),
+            ("max_stolen_share", 1.1),
+            ("min_own_share", 2),
+            ("abstain_below", -1),
+        ),
         *(("contenders", 0), ("codes", 0), ("memory_dimensions", 0)),
     ],
 )
