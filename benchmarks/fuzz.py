@@ -45,8 +45,7 @@ from device.daemon.sources import MessageFrames
 from device.daemon.sources.running import Stop
 from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
-from device.mqtt.connection import Connection, Inbound
-from device.mqtt.link import Link, LinkPolicy
+from device.mqtt.link import Inbound, Link, LinkPolicy
 from device.operator.client import BrokerAddress, Operator, operator
 from device.state.codec import to_files
 from tests.device.daemon.test_loop import OWN, Rig, learned, rigged
@@ -78,7 +77,7 @@ class Wire:
         self.refused += _answered(topic, payload) == "refused"
         return True
 
-    def again(self) -> None:
+    def request_redelivery(self) -> None:
         raise Broken("a command found no room, though one comes at a time")
 
     def wake(self) -> None:
@@ -107,14 +106,13 @@ class Inside:
         self.link = Link(
             policy, rig.outbox, status, self._command, self._frame, _unchanged, random.Random(0), lambda: rig.now
         )
-        self._connection = Connection(self.link, 1, "5", cautious=False)
         self._commands = 0
 
     def take(self, message: Message, qos: int = 1) -> None:
         """Give the board one message and let it do all that it does about it."""
         came = MQTTMessage(1, message.topic.encode("utf-8", "surrogatepass"))
         came.payload, came.qos, came.dup, came.properties = message.payload, qos, message.dup, _properties(message)
-        self._connection._on_message(self._connection._client, None, came)
+        self.link._receive(came)
         while self.daemon.turn():
             pass
 
@@ -164,8 +162,8 @@ def inside(folder: Path) -> Iterator[Inside]:
     with rigged(folder) as rig:
         made = Inside(learned(rig))
         rig.outbox.acknowledge([item.id for item in rig.outbox.pending(0, 10_000)])
-        with made.link.bell, made.link._rope:  # a link that was never started does not close them
-            yield made
+        yield made
+        made.link.stop(0)
 
 
 def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = CHECKS) -> Figures:
@@ -203,7 +201,7 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
 
 
 def _qos(message: Message) -> int:
-    """As a board subscribes. In-process this matters, too: paho keeps acknowledgements for want of a connection."""
+    """As a board subscribes. In-process this matters, too: acknowledgements are kept until there is a connection."""
     return 0 if message.topic.endswith("/frame") else 1
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from device.daemon.metrics import Metrics
     from device.daemon.sources import Source
-    from device.mqtt.connection import Inbound
+    from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
 INBOX, INBOX_BYTES = 256, 32 << 20
@@ -237,7 +237,7 @@ class Daemon:
                 return command
             overflowed, self._overflowed = self._overflowed, False
         if overflowed and self.link is not None:
-            self.link.again()
+            self.link.request_redelivery()
         return None
 
     def _command(self, inbound: Inbound) -> None:

@@ -31,7 +31,7 @@ from edgeear.system import System
 from edgeear.types import U8
 
 if TYPE_CHECKING:
-    from device.mqtt.connection import Inbound
+    from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
 MAX_TEXT = 2000
@@ -43,7 +43,7 @@ class Link(Protocol):
 
     def acknowledge(self, inbound: Inbound) -> None: ...
 
-    def again(self) -> None: ...
+    def request_redelivery(self) -> None: ...
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool: ...
 

@@ -1,6 +1,7 @@
 """What the link asks of paho-mqtt 2: a client for one connection, its properties, and words for what goes wrong.
 
-The client keeps no window, does not reconnect, acknowledges nothing by itself: `device.mqtt.connection` does all that.
+The client keeps no window, does not reconnect and acknowledges nothing by itself: `device.mqtt.delivery` and
+`device.mqtt.link` do that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import functools
 import logging
 import socket
 import ssl
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -18,6 +21,38 @@ from paho.mqtt.properties import Properties
 
 CONNECT_S: Final = 10.0
 """Seconds for the TCP connection and TLS, and again for the broker's CONNACK."""
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """Closed when its handshake fails: paho forgets to."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files. `ca` None: the authorities of the system. `cert` and `key`: the board's own, None where the broker
+    wants none. They are read at each connect, so that renewed files are used without a restart."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Checks the broker's certificate and name; TLS 1.2 or later. Raises OSError for an unreadable file."""
+        for path in filter(None, (self.ca, self.cert, self.key)):
+            path.open("rb").close()  # ssl's own error does not name the file
+        context = ssl.create_default_context(cafile=self.ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _TlsSocket
+        if self.cert is not None:
+            context.load_cert_chain(self.cert, self.key)
+        return context
 
 
 def make_client(client_id: str, five: bool, username: str | None, password: str | None, errors: LastError) -> Client:
@@ -61,11 +96,11 @@ def will_properties(content_type: str) -> Properties:
     return properties_of(PacketTypes.WILLMESSAGE, ContentType=content_type, WillDelayInterval=0)
 
 
-def publish_properties(content_type: str, expiry_s: int | None, correlation: str | None) -> Properties:
+def publish_properties(content_type: str, expiry_s: int | None, correlation: bytes | None) -> Properties:
     if correlation is None:
         return _usual_properties(content_type, expiry_s)
     properties = _new_properties(content_type, expiry_s)
-    properties.CorrelationData = bytes.fromhex(correlation)
+    properties.CorrelationData = correlation
     return properties
 
 
@@ -80,11 +115,6 @@ def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
     return properties
-
-
-def packed(properties: Properties) -> int:
-    """Bytes of `properties` in a packet."""
-    return len(cast(Any, properties).pack())
 
 
 def explain(error: Exception, host: str, port: int) -> str:

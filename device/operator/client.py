@@ -24,8 +24,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.mqtt import messages, topics
-from device.mqtt.link import TlsFiles
-from device.mqtt.paho import explain, properties_of
+from device.mqtt.paho import TlsFiles, explain, properties_of
 from edgeear.errors import DeviceError, UsageError
 
 WAIT_S = 10.0

@@ -7,8 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -16,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from device.mqtt.items import Item
 from device.mqtt.link import Inbound, Link, LinkPolicy
 
 PATIENCE = 30.0
@@ -39,15 +39,6 @@ class Signal:
             assert self._changed.wait_for(predicate, PATIENCE), f"waited {PATIENCE} s in vain for {what}"
 
 
-@dataclass(frozen=True)
-class Item:
-    id: int
-    cls: Literal["telemetry", "frame", "response", "event"]
-    topic: str
-    payload: bytes
-    properties: dict[str, Any] = field(default_factory=dict)
-
-
 class MemoryOutbox:
     """What the link needs of the outbox, without a disk. `looks` counts the calls of `pending`."""
 
@@ -57,7 +48,7 @@ class MemoryOutbox:
     def put(self, payload: bytes, topic: str = f"{PREFIX}/event", **properties: Any) -> int:
         with self.signal.change():
             self.last += 1
-            self.items[self.last] = Item(self.last, "event", topic, payload, properties)
+            self.items[self.last] = Item(self.last, "event", topic, payload, properties, 0.0)
             return self.last
 
     def pending(self, after: int, limit: int) -> list[Item]:

@@ -21,7 +21,7 @@ from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.loop import Daemon
 from device.mqtt import messages
-from device.mqtt.connection import Inbound
+from device.mqtt.link import Inbound
 from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.mqtt.settings import NAMES, LiveSettings
 from device.state.codec import from_files
@@ -47,7 +47,7 @@ class Wire:
     def acknowledge(self, inbound: Inbound) -> None:
         self.acknowledged.append(inbound)
 
-    def again(self) -> None:
+    def request_redelivery(self) -> None:
         self.asked_again += 1
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:

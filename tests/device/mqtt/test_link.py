@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paho.mqtt.client import MQTTMessage
 
-from device.mqtt.connection import Rate
+from device.mqtt.delivery import Rate
 from device.mqtt.link import LinkPolicy, TlsFiles
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from edgeear.errors import DeviceError, UsageError
