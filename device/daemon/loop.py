@@ -36,7 +36,7 @@ from device.daemon import machine
 from device.daemon.commands import Commands
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
-from device.daemon.outgoing import Link, Outgoing, outbox_facts
+from device.daemon.outgoing import Outgoing, Uplink, outbox_facts
 from device.daemon.telemetry import Window
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxDamaged
@@ -114,12 +114,12 @@ class Daemon:
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
 
     @property
-    def link(self) -> Link | None:
+    def link(self) -> Uplink | None:
         """The way to the broker; None for a board without one."""
         return self.out.link
 
     @link.setter
-    def link(self, link: Link | None) -> None:
+    def link(self, link: Uplink | None) -> None:
         self.out.link = link
 
     # Called by other threads

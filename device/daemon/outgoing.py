@@ -38,8 +38,8 @@ MAX_TEXT = 2000
 """Characters of the sentence in an event."""
 
 
-class Link(Protocol):
-    """What is asked of device.mqtt.link.Link."""
+class Uplink(Protocol):
+    """What the daemon needs of `device.mqtt.link.Link`."""
 
     def acknowledge(self, inbound: Inbound) -> None: ...
 
@@ -55,7 +55,7 @@ class Outgoing:
 
     def __init__(self, outbox: Outbox, address: tuple[str, str], session: str, clock: Callable[[], float]) -> None:
         self.outbox, self.session = outbox, session
-        self.link: Link | None = None
+        self.link: Uplink | None = None
         self._site, self._device = address
         self._clock, self._stamp = clock, messages.Stamper(session, outbox.boot)
 
