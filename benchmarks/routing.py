@@ -94,15 +94,15 @@ def grown(folder: Path, encoder: OnnxEncoder, seed: int) -> tuple[System, list[F
     empty = System(encoder.digest, space)
     m, taps, tests = empty.policy.memory_dimensions, [t.name for t in space.taps], []
     domains = []
-    with FeatureCache(cache_dir() / "features.sqlite", CACHE_BYTES) as cache:
-        for name in data.domains:
-            train, test = split(data.items[name], TESTED)
-            h = space.encode(featurise(train, encoder, taps, cache=cache))
-            tests.append(space.encode(featurise(test, encoder, taps, cache=cache)))
-            own, labels = np.unique([item.label for item in train], return_inverse=True)
-            classes = tuple(data.classes[c] for c in own)
-            head, growth = refit(rounded(learn(h, labels, classes, m)))
-            domains.append(learned(empty, name, h, labels, classes, head, growth, seed))
+    cache = FeatureCache(cache_dir() / "features", CACHE_BYTES)
+    for name in data.domains:
+        train, test = split(data.items[name], TESTED)
+        h = space.encode(featurise(train, encoder, taps, cache=cache))
+        tests.append(space.encode(featurise(test, encoder, taps, cache=cache)))
+        own, labels = np.unique([item.label for item in train], return_inverse=True)
+        classes = tuple(data.classes[c] for c in own)
+        head, growth = refit(rounded(learn(h, labels, classes, m)))
+        domains.append(learned(empty, name, h, labels, classes, head, growth, seed))
     return System(encoder.digest, space, empty.policy, tuple(domains)), tests
 
 

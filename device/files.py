@@ -47,8 +47,11 @@ def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
         raise UsageError("no home directory for the cache: set EDGEEAR_CACHE to a folder") from error
 
 
-def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda: None) -> None:
-    """Replace `path` by `content` in one step: the old file or the new one, never a part."""
+def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda: None, *, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step: the old file or the new one, never a part.
+
+    `saving` is called before the new file appears. Without `durable`, a power cut may damage the file.
+    """
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     temporary = Path(name)
     try:
@@ -56,10 +59,12 @@ def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda:
             file.write(content)
             file.flush()
             os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         saving()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)

@@ -40,7 +40,7 @@ class DataOptions:
     `order` None takes all domains, sorted. `shots` is the number of training images a class, None for all. `spatial`
     is how many of the encoder's last spatial taps are read: none, because closed-form heads on the pooled taps do
     better on these data and maps multiply the memory. `test_on_rest` adds the training images that `shots` left out to
-    the test images. `cache` is the feature cache's file, None for the default one. `on_bad` says
+    the test images. `cache` is the feature cache's folder, None for the default one. `on_bad` says
     whether an undecodable file stops the run or is left out.
     """
 
@@ -131,10 +131,10 @@ def read_domains(
     space = HypervectorSpace(pooled_taps(encoder))
     taps = [t.name for t in space.taps]
     taps += [t.name for t in encoder.taps if t.spatial][-options.spatial :] if options.spatial else []
-    with FeatureCache(options.cache or cache_dir() / "features.sqlite", CACHE_BYTES) as cache:
-        reader = _Reader(options, encoder, taps, cache, on_progress)
-        domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
-        warnings = (*folder.warnings, *cache.warnings, *reader.bad.values())
+    cache = FeatureCache(options.cache or cache_dir() / "features", CACHE_BYTES)
+    reader = _Reader(options, encoder, taps, cache, on_progress)
+    domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
+    warnings = (*folder.warnings, *cache.warnings, *reader.bad.values())
     return EvalData(domains, folder.classes, space, warnings)
 
 

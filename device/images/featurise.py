@@ -5,7 +5,7 @@ Rules that this file owns:
 2. All pooled taps of the encoder are computed and stored together, each spatial tap apart.
 3. A file that does not decode stops nothing: the others are encoded and cached first, then it is reported.
 4. Features are stored under the digest of the very bytes that were decoded.
-5. An interruption loses the batches in work; a kill loses `WRITE_ROWS` images more.
+5. An interruption or a kill loses the batches in work.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from edgeear.errors import DataError, UsageError
 from edgeear.types import F32, Encoder, Tap
 
 BATCH = 8
-READ_ROWS = 256
-WRITE_ROWS = 64
 DECODER = 1
 """Raise it when `decode.py` or `views.py` gives other pixels for the same bytes: it is part of every cache key."""
 
@@ -133,8 +131,7 @@ def _groups(encoder: Encoder, names: Sequence[str]) -> tuple[_Group, ...]:
     groups = [_Group(tap.name, (tap,)) for tap in wanted if tap.spatial]
     if any(not tap.spatial for tap in wanted):
         pooled = tuple(tap for tap in encoder.taps if not tap.spatial)
-        layout = hashlib.sha256(repr([(tap.name, tap.shape) for tap in pooled]).encode()).hexdigest()
-        groups.insert(0, _Group(f"pooled:{layout[:16]}", pooled))
+        groups.insert(0, _Group("pooled taps", pooled))
     return tuple(groups)
 
 
@@ -160,7 +157,6 @@ class _Run:
     out: dict[str, F32] = field(init=False)
     missing: list[int] = field(init=False)
     bad: dict[int, UndecodableInput] = field(default_factory=dict)
-    unwritten: list[tuple[FeatureKey, Array]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         augment(np.zeros((2, 2, 3), np.uint8), self.view)  # refuses an unknown view before any work
@@ -172,29 +168,25 @@ class _Run:
     def key(self, content: bytes, group: _Group) -> FeatureKey:
         height, width = self.encoder.input_size
         pixels = f"{self.view}/{height}x{width}/decoder{DECODER}"
-        return FeatureKey(content, self.encoder.digest, pixels, group.name)
+        return FeatureKey(content, self.encoder.digest, pixels, tuple(tap.name for tap in group.taps))
 
     def read_cache(self) -> None:
         if self.cache is not None:
-            missing: list[int] = []
-            for start in range(0, len(self.items), READ_ROWS):
-                missing += self._read_chunk(self.cache, range(start, min(start + READ_ROWS, len(self.items))))
-            self.missing = missing
-        self._report()
+            self.missing = [place for place in self.missing if not self._cached(self.cache, place)]
+        self._report(len(self.missing))
 
-    def _read_chunk(self, cache: FeatureCache, places: range) -> list[int]:
-        """Fill the rows of `places` that the cache holds for every group; return the others."""
-        contents = cache.digests([self.items[place].path for place in places])
-        known = [(place, content) for place, content in zip(places, contents, strict=True) if content]
-        missing = set(places).difference(place for place, _ in known)
+    def _cached(self, cache: FeatureCache, place: int) -> bool:
+        """Fill the row of an item; False unless the cache holds all of it."""
+        try:
+            content = hashlib.sha256(read_input(self.items[place].path)).digest()
+        except UndecodableInput:
+            return False
         for group in self.groups:
-            stored = cache.get_many([self.key(content, group) for _, content in known])
-            for (place, _), array in zip(known, stored, strict=True):
-                if array is None or array.shape != group.shape:
-                    missing.add(place)
-                else:
-                    group.unpack(array, self.out, place)
-        return sorted(missing)
+            row = cache.get(self.key(content, group))
+            if row is None or row.shape != group.shape:
+                return False
+            group.unpack(row, self.out, place)
+        return True
 
     def encode_missing(self, workers: int) -> None:
         """Encode what is missing; what is done is written even when this is interrupted."""
@@ -208,7 +200,6 @@ class _Run:
                 self._report(left)
         finally:
             pool.shutdown(cancel_futures=True)
-            self._write()
 
     def _encode(self, places: Sequence[int]) -> _Encoded:
         """Decode, augment and encode one batch. Runs on a worker: touches neither cache nor results."""
@@ -241,19 +232,12 @@ class _Run:
         for place, content, arrays in encoded.rows:
             for group, array in zip(self.groups, arrays, strict=True):
                 group.unpack(array, self.out, place)
-                self.unwritten.append((self.key(content, group), array))
-        if len(self.unwritten) >= WRITE_ROWS * len(self.groups):
-            self._write()
+                if self.cache is not None:
+                    self.cache.put(self.key(content, group), array)
 
-    def _write(self) -> None:
-        if self.cache is not None and self.unwritten:
-            self.cache.put_many(self.unwritten)
-        self.unwritten = []
-
-    def _report(self, left: int | None = None) -> None:
+    def _report(self, left: int) -> None:
         if self.on_progress is not None:
-            total = len(self.items)
-            self.on_progress("features", total - (len(self.missing) if left is None else left), total)
+            self.on_progress("features", len(self.items) - left, len(self.items))
 
 
 def _in_order(

@@ -121,7 +121,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "features.sqlite"
+    return tmp_path_factory.mktemp("cache") / "features"
 
 
 def options(root: Path, cache: Path, *order: str, **changes: Any) -> EvalOptions:
