@@ -151,13 +151,15 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """A frame and what was found out about it; `code (D,)` is None where nothing was learned yet."""
+class Seen:
+    """A frame and what was found out about it; `code (D,)` is None where nothing was learned yet, `label` and `route`
+    where the board abstained."""
 
     number: int
     frame: U8
     p: float
     code: F32 | None
+    label: str | None
     route: str | None
 
 
@@ -165,7 +167,7 @@ class _Seen:
 class _Waiting:
     """Frames that wait for labels since `since` (seconds), and what an operator wants their domain called."""
 
-    seen: tuple[_Seen, ...]
+    seen: tuple[Seen, ...]
     since: float
     name: str | None = None
 
@@ -202,7 +204,7 @@ class Board:
         self._learner = learner or InlineLearner(encoder, self.engine, self.policy.adapt, on_progress)
         self._on_event = on_event
         self._state = ShiftState()
-        self._recent: deque[_Seen] = deque(maxlen=max(self.policy.memory, self.policy.labels))
+        self._recent: deque[Seen] = deque(maxlen=max(self.policy.memory, self.policy.labels))
         self._waiting: _Waiting | None = None
         self._job: Job | None = None
         self._probation: list[bool] = []
@@ -231,9 +233,14 @@ class Board:
         """Whether labels or a learner are waited for: `poll` has something to ask."""
         return self._waiting is not None or self._job is not None
 
-    def wanted(self) -> tuple[tuple[int, U8, str | None], ...]:
-        """The frames whose labels are waited for: sample number, frame, and the route that it took."""
-        return () if self._waiting is None else tuple((s.number, s.frame, s.route) for s in self._waiting.seen)
+    def wanted(self) -> tuple[Seen, ...]:
+        """The frames whose labels are waited for."""
+        return () if self._waiting is None else self._waiting.seen
+
+    @property
+    def wanted_until(self) -> float | None:
+        """When the wait for labels ends, in seconds; None where none is waited for."""
+        return None if self._waiting is None else self._waiting.since + self.policy.patience
 
     @property
     def moment(self) -> tuple[int, float]:
@@ -245,7 +252,7 @@ class Board:
         self._at += 1
         self._events = []
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
-        self._recent.append(_Seen(self._at, frame, prediction.p, prediction.code, prediction.route))
+        self._recent.append(Seen(self._at, frame, prediction.p, prediction.code, prediction.label, prediction.route))
         if self.phase == "probation":
             self._watch(prediction)
         elif self.phase == "serving" and not self.paused and (shift or not self.system.domains):
@@ -512,6 +519,6 @@ class Board:
         self._on_event(event)
 
 
-def _codes(seen: Sequence[_Seen] | deque[_Seen]) -> F32:
+def _codes(seen: Sequence[Seen] | deque[Seen]) -> F32:
     """Hypervectors `(frames, D)` of frames seen; those seen before anything was learned have none."""
     return np.stack([s.code for s in seen if s.code is not None])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from device.cli.common import ConfigPath, existing
 from edgeear.errors import UsageError
@@ -47,12 +48,24 @@ BoardName = Annotated[str, typer.Argument(help="SITE/DEVICE.", show_default=Fals
 Wait = Annotated[float, typer.Option("--wait", min=0.1, max=86_400, help="Seconds to wait for the answer.")]
 
 
-@app.command(epilog="Example: `edgeear send plant/cam-1 forget domain=winter`")
+class _Send(TyperCommand):
+    """Its help ends with all commands, from their models, which are imported only when the help is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from device.mqtt.messages import COMMANDS
+
+        rows = (f"{name} {row.usage()}".strip() + f": {row.help()}" for name, row in COMMANDS.items())
+        self.epilog = "\n\n".join(("Commands, fields in brackets are optional:", *rows, EXAMPLE))
+        super().format_help(ctx, formatter)
+
+
+EXAMPLE = "Example: `edgeear send plant/cam-1 forget domain=winter`"
+
+
+@app.command(cls=_Send, epilog=EXAMPLE)
 def send(
     board: BoardName,
-    command: Annotated[
-        str, typer.Argument(help="infer, label, adapt, rollback, confirm, pause, set-policy, report or forget.")
-    ],
+    command: Annotated[str, typer.Argument(help="One of the commands listed below.")],
     fields: Annotated[
         list[str] | None,
         typer.Argument(help="The command's fields, NAME=VALUE; a value is JSON or else text, @FILE a picture."),

@@ -135,7 +135,7 @@ class Commands:
                 reason=f"labels are for session {command.session}, this one is {self._session}: its frames are gone, "
                 "label those that the latest label-wanted event names",
             )
-        held = {at for at, _, _ in self.board.wanted()}
+        held = {seen.number for seen in self.board.wanted()}
         fitting = {at: label for at, label in command.labels.items() if at in held}
         self.labels.add(fitting, command.domain)
         unknown = sorted(command.labels.keys() - held)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from device.board.board import Board
+from device.board.board import Board, Seen
 from device.board.events import (
     ENDED,
     Event,
@@ -43,7 +43,6 @@ from device.mqtt.outbox import Outbox, OutboxDamaged
 from device.mqtt.settings import LiveSettings
 from edgeear import __version__
 from edgeear.errors import DataError, DeviceError
-from edgeear.types import U8
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -108,7 +107,7 @@ class Daemon:
         self._inbox: deque[Inbound] = deque()
         self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
         self._wake = wake or threading.Event()
-        self._requests: deque[tuple[int, U8, str | None]] = deque()
+        self._requests: deque[Seen] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
         self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
@@ -292,9 +291,9 @@ class Daemon:
         """Send one frame that wants a label, if its label is still wanted."""
         if not self._requests:
             return False
-        at, frame, route = self._requests.popleft()
-        if any(at == number for number, _, _ in self.board.wanted()):
-            self.out.label_request(at, frame, route)
+        seen, until = self._requests.popleft(), self.board.wanted_until
+        if until is not None and seen in self.board.wanted():
+            self.out.label_request(seen, until)
         return True
 
     def _look_at_source(self) -> None:

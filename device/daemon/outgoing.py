@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
+from device.board.board import Seen
 from device.board.events import Event, bounded
 from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
@@ -78,9 +79,10 @@ class Outgoing:
         state = outbox_facts(self.outbox.counters(), self._clock())
         self._put(topics.TELEMETRY, messages.Telemetry, {**facts, "outbox": state})
 
-    def label_request(self, at: int, frame: U8, route: str | None) -> None:
-        """A frame whose label is wanted, as a person would look at it."""
-        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {"at": at, "image": picture(frame), "route": route})
+    def label_request(self, seen: Seen, until: float) -> None:
+        """A frame whose label is wanted, as a person would look at it; the board waits `until` then, unix seconds."""
+        facts = {"at": seen.number, "image": picture(seen.frame), "guess": seen.label, "route": seen.route}
+        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, "until": until})
 
     def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
         """The answer for a frame."""

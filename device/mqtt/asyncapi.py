@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
 
-from device.mqtt.messages import PROTOCOL, VERSION, Message, Response
+from device.mqtt.messages import PROTOCOL, VERSION, Command, Message, Response
 from device.mqtt.topics import COMMAND, STATUS, TOPICS, Topic
 
 BINDING: Final = "0.2.0"
@@ -109,16 +109,11 @@ def _channel_id(row: Topic, model: type[Message] | None) -> str:
 
 
 def _address(row: Topic, model: type[Message] | None) -> str:
-    return f"command/{_command_name(model)}" if row is COMMAND else row.name
-
-
-def _command_name(model: type[Message] | None) -> str:
-    return str(getattr(model, "name", ""))
+    return f"command/{model.name}" if model is not None and issubclass(model, Command) else row.name
 
 
 def _about(row: Topic, model: type[Message] | None) -> str:
-    text = model.__doc__ if model is not None and row is COMMAND else row.about
-    return " ".join((text or "").split())
+    return model.help() if model is not None and issubclass(model, Command) else row.about
 
 
 def _channels() -> Object:

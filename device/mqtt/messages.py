@@ -205,7 +205,9 @@ class Telemetry(_Stamped):
 
 
 class PredictionMessage(Message):
-    """The answer for one frame, `at` its sample number. `label` is null where the board abstained."""
+    """The answer for one frame, `at` its sample number. `label` and `score` are null where the board abstained. `score`
+    is the predicted class's: the head's own score, larger is better, comparable within one head only; where two heads
+    answered, a share of 1."""
 
     session: Session
     boot: Count
@@ -223,7 +225,8 @@ class PredictionMessage(Message):
 
 class LabelRequest(_Stamped):
     """A frame whose class the board wants to know: answer with the command `label`, this session and this `at`.
-    `guess` and `route` are the board's own idea, `until` is when it stops waiting."""
+    `guess` is the class that the board predicted, `route` the domain that answered, null where it abstained; `until` is
+    when it stops waiting."""
 
     at: Count
     image: RequestImage
@@ -273,14 +276,14 @@ class Command(Message):
         return " ".join((cls.__doc__ or "").split())
 
     @classmethod
-    def parameters(cls) -> dict[str, bool]:
-        """The fields that belong to this command alone: name -> whether it must be given."""
-        own = {name: field for name, field in cls.model_fields.items() if name not in Command.model_fields}
-        return {name: field.is_required() for name, field in own.items()}
+    def usage(cls) -> str:
+        """The fields that belong to this command, those that may be left out in brackets."""
+        own = [(name, field) for name, field in cls.model_fields.items() if name not in Command.model_fields]
+        return " ".join(name if field.is_required() else f"[{name}]" for name, field in own)
 
 
 class Infer(Command):
-    """Predict for this image; the stream and its detector do not see it."""
+    """Predict for one picture, JPEG or PNG; the stream and its detector do not see it."""
 
     limit: ClassVar[int] = 6 << 20
     name: ClassVar[str] = "infer"
@@ -293,7 +296,8 @@ class Infer(Command):
 
 
 class Label(Command):
-    """Class names of frames by sample number, which count within a session."""
+    """Give class names to frames, by the sample numbers and the session of their label requests. `domain` names what is
+    new."""
 
     limit: ClassVar[int] = MAX_PAYLOAD
     name: ClassVar[str] = "label"
@@ -303,14 +307,15 @@ class Label(Command):
 
 
 class Adapt(Command):
-    """Adapt to what was just seen, without waiting for a shift."""
+    """Learn from what is being seen, without waiting for a shift. While labels are awaited: from those that came. The
+    name of a known domain learns that one anew."""
 
     name: ClassVar[str] = "adapt"
     domain: Name | None = None
 
 
 class Rollback(Command):
-    """Back to the generation before the serving one."""
+    """Undo the generation on probation: the one before it serves again."""
 
     name: ClassVar[str] = "rollback"
 
@@ -322,14 +327,14 @@ class Confirm(Command):
 
 
 class Pause(Command):
-    """Stop, or go on with, learning; predictions never stop."""
+    """Stop learning, or go on; predictions never stop. It survives restarts."""
 
     name: ClassVar[str] = "pause"
     paused: bool
 
 
 class SetPolicy(Changes, Command):  # type: ignore[misc]
-    """Settings that survive restarts; at least one."""
+    """Change at least one setting; it survives restarts."""
 
     name: ClassVar[str] = "set-policy"
 
@@ -347,13 +352,13 @@ class SetPolicy(Changes, Command):  # type: ignore[misc]
 
 
 class Report(Command):
-    """Describe the board: domains, generations, settings."""
+    """Describe the board: domains, phase, session, settings, outbox, source."""
 
     name: ClassVar[str] = "report"
 
 
 class Forget(Command):
-    """Forget a domain, or one class of it."""
+    """Forget a domain, or one class of it, in every stored generation. There is no way back."""
 
     name: ClassVar[str] = "forget"
     domain: Name

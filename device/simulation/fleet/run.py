@@ -241,7 +241,7 @@ class _Run:
     def _taught(self, device: Device) -> Taught:
         begun, board = time.monotonic(), device.daemon.board
         heard = self.operator.heard[device.name]
-        wanted = [at for at, _, _ in board.wanted()]
+        wanted = [seen.number for seen in board.wanted()]
         self._await(lambda: set(wanted) <= set(heard.wanted))
         labels = {at: device.shown[at - 1].label for at in heard.wanted if at in wanted}
         body = {"session": device.daemon.session, "labels": labels, "domain": device.target}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import pytest
 from PIL import Image
 
+from device.daemon.commands import TABLE
 from device.daemon.config.settings import sections
 from device.daemon.metrics import Metrics
 from device.mqtt import messages, topics
@@ -65,6 +67,23 @@ def test_the_table_of_topics_is_the_codes() -> None:
         return [f"`{row.name}`", row.direction, str(row.qos), retained, expiry(row), row.cls or "", row.about]
 
     assert cells("topic") == [line(row) for row in topics.TOPICS]
+
+
+def test_the_table_of_commands_is_the_codes() -> None:
+    assert cells("command") == [[f"`{name}`", row.usage(), row.help()] for name, row in messages.COMMANDS.items()]
+    assert {row.name for row in TABLE} == set(messages.COMMANDS) and all(row[2] for row in cells("command"))
+
+
+def test_the_help_of_send_lists_every_command() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", "from device.cli.app import main; main(['send', '--help'])"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
+    )
+    told = " ".join(shown.stdout.replace("`", "").split())
+    for name, row in messages.COMMANDS.items():
+        assert f"{name} {row.usage()}".strip() + f": {row.help()}".replace("`", "") in told
 
 
 def test_every_event_has_a_meaning() -> None:

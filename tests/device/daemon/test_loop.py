@@ -26,6 +26,8 @@ from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.mqtt.settings import NAMES, LiveSettings
 from device.state.codec import from_files
 from device.state.store import Store, StoreFull
+from edgeear.flow import infer
+from edgeear.shift import ShiftState
 from edgeear.system import Live
 from edgeear.types import U8
 from tests.support import fakes
@@ -179,6 +181,36 @@ def test_a_board_is_taught_over_mqtt_alone(rig: Rig) -> None:
     assert rig.board.system.names == ("day",)
     stamps = [(event["boot"], event["seq"]) for event in rig.told()]
     assert stamps == sorted(set(stamps)) and all(event["session"] == rig.session for event in rig.told())
+
+
+def test_a_label_request_says_what_was_predicted_and_how_long_the_board_waits(rig: Rig) -> None:
+    learned(rig)
+    asked = len(rig.told("frame"))
+    assert {(request["guess"], request["route"]) for request in rig.told("frame")} == {(None, None)} and asked == 40
+    rig.command("set-policy", predictions=True, label_wait_s=100.0)
+    rig.show(0, 10, seed=4)
+    rig.command("adapt")
+    until = rig.now + 100
+    rig.now += 5
+    rig.rest()
+    predicted = {sent["at"]: sent["label"] for topic, sent in rig.wire.sent if topic.endswith("/prediction")}
+    requests = rig.told("frame")[asked:]
+    assert {r["at"]: r["guess"] for r in requests if r["at"] in predicted} == predicted and len(predicted) == 10
+    assert len({r["guess"] for r in requests}) == 3
+    assert all(r["route"] == "day" and r["until"] == pytest.approx(until) for r in requests)
+
+
+def test_a_prediction_carries_the_score_of_its_class(rig: Rig) -> None:
+    learned(rig)
+    rig.command("set-policy", predictions=True)
+    (frame,) = shown(0, 1, 9)
+    expected, _, _ = infer(rig.board.system, rig.board.engine, ShiftState(), frame)
+    assert expected.label is not None
+    rig.show(0, 1, seed=9)
+    response = rig.command("infer", image=jpeg(frame))
+    assert response is not None
+    for told in (rig.wire.sent[-1][1], response["result"]):
+        assert told["label"] == expected.label and told["score"] == pytest.approx(float(max(expected.scores)))
 
 
 def test_infer_answers_and_leaves_no_trace(rig: Rig) -> None:
@@ -393,7 +425,7 @@ def test_predictions_are_published_only_when_asked_for(rig: Rig) -> None:
     rig.command("set-policy", predictions=True)
     rig.show(0, 1)
     topic, message = rig.wire.sent[-1]
-    assert topic == f"{OWN}/prediction" and message["at"] == 3 and message["label"] is None
+    assert topic == f"{OWN}/prediction" and message["at"] == 3 and message["label"] is message["score"] is None
 
 
 def test_a_full_disk_stops_learning_and_not_predictions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
