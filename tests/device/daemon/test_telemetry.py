@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import random
 import time
 from pathlib import Path
@@ -17,7 +18,6 @@ from device.daemon import machine
 from device.daemon.machine import CpuShare
 from device.daemon.telemetry import KEPT, Reservoir, Window
 from device.mqtt import messages
-from device.mqtt.fields import MAX_DOMAINS
 from edgeear.flow import Prediction
 
 REST: dict[str, Any] = dict(
@@ -60,7 +60,7 @@ def test_a_reservoir_never_holds_more_than_it_may_nor_what_is_no_number(values: 
     for value in [*values, *range(more)]:
         reservoir.add(value)
     finite = sum(math.isfinite(value) for value in values) + more
-    assert reservoir.seen == finite and len(reservoir.values) == min(finite, KEPT)
+    assert reservoir.seen == finite and len(reservoir.values) == min(finite, 4096)
     assert all(math.isfinite(value) for value in reservoir.values)
 
 
@@ -108,11 +108,11 @@ def test_before_anything_is_learned_there_is_no_novelty() -> None:
 
 def test_more_routes_than_a_message_holds_leave_the_most_frequent() -> None:
     filled = window()
-    for number in range(MAX_DOMAINS + 20):
+    for number in range(256 + 20):
         for _ in range(2 if number >= 20 else 1):
             filled.add(prediction(route=f"d{number}"), 0.01)
     message = told(filled)
-    assert set(message.routes) == {f"d{number}" for number in range(20, MAX_DOMAINS + 20)}
+    assert set(message.routes) == {f"d{number}" for number in range(20, 256 + 20)}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_no_thermal_zones_at_all(tmp_path: Path) -> None:
 def test_resident_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     statm = tmp_path / "statm"
     statm.write_text("9999 512 1 1 0 1 0\n")
-    assert machine.rss_mb(statm) == 512 * machine._PAGE / 2**20
+    assert machine.rss_mb(statm) == 512 * mmap.PAGESIZE / 2**20
     assert 1 < machine.rss_mb() < 100_000
 
 

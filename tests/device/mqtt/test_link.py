@@ -193,10 +193,18 @@ def test_a_failing_disk_or_callback_does_not_end_the_link(plain: Mosquitto, capl
 
 
 def test_frames_come_only_where_wanted(plain: Mosquitto) -> None:
-    with Operator(plain.port, name="eye") as operator, Board(plain.port, device="eye", frames=True) as board:
-        board.wait_connected()
-        operator.send("eye", "frame", b"\xff\xd8")
-        board.signal.wait(lambda: board.frames == [b"\xff\xd8"])
+    with (
+        Operator(plain.port, name="eyes") as operator,
+        Board(plain.port, device="eye", frames=True) as eye,
+        Board(plain.port, device="blind") as blind,
+    ):
+        for device, board in (("eye", eye), ("blind", blind)):
+            board.wait_connected()
+            operator.send(device, "frame", b"\xff\xd8")
+            operator.send(device, "report", b"{}")  # comes after the frame: MQTT keeps the order
+            board.wait_commands(1)
+        eye.signal.wait(lambda: eye.frames == [b"\xff\xd8"])
+        assert blind.frames == []
 
 
 def test_mqtt_311(plain: Mosquitto) -> None:
