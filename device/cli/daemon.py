@@ -17,7 +17,7 @@ from device.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, existing
 
 if TYPE_CHECKING:
     from device.daemon.assemble import Running
-    from device.daemon.config.doctor import Finding
+    from device.daemon.finding import Finding
 
 app = typer.Typer()
 

@@ -20,20 +20,18 @@ import ssl
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from device.daemon.config import probes
 from device.daemon.config.certificates import Validity, validity
 from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
-from device.daemon.config.settings import Config, MqttSection, SourceSection
+from device.daemon.config.settings import Config, MqttSection
+from device.daemon.finding import Finding, Verdict, reason
 from device.provenance import installation
 from device.state.store import StoreBusy
 from edgeear.errors import EdgeearError, FormatError
 
-Verdict = Literal["ok", "warning", "problem"]
 INFERENCE_MB = 200
 """Measured of the inference process, rounded up."""
 DISK_MB = 200
@@ -42,16 +40,6 @@ SLOW_MS = 200.0
 SOON_S = 30 * 86_400.0
 EARLIEST = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`remedy` is empty where all is well."""
-
-    check: str
-    verdict: Verdict
-    text: str
-    remedy: str = ""
 
 
 Findings = Iterator[Finding]
@@ -67,7 +55,6 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
     is called. `config_path` is the file that `config` came from."""
     now = clock()
     encoder = probes.encoder(config.device.encoder, config.device.threads)
-    digest = encoder.digest if isinstance(encoder, EncoderFacts) else None
     learning, mqtt, state = config.learning, config.mqtt, config.device.state
     checks: list[tuple[str, Callable[[], Findings]]] = [
         ("cpu", lambda: check_cpu(probes.read("/proc/cpuinfo"), platform.machine())),
@@ -77,10 +64,10 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
         ("state", lambda: check_state(state, probes.writable)),
         ("disk", lambda: check_disk(probes.free_mb(state), config.outbox.max_mb)),
         ("encoder", lambda: check_encoder_file(encoder)),
-        ("store", lambda: check_store(lambda: probes.store(config.device.store), digest)),
+        ("store", lambda: check_store(lambda: probes.store(config.device.store), encoder.digest)),
         ("outbox", lambda: check_outbox(config.device.outbox)),
         ("learning", lambda: check_learning(learning.enabled, probes.installed)),
-        ("source", lambda: check_source(config.source, probes.installed, probes.connect)),
+        ("source", lambda: config.source.check(probes)),
         ("secrets", lambda: check_secrets(config, config_path)),
         ("certificate", lambda: check_certificate(mqtt.cert, now)),
         ("broker", lambda: check_broker(mqtt, probes.broker, now)),
@@ -188,11 +175,8 @@ def check_disk(free_mb: float, outbox_mb: int) -> Findings:
         yield Finding("disk", verdict, text, "free some, or lower outbox.max_mb")
 
 
-def check_encoder_file(encoder: EncoderFacts | str) -> Findings:
-    """What `probes.encoder` found: facts, or in words why there are none."""
-    if isinstance(encoder, str):
-        yield Finding("encoder", "problem", encoder, "run `edgeear encoder export` or set device.encoder.session")
-        return
+def check_encoder_file(encoder: EncoderFacts) -> Findings:
+    """Whether the encoder can serve, and how fast it is."""
     for problem in encoder.problems:
         yield Finding("encoder", "problem" if problem.severity == "error" else "warning", problem.what, problem.remedy)
     if encoder.frame_ms is None:
@@ -259,50 +243,6 @@ def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
         yield Finding("learning", "ok", "ready" if enabled else "off")
 
 
-def check_source(
-    source: SourceSection, installed: Callable[[str], bool], connect: Callable[[str, int], object]
-) -> Findings:
-    """Whether what frames come from is there and may be used."""
-    kind, path = source.kind, source.path
-    if kind in ("folder", "replay") and path is not None:
-        needed = os.R_OK | os.X_OK | (os.W_OK if kind == "folder" and source.after == "delete" else 0)
-        if not path.is_dir():
-            yield Finding("source", "problem", f"{path} is no folder", "make it, or change source.path")
-        elif not os.access(path, needed):
-            yield Finding("source", "problem", f"{path}: this user may not use it", "change its permissions")
-        else:
-            yield Finding("source", "ok", f"{kind} {path}")
-        return
-    if kind == "camera" and not installed("cv2"):
-        yield Finding("source", "problem", "OpenCV is not installed", installation("camera"))
-    elif source.url is not None and kind == "serial":
-        yield from _check_sensor_port(source.url, connect)
-    elif kind in ("camera", "serial"):
-        named = source.device or ""
-        file = Path(f"/dev/video{named}" if named.isdecimal() else named)
-        if not file.exists():
-            yield Finding("source", "problem", f"{file}: not there", "check the cable, or change source.device")
-        elif not os.access(file, os.R_OK | os.W_OK):
-            group = "video" if kind == "camera" else "dialout"
-            yield Finding("source", "problem", f"{file}: this user may not use it", f"add the user to group {group}")
-        else:
-            yield Finding("source", "ok", f"{kind} {file}")
-    else:
-        yield Finding(
-            "source", "ok", "frames come by MQTT" if kind == "mqtt" else "none: frames come with commands only"
-        )
-
-
-def _check_sensor_port(url: str, connect: Callable[[str, int], object]) -> Findings:
-    host, _, port = url.removeprefix("tcp://").rpartition(":")
-    try:
-        connect(host.strip("[]"), int(port))
-    except OSError as error:
-        yield Finding("source", "problem", f"{url}: {_reason(error)}", "check its power, its network and source.url")
-    else:
-        yield Finding("source", "ok", f"sensor at {url}")
-
-
 def check_secrets(config: Config, config_path: Path | None) -> Findings:
     """That nobody else reads the key of the board, or a password in the file."""
     files = [] if config.mqtt.key is None else [(config.mqtt.key, "mqtt.key")]
@@ -355,7 +295,7 @@ def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: 
     try:
         found = call(mqtt)
     except OSError as error:
-        yield Finding("broker", "problem", f"{where}: {_reason(error)}", _broker_remedy(error))
+        yield Finding("broker", "problem", f"{where}: {reason(error)}", _broker_remedy(error))
     else:
         if found.certificate is not None:
             yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
@@ -374,18 +314,6 @@ def _judged(check: str, what: str, period: Validity, now: float) -> Finding:
     if period.end - now < SOON_S:
         return Finding(check, "warning", f"{what} expires on {end}", "renew it before then")
     return Finding(check, "ok", f"{what} is valid until {end}")
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is refused ({error.verify_message})"
-    if isinstance(error, ssl.SSLError):
-        return f"no TLS with it ({getattr(error, 'reason', None) or error})"
-    if isinstance(error, socket.gaierror):
-        return "its name is not known"
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return error.strerror or str(error)
 
 
 _NOT_YET, _EXPIRED, _OTHER_NAME, _OTHER_ADDRESS = 9, 10, 62, 64  # X509_V_ERR_ of OpenSSL

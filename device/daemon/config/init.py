@@ -2,11 +2,11 @@
 
 Rules of this file:
 
-1. It is made from the models of config.py, so it cannot say anything else than they do.
-2. `#key = value` is a setting that stands at its default; prose begins with `# `. So a later version's better default
-   reaches a board that never chose its own. Only the names of site and board are set.
-3. A file that is there is not overwritten unless that is asked for; it appears whole, readable by its owner alone,
-   because a password may be written into it.
+1. The text is made from the models of settings.py.
+2. `#key = value` is a setting at its default; a comment for people begins with `# `. So a board that did not choose a
+   value gets the default of the version that it runs. Only the names of site and board are set.
+3. An existing file is replaced only on request. The file appears as a whole, readable by its owner alone, because it
+   may hold a password.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
-from device.daemon.config.settings import PREFIX, Section, sections
+from device.daemon.config.settings import PREFIX, sections
+from device.daemon.section import Section
 from edgeear.errors import DeviceError, UsageError
 
 _INTRODUCTION = f"""\
 # edgeear's configuration. `edgeear doctor` checks it, `edgeear run` follows it.
-# A line that begins with # and a letter is a setting at its default: remove the # to change it.
-# An environment variable {PREFIX}SECTION__KEY goes before the line in this file.
+# A line that begins with # and a letter shows a default: remove the # to change it.
+# An environment variable {PREFIX}SECTION__KEY wins over the line in this file.
 """
 
 
 def commented_toml(name: str = "board") -> str:
-    """The text of a configuration of defaults for a board called `name`."""
+    """The text of a file of defaults for a board called `name`."""
     tables = ("\n".join(_table(title, model, name)) for title, model in sections().items())
     return "\n\n".join([_INTRODUCTION.rstrip(), *tables]) + "\n"
 
@@ -42,10 +44,10 @@ def commented_toml(name: str = "board") -> str:
 def write_config(path: Path, force: bool = False) -> None:
     """Write the commented file to `path`, for a board that has this machine's name.
 
-    Raises `UsageError` where something is there and `force` is not given, `DeviceError` where it cannot be written.
+    Raises `UsageError` if the file exists and `force` is false, `DeviceError` if it cannot be written.
     """
     if not force and os.path.lexists(path):
-        raise UsageError(f"{path} is there already: --force replaces it")
+        raise UsageError(f"{path} exists: use --force to replace it")
     content = commented_toml(_host_name())
     try:
         descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -79,15 +81,20 @@ def _table(title: str, model: type[Section], name: str) -> Iterator[str]:
 
 
 def _range(field: FieldInfo) -> str:
-    """The bounds in words, and whether the key has no default."""
-    if "Literal[" in str(field.annotation):
-        return "One of " + ", ".join(re.findall(r"'([^']*)'", str(field.annotation))) + "."
-    bounds = {
-        kind: getattr(rule, kind) for rule in field.metadata for kind in ("ge", "gt", "le") if hasattr(rule, kind)
-    }
-    if bounds:
-        low = f"above {bounds['gt']:,}" if "gt" in bounds else f"{bounds['ge']:,}"
-        return f"({low} to {bounds['le']:,})"
+    """The choices or the bounds in words, or that the key has no default."""
+    if get_origin(field.annotation) is Literal:
+        return f"One of {', '.join(get_args(field.annotation))}."
+    low = high = ""
+    for rule in field.metadata:
+        match rule:
+            case Ge(ge=bound):
+                low = f"{bound:,}"
+            case Gt(gt=bound):
+                low = f"above {bound:,}"
+            case Le(le=bound):
+                high = f"{bound:,}"
+    if high:
+        return f"({low} to {high})"
     return "(not set)" if field.default is None else ""
 
 

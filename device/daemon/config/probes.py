@@ -31,9 +31,8 @@ _UNSYNCHRONISED = 5  # TIME_ERROR of adjtimex(2)
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """`digest` and `frame_ms` (median of a few frames) are None where the file cannot serve."""
+    """`digest` and `frame_ms` (median of a few frames) are None if the file cannot serve."""
 
-    path: Path
     threads: int
     problems: tuple[Problem, ...]
     digest: str | None
@@ -115,18 +114,19 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts | str:
-    """The file at `path`, or the cached one, checked and timed; in words why there is none."""
+def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts:
+    """The file at `path`, or the cached one, checked and timed."""
     chosen = path or cached_encoder(cache_dir())
     if chosen is None:
-        return f"no intact built-in encoder in {cache_dir()}"
-    if not chosen.is_file():
-        return f"{chosen}: not there"
-    if not os.access(chosen, os.R_OK):
-        return f"{chosen}: this user may not read it"
-    problems = check_encoder(chosen)
-    if any(problem.severity == "error" for problem in problems):
-        return EncoderFacts(chosen, threads, problems, None, None)
+        problems: tuple[Problem, ...] = (_no_encoder(),)
+    elif not chosen.is_file():
+        problems = (Problem("error", f"{chosen} does not exist", "correct device.encoder"),)
+    elif not os.access(chosen, os.R_OK):
+        problems = (Problem("error", f"{chosen}: this user may not read it", f"chmod a+r {chosen}"),)
+    else:
+        problems = check_encoder(chosen)
+    if chosen is None or any(problem.severity == "error" for problem in problems):
+        return EncoderFacts(threads, problems, None, None)
     network = OnnxEncoder(chosen, threads)
     frame, taps = np.zeros((1, *network.input_size, 3), np.uint8), [tap.name for tap in network.taps if not tap.spatial]
     times = []
@@ -134,7 +134,17 @@ def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts | 
         begun = time.perf_counter()
         network.encode(frame, taps)
         times.append(1000 * (time.perf_counter() - begun))
-    return EncoderFacts(chosen, threads, problems, network.digest, statistics.median(times))
+    return EncoderFacts(threads, problems, network.digest, statistics.median(times))
+
+
+def _no_encoder() -> Problem:
+    remedy = "run `edgeear encoder export`"
+    if not (installed("torch") and installed("onnx")):
+        remedy = (
+            "run `edgeear encoder export --output encoder.onnx` on a machine that has the learn extra, copy the file "
+        )
+        remedy += "to this machine and set device.encoder to it"
+    return Problem("error", f"no intact built-in encoder in {cache_dir()}", remedy)
 
 
 def store(folder: Path) -> StoreFacts | None:

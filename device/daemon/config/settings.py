@@ -1,13 +1,13 @@
-"""The daemon's configuration: a TOML file, then the environment over it, checked whole before anything starts.
+"""The daemon's configuration: a TOML file and the environment, checked as a whole before anything starts.
 
 Rules of this file:
 
-1. Every key has a default, a range and a sentence; the file that `edgeear init` writes is made from these (init.py).
-2. The environment wins: `EDGEEAR_SECTION__KEY`, in any case; an empty variable counts as not set. Variables
-   without `__` (`EDGEEAR_CACHE`) are not ours.
-3. All faults are told at once, one a line: `section.key = value: limit, remedy`. Unknown keys are faults.
-4. A secret is in no message and in no repr. Nor is the value of an unknown key, which may be a misspelt secret.
-5. `Config` reads nothing by itself: what is passed in is all there is.
+1. Every key has a default, a range and a sentence; `edgeear init` writes its file from these (init.py). The keys of
+   `[source]` belong to the kinds of sources (device.daemon.sources).
+2. The environment wins over the file: `EDGEEAR_SECTION__KEY`, in upper or lower case; an empty variable counts as not
+   set. Variables without `__`, such as `EDGEEAR_CACHE`, are ignored.
+3. An error lists all faults, one a line: `section.key = value: limit, remedy`. An unknown key is a fault.
+4. No message and no repr shows a secret, nor the value of an unknown key, which may be a misspelt secret.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from device.daemon import sources
+from device.daemon.section import HomePath, Section, checked
+from device.daemon.sources import NoSource, SourceSection, source_section
 from device.mqtt.settings import LiveLearning, LiveSettings, LiveTelemetry
 from edgeear.errors import UsageError
 
@@ -43,34 +34,17 @@ MAX_FILE_BYTES = 1 << 20
 
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 _HOST = r"^[^\s/@]{1,253}$"
-_TCP = r"^tcp://([^\s/@:]{1,253}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
-M = TypeVar("M", bound=BaseModel)
-HomePath = Annotated[Path, AfterValidator(lambda path: _expanded(path))]
-
-
-class Section(BaseModel):
-    """One table of the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_is_a_truth(cls, value: object, info: ValidationInfo) -> object:
-        """pydantic would take true for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("must not be true or false")
-        return value
 
 
 class DeviceSection(Section):
-    """Who this board is and where it keeps what it learned."""
+    """The name of this board, and where it keeps what it learned."""
 
     site: str = Field("site", pattern=_NAME, description="The site, in every topic: letters, digits, _ and -.")
-    name: str = Field("board", pattern=_NAME, description="This board, unique in its site: it is the MQTT client id.")
+    name: str = Field("board", pattern=_NAME, description="This board. Unique in its site: it is the MQTT client id.")
     state: HomePath = Field(Path("edgeear-state"), description="Folder of all state: generations, outbox, ledger.")
     encoder: HomePath | None = Field(
         None,
-        description="ONNX file of the frozen encoder; without it the built-in one, from the cache.",
+        description="ONNX file of the frozen encoder; without it, the built-in one from the cache.",
         examples=["/usr/share/edgeear/encoder.onnx"],
     )
     threads: int = Field(1, ge=1, le=64, description="Threads of the encoder.")
@@ -87,52 +61,10 @@ class DeviceSection(Section):
         return self.state / "outbox.db"
 
 
-class SourceSection(Section):
-    """Where frames come from. Relative paths start at the working directory."""
-
-    kind: Literal["none", "folder", "camera", "mqtt", "serial", "replay"] = Field(
-        "none",
-        description="none: frames come with the infer command only. mqtt: the topic `frame`. serial: a sensor on a "
-        "serial line or a TCP port. replay: the files of a folder at a fixed rate.",
-    )
-    path: HomePath | None = Field(None, description="folder, replay: the folder.", examples=["/srv/frames"])
-    after: Literal["keep", "delete"] = Field(
-        "keep",
-        description="folder: what happens to files that were read. keep: those there at the start are not.",
-    )
-    fps: float = Field(5.0, gt=0, le=240, description="replay: frames a second; camera: at most so many.")
-    loop: bool = Field(True, description="replay: begin again after the last file.")
-    device: str | None = Field(
-        None,
-        min_length=1,
-        coerce_numbers_to_str=True,
-        description="camera: number or device file; serial: the tty.",
-        examples=["/dev/ttyACM0"],
-    )
-    baud: int = Field(115_200, ge=300, le=4_000_000, description="serial: bits a second.")
-    url: str | None = Field(
-        None, pattern=_TCP, description="serial: tcp://HOST:PORT instead of a tty.", examples=["tcp://sensor:7000"]
-    )
-    queue: int = Field(4, ge=1, le=1024, description="Frames that may wait; one more drops the oldest.")
-    max_age_s: float = Field(2.0, gt=0, le=3600, description="Seconds after which a waiting frame is never served.")
-
-    @model_validator(mode="after")
-    def _has_what_its_kind_needs(self) -> Self:
-        faults = []
-        if self.kind in ("folder", "replay") and self.path is None:
-            faults.append(f"path = (not set): source.kind {self.kind} needs it; name the folder of the frames")
-        if self.kind == "camera" and self.device is None:
-            faults.append("device = (not set): source.kind camera needs it; 0 is the first camera")
-        if self.kind == "serial" and (self.device is None) == (self.url is None):
-            both = "both set" if self.device else "neither set"
-            faults.append(f"device, url = ({both}): source.kind serial needs one of them; a tty or tcp://HOST:PORT")
-        return _without(self, faults)
-
-
 class MqttSection(Section):
-    """The broker, with TLS where `tls` or `ca` is set."""
+    """The broker. TLS is on if `tls` or `ca` is set."""
 
-    enabled: bool = Field(True, description="Whether this board talks to a broker at all.")
+    enabled: bool = Field(True, description="Whether this board connects to a broker.")
     host: str = Field("localhost", pattern=_HOST, description="Name or address of the broker.")
     port: int = Field(1883, ge=1, le=65535, description="8883 is usual with TLS.")
     protocol: Annotated[Literal["5", "3.1.1"], BeforeValidator(lambda given: "5" if given == 5 else given)] = Field(
@@ -140,12 +72,12 @@ class MqttSection(Section):
     )
     username: str | None = Field(None, min_length=1, description="Name at the broker.", examples=["board"])
     password: SecretStr | None = Field(
-        None, description="Better kept out of this file, in EDGEEAR_MQTT__PASSWORD.", examples=["change me"]
+        None, description="Rather set EDGEEAR_MQTT__PASSWORD, so that it is not in this file.", examples=["change me"]
     )
-    tls: bool = Field(False, description="TLS, by the authorities that this system trusts.")
+    tls: bool = Field(False, description="Use TLS, and trust the authorities that this system trusts.")
     ca: HomePath | None = Field(
         None,
-        description="TLS, by the authority in this PEM file alone.",
+        description="Use TLS, and trust only the authority in this PEM file.",
         examples=["/etc/edgeear/ca.pem"],
     )
     cert: HomePath | None = Field(
@@ -154,17 +86,24 @@ class MqttSection(Section):
     key: HomePath | None = Field(
         None, description="PEM file of its key, readable by this user only.", examples=["/etc/edgeear/board.key"]
     )
-    keepalive_s: int = Field(60, ge=5, le=3600, description="Seconds between signs of life.")
+    keepalive_s: int = Field(60, ge=5, le=3600, description="MQTT keep-alive in seconds.")
     session_expiry_s: int = Field(
-        604_800, ge=0, le=2**32 - 1, description="Seconds for which the broker keeps commands for an absent board."
+        604_800,
+        ge=0,
+        le=2**32 - 1,
+        description="Seconds for which the broker keeps commands for an offline board.",
     )
-    receive_maximum: int = Field(32, ge=1, le=65535, description="Commands taken from the broker at once.")
-    inflight: int = Field(128, ge=1, le=65535, description="Messages sent and not yet acknowledged, at most.")
+    receive_maximum: int = Field(
+        32, ge=1, le=65535, description="Commands sent to the board and not yet acknowledged, at most."
+    )
+    inflight: int = Field(
+        128, ge=1, le=65535, description="Messages sent by the board and not yet acknowledged, at most."
+    )
     discovery: bool = Field(False, description="Announce this board to Home Assistant.")
 
     @property
     def secure(self) -> bool:
-        """Whether TLS is spoken."""
+        """Whether TLS is on."""
         return self.tls or self.ca is not None
 
     @model_validator(mode="after")
@@ -177,49 +116,44 @@ class MqttSection(Section):
             faults.append(f"{missing} = (not set): certificate and key belong together; set both or none")
         if self.cert is not None and not self.secure:
             faults.append("tls = False: mqtt.cert is set; set mqtt.ca, or tls = true")
-        return _without(self, faults)
+        return checked(self, faults)
 
 
 class LearningSection(LiveLearning, Section):
-    """When and how the board adapts. Needs the `learn` extra; predictions do not."""
+    """When and how the board adapts. Adapting needs the `learn` extra; predicting does not."""
 
     enabled: bool = Field(True, description="Whether this board adapts by itself.")
     label_requests: bool = Field(True, description="Publish the frames whose labels are wanted.")
     budget: Literal["small", "medium", "large"] = Field("medium", description="Upper limits of a head.")
-    specs: int = Field(300, ge=1, le=100_000, description="Heads that a search scores.")
+    specs: int = Field(300, ge=1, le=100_000, description="Number of heads that a search scores.")
     time_limit_s: float = Field(1800.0, ge=1, le=604_800, description="Seconds after which learning is stopped.")
     memory_limit_mb: int = Field(1200, ge=256, le=1_048_576, description="Memory above which learning is stopped.")
-    nice: int = Field(19, ge=0, le=19, description="How far learning steps back: 19 is furthest.")
+    nice: int = Field(19, ge=0, le=19, description="Niceness of the learning process: 19 is the lowest priority.")
 
 
 class TelemetrySection(LiveTelemetry, Section):
-    """What the board tells unasked."""
+    """What the board publishes by itself."""
 
 
 class OutboxSection(Section):
-    """Bounds of what waits on disk for the broker; the least important goes first."""
+    """Limits of the messages that wait on disk for the broker. The least important are dropped first."""
 
-    max_mb: int = Field(64, ge=1, le=1_048_576, description="Megabytes.")
-    max_count: int = Field(200_000, ge=100, le=100_000_000, description="Messages.")
-    max_age_s: float = Field(604_800.0, ge=60, le=315_360_000, description="Seconds.")
+    max_mb: int = Field(64, ge=1, le=1_048_576, description="Megabytes of all messages.")
+    max_count: int = Field(200_000, ge=100, le=100_000_000, description="Number of messages.")
+    max_age_s: float = Field(604_800.0, ge=60, le=315_360_000, description="Age of a message in seconds.")
 
 
 class MetricsSection(Section):
-    """Prometheus metrics, on the loopback address only."""
+    """Prometheus metrics, on the loopback address only (127.0.0.1)."""
 
-    port: int = Field(0, ge=0, le=65535, description="0: off.")
+    port: int = Field(0, ge=0, le=65535, description="TCP port; 0: off.")
 
 
-class Config(BaseSettings):
+class Config(Section):
     """The whole configuration, frozen. `load_config` makes one from a file and the environment."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, env_prefix=PREFIX, env_nested_delimiter="__",
-        env_ignore_empty=True,
-    )  # fmt: skip
-
     device: DeviceSection = Field(default_factory=DeviceSection)
-    source: SourceSection = Field(default_factory=SourceSection)
+    source: Annotated[SerializeAsAny[SourceSection], BeforeValidator(source_section)] = Field(default_factory=NoSource)
     mqtt: MqttSection = Field(default_factory=MqttSection)
     learning: LearningSection = Field(default_factory=LearningSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
@@ -235,24 +169,14 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         orphan = self.source.kind == "mqtt" and not self.mqtt.enabled
-        fault = "source.kind = 'mqtt': mqtt.enabled is false; enable it or take frames from elsewhere"
-        return _without(self, [fault] if orphan else [])
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+        fault = "source.kind = 'mqtt': mqtt.enabled is false; enable it, or choose another source.kind"
+        return checked(self, [fault] if orphan else [])
 
 
 def sections() -> dict[str, type[Section]]:
-    """The tables of the file, in order: name -> model."""
-    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+    """The tables of the file, in order: name -> model. `[source]` holds the keys of every kind."""
+    models: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    return models | {"source": sources.flat_table(sources.KINDS)}
 
 
 def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Config:
@@ -265,24 +189,13 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Conf
     own = {name.upper(): value for name, value in variables.items() if name.upper().startswith(PREFIX) and "__" in name}
     faults = list(_unknown_variables(own))
     try:
-        config = Config(**_merged(table, _Environment(Config, own)()))
+        config = Config(**_merged(table, own))
     except ValidationError as error:
         faults += [line for detail in error.errors(include_url=False) for line in _told(detail, own)]
     if faults:
         where = "the environment" if path is None else str(path)
         raise UsageError("\n  ".join([f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]))
     return config
-
-
-class _Environment(EnvSettingsSource):
-    """pydantic-settings' reading of the environment, of the variables that it is given."""
-
-    def __init__(self, settings: type[BaseSettings], variables: Mapping[str, str]) -> None:
-        self._variables = variables
-        super().__init__(settings)
-
-    def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name.lower(): value for name, value in self._variables.items() if value}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -293,22 +206,24 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: more than {MAX_FILE_BYTES} bytes; is it the right file?")
         return tomllib.loads(data.decode())
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; write one with `edgeear init`, or name another") from error
+        raise UsageError(f"{path}: {error.strerror}; write one with `edgeear init`, or name another file") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: {error}; that is no TOML: mend the line") from None
+        raise UsageError(f"{path}: {error}; that is not TOML: correct the line") from None
     except RecursionError:
-        raise UsageError(f"{path}: nested too deep; sections hold plain values") from None
+        raise UsageError(f"{path}: nested too deep; a section holds plain values only") from None
 
 
-def _merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `table`, key by key. A section that is no table is left for the models to refuse."""
+def _merged(table: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
+    """The variables `own` over `table`, key by key. A section that is no table is left for the models to refuse."""
     merged = dict(table)
-    for section, values in over.items():
+    for name, value in own.items():
+        section, _, key = name.removeprefix(PREFIX).lower().partition("__")
         below = merged.get(section, {})
-        merged[section] = {**below, **values} if isinstance(below, dict) and isinstance(values, dict) else values
+        if value and section in Config.model_fields and isinstance(below, dict):
+            merged[section] = {**below, key: value}
     return merged
 
 
@@ -321,7 +236,7 @@ def _unknown_variables(own: Mapping[str, str]) -> Iterator[str]:
 
 
 def _told(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:
-    """The lines of one of pydantic's errors."""
+    """The faults in one of pydantic's errors."""
     where = ".".join(str(part) for part in detail["loc"][:2])
     context = detail.get("ctx", {})
     if detail["type"] == "rules":
@@ -337,7 +252,7 @@ def _told(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:
     elif not key:
         yield f"{where}{origin}: must be a table, write [{section}] and its keys below it"
     else:
-        yield f"{where} = {_shown(section, key, detail['input'])}{origin}: {_limit(detail)}, {_remedy(section, key)}"
+        yield f"{where} = {_shown(section, key, detail)}{origin}: {_limit(detail)}, {_remedy(section, key)}"
 
 
 def _meant(name: str, known: list[str]) -> str:
@@ -345,10 +260,13 @@ def _meant(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
 
 
-def _shown(section: str, key: str, value: object) -> str:
-    if section in sections() and "SecretStr" in str(sections()[section].model_fields[key].annotation):
+def _shown(section: str, key: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "missing":
+        return "(not set)"
+    annotation = sections()[section].model_fields[key].annotation
+    if SecretStr in (annotation, *get_args(annotation)):
         return "(secret)"
-    text = repr(value)
+    text = repr(detail["input"])
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -360,7 +278,7 @@ _BOUNDS = {
     "finite_number": "must be finite",
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must match {pattern}",
-    "missing": "must be given",
+    "missing": "this source.kind needs it",
 }
 
 
@@ -373,25 +291,7 @@ def _limit(detail: ErrorDetails) -> str:
 
 
 def _remedy(section: str, key: str) -> str:
-    """What to write instead: the usual value, or an example where the usual is none."""
+    """What to write instead: the example if there is one, else the default."""
     field = sections()[section].model_fields[key]
     usual = field.examples[0] if field.examples else field.default
     return f"for example {key} = {usual!r}" if not isinstance(usual, bool) else "write true or false"
-
-
-def _without(model: M, faults: list[str]) -> M:
-    """`model` itself, if nothing is wrong with it."""
-    if faults:
-        raise PydanticCustomError("rules", "{faults}", {"faults": faults})
-    return model
-
-
-def _expanded(path: Path) -> Path:
-    if not path.parts:
-        raise ValueError("must name a file or folder")
-    if "\0" in str(path):
-        raise ValueError("must not hold a zero byte")
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError("must not start with ~: there is no such home directory") from None

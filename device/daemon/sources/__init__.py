@@ -1,88 +1,87 @@
-"""Sources: what puts frames into the queue. One file for each kind; this one starts the kind that is configured.
+"""Sources: what puts frames into the queue. One file for each kind holds its settings, opens it and checks it.
 
 Rules of this package:
 
-1. Frames are decoded and resized by device.images.decode alone, so a source gives the very bits that training saw.
-2. A frame's time is when it came here, not when its decoding ended: nothing grows young on the way.
-3. Input that gives no frame is counted and passed over. A vanished device is tried again for ever, with pauses.
-4. A source runs in one thread of its own, and never in the caller's or the network's.
+1. Frames are decoded and resized by device.images.folder alone, so the network sees the very pixels that it saw in
+   training.
+2. Frames are stamped on arrival, before decoding.
+3. Input that gives no frame is counted and skipped. A device that is gone is tried again for ever, with pauses.
+4. A source runs in one thread of its own, never in the caller's or the network's.
+5. A new kind is one new file and its row in `KINDS`. In the file, `[source]` is one flat table: it may hold keys of
+   other kinds, which are checked and ignored, so that you can switch the kind and keep the rest.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Protocol, assert_never
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from device.daemon.config.settings import SourceSection
-from device.daemon.frames import FrameQueue
-from device.daemon.sources.messages import MessageFrames
-from device.daemon.sources.running import RunningSource
-from device.provenance import installation
-from edgeear.errors import UsageError
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
-__all__ = ["MessageFrames", "Source", "open_source"]
+from device.daemon.section import Section
+from device.daemon.sources.base import Source, SourceSection
+from device.daemon.sources.camera import CameraSource
+from device.daemon.sources.folder import FolderSource
+from device.daemon.sources.mqtt import MessageFrames, MqttSource
+from device.daemon.sources.none import NoSource
+from device.daemon.sources.replay import ReplaySource
+from device.daemon.sources.serial import SerialSource
 
+__all__ = ["KINDS", "MessageFrames", "NoSource", "Source", "SourceSection", "flat_table", "source_section"]
 
-class Source(Protocol):
-    """Something that feeds the queue once started. Starting and stopping happen once."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs and its device is there."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it came to its end by itself, as a replay does."""
-
-    @property
-    def last_error(self) -> str | None:
-        """What went wrong last, with its remedy; it stays after a recovery."""
-
-    def start(self) -> None:
-        """Begin; returns at once."""
-
-    def stop(self, timeout: float = 5.0) -> bool:
-        """End; whether it has ended within `timeout` seconds."""
-
-    def offer(self, payload: bytes) -> None:
-        """A frame that came by MQTT, from the network thread; ignored where frames come from elsewhere."""
+KINDS: tuple[type[SourceSection], ...] = (
+    NoSource,
+    FolderSource,
+    CameraSource,
+    MqttSource,
+    SerialSource,
+    ReplaySource,
+)
 
 
-def open_source(
-    config: SourceSection, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]
-) -> Source | None:
-    """The source that `config` names, not started; None for kind none. `size` is `(height, width)` of a frame.
+def source_section(given: object) -> object:
+    """The settings of the kind that the table `given` names. Raises `ValidationError`."""
+    if isinstance(given, SourceSection):
+        return given
+    table = flat_table(KINDS).model_validate(given)
+    values = table.model_dump(exclude_unset=True)
+    kinds = {_name(kind): kind for kind in KINDS}
+    kind = kinds[values.get("kind", _name(KINDS[0]))]
+    return kind(**{key: value for key, value in values.items() if key in kind.model_fields})
 
-    Raises `UsageError` for what no waiting mends: a missing extra, a folder that is a file.
-    """
-    match config.kind:
-        case "none":
-            return None
-        case "folder":
-            from device.daemon.sources.watched import WatchedFolder
 
-            assert config.path is not None
-            watched = WatchedFolder(config.path, size, sink, clock, config.after == "delete", config.max_age_s)
-            return RunningSource("folder", watched, sink)
-        case "replay":
-            from device.daemon.sources.replay import Replay
+@cache
+def flat_table(kinds: tuple[type[SourceSection], ...]) -> type[Section]:
+    """`[source]` as it is in the file: the keys of all `kinds` beside each other, none of them required."""
+    names = tuple(map(_name, kinds))
+    about = " ".join(f"{_name(kind)}: {_lower(kind.__doc__ or '')}" for kind in kinds)
+    keys: dict[str, Any] = {"kind": (Literal[names], Field(names[0], description=about))}
+    own = dict.fromkeys(key for kind in kinds for key in kind.model_fields if key not in SourceSection.model_fields)
+    for key in own:
+        users = [(_name(kind), kind.model_fields[key]) for kind in kinds if key in kind.model_fields]
+        keys[key] = _optional(users[0][1], " ".join(_purposes(users)))
+    keys |= {key: _optional(SourceSection.model_fields[key]) for key in ("queue", "max_age_s")}
+    about = "Where frames come from. Relative paths start at the working directory."
+    return create_model("FlatSource", __base__=Section, __doc__=about, **keys)
 
-            assert config.path is not None
-            return RunningSource("replay", Replay(config.path, size, sink, clock, config.fps, config.loop), sink)
-        case "camera":
-            from device.daemon.sources.camera import Camera
 
-            if importlib.util.find_spec("cv2") is None:
-                raise UsageError(f"source.kind = camera needs OpenCV: {installation('camera')}")
-            assert config.device is not None
-            return RunningSource("camera", Camera(config.device, size, sink, clock, config.fps), sink)
-        case "serial":
-            from device.daemon.sources.sensor import SensorFrames, serial_port, tcp_port
+def _name(kind: type[SourceSection]) -> str:
+    return str(kind.model_fields["kind"].default)
 
-            port = tcp_port(config.url) if config.url else serial_port(config.device or "", config.baud)
-            return RunningSource("sensor", SensorFrames(port, size, sink, clock), sink)
-        case "mqtt":
-            return RunningSource("mqtt", MessageFrames(size, sink, clock, config.queue), sink)
-        case _:
-            assert_never(config.kind)
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _purposes(users: list[tuple[str, FieldInfo]]) -> Iterator[str]:
+    """What a key means to the kinds that use it; kinds that describe it alike share a sentence."""
+    for text in dict.fromkeys(field.description for _, field in users):
+        yield f"{', '.join(name for name, field in users if field.description == text)}: {text}"
+
+
+def _optional(field: FieldInfo, about: str | None = None) -> tuple[Any, Any]:
+    default = None if field.is_required() else field.default
+    info = Field(default, description=about or field.description, examples=field.examples)
+    return Annotated[(field.annotation, *field.metadata, info)], default

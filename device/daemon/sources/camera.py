@@ -7,17 +7,44 @@ second. A regular file stands in for a device, at `fps` pictures a second.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from device.daemon.finding import Finding, Machine
 from device.daemon.frames import FrameQueue
-from device.daemon.sources.running import Stop
+from device.daemon.sources.base import SourceSection, check_device, problem
+from device.daemon.sources.running import RunningSource, Stop
 from device.images.decode import fit_pixels
-from edgeear.errors import DataError, DeviceError
+from device.provenance import installation
+from edgeear.errors import DataError, DeviceError, UsageError
+
+
+class CameraSource(SourceSection):
+    """A camera, through OpenCV."""
+
+    kind: Literal["camera"] = "camera"
+    device: str = Field(
+        min_length=1, coerce_numbers_to_str=True, description="number or device file; 0 is the first.", examples=["0"]
+    )
+    fps: float = Field(5.0, gt=0, le=240, description="at most so many frames a second.")
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        if importlib.util.find_spec("cv2") is None:
+            raise UsageError(f"source.kind = camera needs OpenCV: {installation('camera')}")
+        return RunningSource("camera", Camera(self.device, size, sink, clock, self.fps), sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        if not machine.installed("cv2"):
+            yield problem("OpenCV is not installed", installation("camera"))
+        else:
+            file = f"/dev/video{self.device}" if self.device.isdecimal() else self.device
+            yield check_device("camera", Path(file), "video")
 
 
 class Camera:

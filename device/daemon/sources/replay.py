@@ -11,14 +11,36 @@ Rules of this file:
 from __future__ import annotations
 
 import hashlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
+
+from device.daemon.finding import Finding, Machine
 from device.daemon.frames import FrameQueue
-from device.daemon.sources.running import Stop
+from device.daemon.section import HomePath
+from device.daemon.sources.base import SourceSection, check_folder
+from device.daemon.sources.running import RunningSource, Stop
 from device.images.decode import SUFFIXES, UndecodableInput, decode
 from edgeear.errors import DeviceError
+
+
+class ReplaySource(SourceSection):
+    """The files of a folder at a fixed rate."""
+
+    kind: Literal["replay"] = "replay"
+    path: HomePath = Field(description="the folder.", examples=["/srv/frames"])
+    fps: float = Field(5.0, gt=0, le=240, description="frames a second.")
+    loop: bool = Field(True, description="start again after the last file.")
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        return RunningSource("replay", Replay(self.path, size, sink, clock, self.fps, self.loop), sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield check_folder("replay", self.path, os.R_OK | os.X_OK)
 
 
 class Replay:

@@ -35,7 +35,6 @@ from device.daemon.config.settings import (
     DeviceSection,
     LearningSection,
     MqttSection,
-    SourceSection,
     TelemetrySection,
 )
 from device.daemon.loop import Daemon
@@ -312,7 +311,6 @@ def configuration(options: FleetOptions, site: str, name: str, state: Path, host
     """What the configuration file of a device would say."""
     return Config(
         device=DeviceSection(site=site, name=name, state=state, encoder=options.encoder, seed=options.seed),
-        source=SourceSection(kind="none"),
         mqtt=MqttSection(host=host, port=port, session_expiry_s=300),
         learning=LearningSection(
             labels=options.labels, probation=options.probation, specs=options.specs, label_wait_s=FOREVER_S

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +18,17 @@ from hypothesis import strategies as st
 
 from device.daemon.config import doctor, probes
 from device.daemon.config.certificates import Validity, validity
-from device.daemon.config.doctor import Finding, exit_code
+from device.daemon.config.doctor import exit_code
 from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
-from device.daemon.config.settings import Config, MqttSection, SourceSection, load_config
+from device.daemon.config.settings import Config, MqttSection, load_config
+from device.daemon.finding import Finding
+from device.daemon.sources import SourceSection
+from device.daemon.sources.camera import CameraSource
+from device.daemon.sources.folder import FolderSource
+from device.daemon.sources.mqtt import MqttSource
+from device.daemon.sources.none import NoSource
+from device.daemon.sources.replay import ReplaySource
+from device.daemon.sources.serial import SerialSource
 from device.encoder.session import Problem
 from device.state.codec import to_files
 from device.state.store import CURRENT, Store, StoreBusy
@@ -121,13 +130,12 @@ def test_disk(free: float, expected: str) -> None:
 
 
 def facts(*problems: Problem, ms: float | None = 11.0) -> EncoderFacts:
-    return EncoderFacts(Path("e.onnx"), 1, problems, None if ms is None else "ab" * 32, ms)
+    return EncoderFacts(1, problems, None if ms is None else "ab" * 32, ms)
 
 
 def test_encoder_verdicts() -> None:
     assert verdict(doctor.check_encoder_file(facts())) == "ok"
     assert verdict(doctor.check_encoder_file(facts(ms=900.0))) == "warning"
-    assert verdict(doctor.check_encoder_file("none")) == "problem"
     assert verdict(doctor.check_encoder_file(facts(Problem("error", "broken", "export it"), ms=None))) == "problem"
     both = list(doctor.check_encoder_file(facts(Problem("warning", "no metadata", "export it"))))
     assert [finding.verdict for finding in both] == ["warning", "ok"]
@@ -135,13 +143,23 @@ def test_encoder_verdicts() -> None:
 
 def test_encoder_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEEAR_CACHE", str(tmp_path))
-    assert "no intact" in str(probes.encoder(None, 1)) and "not there" in str(probes.encoder(tmp_path / "x", 1))
+    none, gone = (one(doctor.check_encoder_file(probes.encoder(path, 1))) for path in (None, tmp_path / "x"))
+    assert none.verdict == gone.verdict == "problem"
+    assert "no intact" in none.text and "does not exist" in gone.text and "device.encoder" in gone.remedy
     (tmp_path / "sound.onnx").write_bytes(tiny_models.sound())
     (tmp_path / "broken.onnx").write_bytes(b"broken")
     sound, broken = probes.encoder(tmp_path / "sound.onnx", 1), probes.encoder(tmp_path / "broken.onnx", 1)
-    assert isinstance(sound, EncoderFacts) and sound.frame_ms is not None and sound.digest is not None
-    assert isinstance(broken, EncoderFacts) and broken.frame_ms is None
+    assert sound.frame_ms is not None and sound.digest is not None and broken.frame_ms is None
     assert exit_code(doctor.check_encoder_file(sound)) == 0 and exit_code(doctor.check_encoder_file(broken)) == 1
+
+
+@pytest.mark.parametrize(("learns", "remedy"), [(True, "run `edgeear encoder export`"), (False, "copy the file")])
+def test_the_remedy_for_no_encoder_works_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, learns: bool, remedy: str
+) -> None:
+    monkeypatch.setenv("EDGEEAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(probes, "installed", lambda _: learns)
+    assert remedy in one(doctor.check_encoder_file(probes.encoder(None, 1))).remedy
 
 
 def learned(folder: Path) -> None:
@@ -192,41 +210,50 @@ def test_learning() -> None:
     assert missing.verdict == "problem" and "'.[learn]'" in missing.remedy and "torch" in missing.text
 
 
-def refuse(host: str, port: int) -> None:
-    raise ConnectionRefusedError(111, "Connection refused")
+@dataclass(frozen=True)
+class FakeMachine:
+    """Where packages are installed or not, and ports answer or not."""
 
+    installs: bool = True
+    answers: bool = True
 
-def reach(host: str, port: int) -> None:
-    assert (host, port) in (("sensor", 7000), ("::1", 7000))
+    def installed(self, package: str) -> bool:
+        assert package == "cv2"
+        return self.installs
+
+    def connect(self, host: str, port: int) -> None:
+        assert (host, port) in (("sensor", 7000), ("::1", 7000))
+        if not self.answers:
+            raise ConnectionRefusedError(111, "Connection refused")
 
 
 @pytest.mark.parametrize(
-    ("source", "installed", "connect", "expected"),
+    ("source", "machine", "expected"),
     [
-        (SourceSection(), True, reach, "ok"),
-        (SourceSection(kind="mqtt"), True, reach, "ok"),
-        (SourceSection(kind="folder", path="/"), True, reach, "ok"),
-        (SourceSection(kind="folder", path="/none"), True, reach, "problem"),
-        (SourceSection(kind="replay", path="/dev/null"), True, reach, "problem"),
-        (SourceSection(kind="camera", device="/dev/null"), True, reach, "ok"),
-        (SourceSection(kind="camera", device="/dev/null"), False, reach, "problem"),
-        (SourceSection(kind="camera", device="63"), True, reach, "problem"),
-        (SourceSection(kind="serial", device="/dev/null"), False, reach, "ok"),
-        (SourceSection(kind="serial", device="/dev/none"), True, reach, "problem"),
-        (SourceSection(kind="serial", url="tcp://sensor:7000"), True, reach, "ok"),
-        (SourceSection(kind="serial", url="tcp://[::1]:7000"), True, reach, "ok"),
-        (SourceSection(kind="serial", url="tcp://sensor:7000"), True, refuse, "problem"),
+        (NoSource(), FakeMachine(), "ok"),
+        (MqttSource(), FakeMachine(), "ok"),
+        (FolderSource(path=Path("/")), FakeMachine(), "ok"),
+        (FolderSource(path=Path("/none")), FakeMachine(), "problem"),
+        (ReplaySource(path=Path("/dev/null")), FakeMachine(), "problem"),
+        (CameraSource(device="/dev/null"), FakeMachine(), "ok"),
+        (CameraSource(device="/dev/null"), FakeMachine(installs=False), "problem"),
+        (CameraSource(device="63"), FakeMachine(), "problem"),
+        (SerialSource(device="/dev/null"), FakeMachine(installs=False), "ok"),
+        (SerialSource(device="/dev/none"), FakeMachine(), "problem"),
+        (SerialSource(url="tcp://sensor:7000"), FakeMachine(), "ok"),
+        (SerialSource(url="tcp://[::1]:7000"), FakeMachine(), "ok"),
+        (SerialSource(url="tcp://sensor:7000"), FakeMachine(answers=False), "problem"),
     ],
 )
-def test_source(source: SourceSection, installed: bool, connect: Callable[[str, int], None], expected: str) -> None:
-    assert verdict(doctor.check_source(source, lambda _: installed, connect)) == expected
+def test_source(source: SourceSection, machine: FakeMachine, expected: str) -> None:
+    assert verdict(source.check(machine)) == expected
 
 
 def test_what_this_user_may_not_use_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
-    tty = one(doctor.check_source(SourceSection(kind="serial", device="/dev/null"), lambda _: True, reach))
+    tty = one(SerialSource(device="/dev/null").check(FakeMachine()))
     assert tty.verdict == "problem" and "dialout" in tty.remedy
-    assert verdict(doctor.check_source(SourceSection(kind="folder", path=tmp_path), lambda _: True, reach)) == "problem"
+    assert verdict(FolderSource(path=tmp_path).check(FakeMachine())) == "problem"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +399,7 @@ def answering(error: OSError | None, broker: Broker = Broker(None)) -> Callable[
         (socket.gaierror(-2, "unknown"), "name is not known", "mqtt.host"),
         (ConnectionRefusedError(111, "Connection refused"), "refused", "start the broker"),
         (TimeoutError("timed out"), "no answer", "firewall"),
-        (ssl.SSLError(1, "wrong version number"), "no TLS", "8883"),
+        (ssl.SSLError(1, "wrong version number"), "TLS failed", "8883"),
         (refused(10, "certificate has expired"), "expired", "clock"),
         (refused(9, "certificate is not yet valid"), "not yet valid", "clock"),
         (FileNotFoundError(2, "No such file or directory"), "No such file", "correct"),
@@ -412,7 +439,7 @@ def test_a_check_that_fails_itself_is_told_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(probes, "cores", lambda: 1 // 0)
-    monkeypatch.setattr(probes, "encoder", lambda *_: "none")
+    monkeypatch.setattr(probes, "encoder", lambda *_: facts(ms=None))
     found = doctor.diagnose(Config(mqtt=MqttSection(enabled=False)), clock=lambda: NOW)
     (cores,) = [finding for finding in found if finding.check == "cores"]
     assert cores.verdict == "warning" and "ZeroDivisionError" in cores.text and found[-1].check == "broker"

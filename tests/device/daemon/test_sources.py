@@ -17,21 +17,27 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import Field
 
-from device.daemon.config.settings import SourceSection, load_config
+from device.daemon import sources
+from device.daemon.config import probes
+from device.daemon.config.doctor import diagnose
+from device.daemon.config.init import commented_toml
+from device.daemon.config.settings import load_config
+from device.daemon.finding import Finding, Machine
 from device.daemon.frames import Frame, FrameCounts, FrameQueue
-from device.daemon.sources import open_source
-from device.daemon.sources.camera import Camera
-from device.daemon.sources.messages import MAX_BYTES, MessageFrames
-from device.daemon.sources.replay import Replay, replayed
+from device.daemon.sources import NoSource, SourceSection
+from device.daemon.sources.camera import Camera, CameraSource
+from device.daemon.sources.folder import PERIOD_S, FolderSource, WatchedFolder
+from device.daemon.sources.mqtt import MAX_BYTES, MessageFrames, MqttSource
+from device.daemon.sources.replay import Replay, ReplaySource, replayed
 from device.daemon.sources.running import BackOff, RunningSource, Stop
-from device.daemon.sources.sensor import SensorFrames, serial_port, tcp_port
-from device.daemon.sources.watched import PERIOD_S, WatchedFolder
+from device.daemon.sources.serial import SensorFrames, SerialSource, serial_port, tcp_port
 from device.images.decode import decode, decode_bytes, fit_pixels
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
@@ -460,7 +466,7 @@ def test_without_opencv_the_command_to_get_it_is_told(monkeypatch: pytest.Monkey
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
     with pytest.raises(UsageError, match=r"pip install -e '\.\[camera\]'"):
-        open_source(SourceSection(kind="camera", device="0"), SIZE, FrameQueue(1), Clock())
+        CameraSource(device="0").open(SIZE, FrameQueue(1), Clock())
 
 
 def test_a_video_file_stands_in_for_a_camera(tmp_path: Path) -> None:
@@ -513,8 +519,7 @@ def terminal() -> Iterator[tuple[int, str]]:
 def test_frames_come_over_a_serial_line_bit_for_bit(terminal: tuple[int, str]) -> None:
     line, tty = terminal
     queue, sensor = FrameQueue(9), SensorEnd(RGB)
-    source = open_source(SourceSection(kind="serial", device=tty), SIZE, queue, Clock(7.0))
-    assert source is not None
+    source = SerialSource(device=tty).open(SIZE, queue, Clock(7.0))
     source.start()
     heard_host(sensor, lambda: os.read(line, 99))
     pixels = [picture(n) for n in range(3)]  # every byte value, control characters among them
@@ -588,7 +593,7 @@ def test_what_is_no_serial_line_is_told(tmp_path: Path) -> None:
 
 def test_a_speed_that_does_not_exist_is_told_before_the_start() -> None:
     with pytest.raises(UsageError, match="115200"):
-        open_source(SourceSection(kind="serial", device="x", baud=115_201), SIZE, FrameQueue(1), Clock())
+        SerialSource(device="x", baud=115_201).open(SIZE, FrameQueue(1), Clock())
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -621,9 +626,8 @@ def test_pauses_grow_to_a_bound_and_start_anew_after_a_frame() -> None:
 def test_a_source_that_ends_by_itself_is_finished(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     queue = FrameQueue(1)
-    config = SourceSection(kind="replay", path=tmp_path, fps=240, loop=False)
-    source = open_source(config, SIZE, queue, Clock())
-    assert source is not None and not source.alive
+    source = ReplaySource(path=tmp_path, fps=240, loop=False).open(SIZE, queue, Clock())
+    assert not source.alive
     source.start()
     (frame,) = got(queue, 1)
     source.offer(b"ignored")
@@ -635,7 +639,7 @@ def test_a_source_that_ends_by_itself_is_finished(tmp_path: Path) -> None:
 def test_the_watched_folder_runs_as_configured(tmp_path: Path) -> None:
     env = {"EDGEEAR_SOURCE__KIND": "folder", "EDGEEAR_SOURCE__PATH": str(tmp_path), "EDGEEAR_SOURCE__AFTER": "delete"}
     queue = FrameQueue(1)
-    source = open_source(load_config(None, env).source, SIZE, queue, Clock())
+    source = load_config(None, env).source.open(SIZE, queue, Clock())
     assert source is not None
     source.start()
     write(tmp_path / "a.png", encoded(picture()))
@@ -644,9 +648,9 @@ def test_the_watched_folder_runs_as_configured(tmp_path: Path) -> None:
 
 
 def test_none_is_no_source_and_a_source_that_never_started_stops() -> None:
-    assert open_source(SourceSection(), SIZE, FrameQueue(1), Clock()) is None
-    source = open_source(SourceSection(kind="mqtt"), SIZE, FrameQueue(1), Clock())
-    assert source is not None and source.stop(0)
+    none: SourceSection = NoSource()
+    assert none.open(SIZE, FrameQueue(1), Clock()) is None
+    assert MqttSource().open(SIZE, FrameQueue(1), Clock()).stop(0)
 
 
 def test_stopping_wakes_who_selects() -> None:
@@ -654,3 +658,73 @@ def test_stopping_wakes_who_selects() -> None:
     assert select.select([stop.fileno()], [], [], 0)[0] == []
     stop.set()
     assert select.select([stop.fileno()], [], [], 0)[0] == [stop.fileno()]
+
+
+# -------------------------------------------------------------------------------------------- a kind of its own
+
+
+class Toy:
+    """A capture that gives one frame and ends."""
+
+    def __init__(self, level: int, sink: FrameQueue, now: float) -> None:
+        self._level, self._sink, self._now = level, sink, now
+
+    def run(self, stop: Stop) -> None:
+        self._sink.put(np.full((*SIZE, 3), self._level, np.uint8), self._now, "toy")
+
+
+class ToySource(SourceSection):
+    """One frame of one level."""
+
+    kind: Literal["toy"] = "toy"
+    level: int = Field(7, ge=0, le=255, description="the level of all pixels.")
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        return RunningSource("toy", Toy(self.level, sink, clock()), sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield Finding("source", "ok", f"a toy at level {self.level}")
+
+
+def test_a_new_kind_is_one_class_and_its_row_in_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "KINDS", (*sources.KINDS, ToySource))
+    text = commented_toml()
+    assert "toy: one frame of one level." in text and "replay, toy." in text
+    assert "# toy: the level of all pixels. (0 to 255)\n#level = 7\n" in text
+
+    path = tmp_path / "edgeear.toml"
+    path.write_text('[source]\nkind = "toy"\nlevel = 9\n')
+    config = load_config(path, {"EDGEEAR_SOURCE__QUEUE": "2"})
+    assert config.source == ToySource(level=9, queue=2)
+    with pytest.raises(UsageError, match=r"source\.level = '256' .*: must be at most 255, for example level = 7"):
+        load_config(path, {"EDGEEAR_SOURCE__LEVEL": "256"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probes, "encoder", lambda *_: probes.EncoderFacts(1, (), None, None))
+        findings = diagnose(config)
+    assert Finding("source", "ok", "a toy at level 9") in findings
+
+    queue = FrameQueue(1)
+    source = config.source.open(SIZE, queue, Clock())
+    assert source is not None
+    source.start()
+    (frame,) = got(queue, 1)
+    assert frame.ref == "toy" and (frame.pixels == 9).all() and source.stop(30)
+
+
+def test_kinds_that_share_a_key_give_it_one_type_and_one_range() -> None:
+    seen: dict[str, tuple[object, ...]] = {}
+    for kind in sources.KINDS:
+        for key, field in kind.model_fields.items():
+            if key != "kind":
+                rules = (repr(field.metadata), None if field.is_required() else field.default)
+                assert seen.setdefault(key, rules) == rules, key
+    assert {"path", "device", "fps", "queue", "max_age_s"} <= set(seen)
+
+
+def test_keys_of_other_kinds_are_checked_and_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "edgeear.toml"
+    path.write_text(f'[source]\nkind = "folder"\npath = "{tmp_path}"\nfps = 2\nloop = false\nurl = "tcp://a:1"\n')
+    assert load_config(path, {}).source == FolderSource(path=tmp_path)
+    with pytest.raises(UsageError, match=r"source\.fps = '0'"):
+        load_config(path, {"EDGEEAR_SOURCE__FPS": "0"})

@@ -18,19 +18,60 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Literal, Self
 
+from pydantic import Field, model_validator
+
+from device.daemon.finding import Finding, Machine, reason
 from device.daemon.frames import FrameQueue
-from device.daemon.sources.running import Stop
+from device.daemon.section import checked
+from device.daemon.sources.base import SourceSection, check_device, fine, problem
+from device.daemon.sources.running import RunningSource, Stop
 from device.images.decode import decode_bytes, fit_pixels
 from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
 from firmware_bridge.sensor import Hello, HostEnd, Log, PixelFormat, SensorFrame, pixels
 
 _READ = 64 << 10
+_TCP = r"^tcp://([^\s/@:]{1,253}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
 _TCP_TIMEOUT_S = 10.0
 _log = logging.getLogger("edgeear.sensor")
 Port = Callable[[], AbstractContextManager[int]]
 """Opens the port: its descriptor, non-blocking, for as long as the context lasts. Raises `DeviceError` or `OSError`."""
+
+
+class SerialSource(SourceSection):
+    """A sensor on a serial line or a TCP port."""
+
+    kind: Literal["serial"] = "serial"
+    device: str | None = Field(
+        None, min_length=1, coerce_numbers_to_str=True, description="the tty.", examples=["/dev/ttyACM0"]
+    )
+    baud: int = Field(115_200, ge=300, le=4_000_000, description="bits a second.")
+    url: str | None = Field(
+        None, pattern=_TCP, description="tcp://HOST:PORT instead of a tty.", examples=["tcp://sensor:7000"]
+    )
+
+    @model_validator(mode="after")
+    def _has_one_port(self) -> Self:
+        both = "both set" if self.device else "neither set"
+        fault = f"device, url = ({both}): source.kind serial needs one of them; a tty or tcp://HOST:PORT"
+        return checked(self, [fault] if (self.device is None) == (self.url is None) else [])
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        port = tcp_port(self.url) if self.url else serial_port(self.device or "", self.baud)
+        return RunningSource("sensor", SensorFrames(port, size, sink, clock), sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        if self.url is None:
+            yield check_device("serial", Path(self.device or ""), "dialout")
+            return
+        try:
+            machine.connect(*_address(self.url))
+        except OSError as error:
+            yield problem(f"{self.url}: {reason(error)}", "check its power, its network and source.url")
+        else:
+            yield fine(f"sensor at {self.url}")
 
 
 class SensorFrames:
@@ -120,17 +161,21 @@ def serial_port(tty: str, baud: int) -> Port:
 
 def tcp_port(url: str) -> Port:
     """The TCP port of `tcp://HOST:PORT`. A peer that vanishes without a word is noticed by keep-alive probes."""
-    host, _, port = url.removeprefix("tcp://").rpartition(":")
 
     @contextmanager
     def opened() -> Iterator[int]:
-        with socket.create_connection((host.strip("[]"), int(port)), _TCP_TIMEOUT_S) as connection:
+        with socket.create_connection(_address(url), _TCP_TIMEOUT_S) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
             connection.setblocking(False)
             yield connection.fileno()
 
     return opened
+
+
+def _address(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _send(descriptor: int, data: bytes) -> None:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
+from device.daemon.finding import Finding, Machine
 from device.daemon.frames import FrameQueue
-from device.daemon.sources.running import Stop
+from device.daemon.sources.base import SourceSection, fine
+from device.daemon.sources.running import RunningSource, Stop
 from device.images.decode import UndecodableInput, decode_bytes
 
 MAX_BYTES = 8 << 20
 _NAME = Path("message.jpg")  # its suffix says image; which one, the bytes say
+
+
+class MqttSource(SourceSection):
+    """Messages on the topic `frame`."""
+
+    kind: Literal["mqtt"] = "mqtt"
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        return RunningSource("mqtt", MessageFrames(size, sink, clock, self.queue), sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield fine("frames come by MQTT")
 
 
 class MessageFrames:

@@ -19,12 +19,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
+
+from device.daemon.finding import Finding, Machine
 from device.daemon.frames import FrameQueue
-from device.daemon.sources.running import Stop
+from device.daemon.section import HomePath
+from device.daemon.sources.base import SourceSection, check_folder
+from device.daemon.sources.running import RunningSource, Stop
 from device.images.decode import SUFFIXES, UndecodableInput, decode
 from edgeear.errors import DeviceError
 
@@ -33,6 +39,24 @@ _FRESH_S = 2.5  # FAT keeps times to 2 s
 _REST = 500  # so many times as long as a listing took, the next one waits
 Mark = tuple[int, int]
 """Size in bytes and modification time in nanoseconds."""
+
+
+class FolderSource(SourceSection):
+    """Files that appear in a folder."""
+
+    kind: Literal["folder"] = "folder"
+    path: HomePath = Field(description="the folder.", examples=["/srv/frames"])
+    after: Literal["keep", "delete"] = Field(
+        "keep",
+        description="what happens to files that were read. keep: files that are there at the start are not read.",
+    )
+
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+        watched = WatchedFolder(self.path, size, sink, clock, self.after == "delete", self.max_age_s)
+        return RunningSource("folder", watched, sink)
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield check_folder("folder", self.path, os.R_OK | os.X_OK | (os.W_OK if self.after == "delete" else 0))
 
 
 @dataclass(frozen=True)

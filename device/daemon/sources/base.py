@@ -1,0 +1,86 @@
+"""What every kind of source is: settings that open it and check it, and what runs once it is open."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import Field
+
+from device.daemon.finding import Finding, Machine
+from device.daemon.frames import FrameQueue
+from device.daemon.section import Section
+
+
+class Source(Protocol):
+    """Something that feeds the queue once started. You start and stop it once."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs and its device is there."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end by itself, as a replay does."""
+
+    @property
+    def last_error(self) -> str | None:
+        """The last failure, with its remedy; it stays after a recovery."""
+
+    def start(self) -> None:
+        """Start; returns at once."""
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        """Stop; whether it has stopped within `timeout` seconds."""
+
+    def offer(self, payload: bytes) -> None:
+        """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
+
+
+class SourceSection(Section):
+    """The settings of one kind. A subclass sets `kind` to a `Literal` with a default and adds its own keys; its
+    docstring is one sentence, which `edgeear init` writes. Two kinds that use the same key give it the same range."""
+
+    kind: str
+    queue: int = Field(4, ge=1, le=1024, description="Frames that may wait; one more drops the oldest.")
+    max_age_s: float = Field(2.0, gt=0, le=3600, description="Seconds after which a waiting frame is never served.")
+
+    @abstractmethod
+    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> Source | None:
+        """The source, not started; None if no frames come by themselves. `size` is `(height, width)` of a frame,
+        `clock` the time of day in seconds. Raises `UsageError` for what no retry can fix, such as a missing extra."""
+
+    @abstractmethod
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        """What `edgeear doctor` finds: whether the source is there and this user may use it."""
+
+
+def fine(text: str) -> Finding:
+    """All is well."""
+    return Finding("source", "ok", text)
+
+
+def problem(text: str, remedy: str) -> Finding:
+    """The source cannot work."""
+    return Finding("source", "problem", text, remedy)
+
+
+def check_folder(kind: str, path: Path, access: int) -> Finding:
+    """Whether the folder `path` is there and this user has `access` (`os.R_OK`, ...) to it."""
+    if not path.is_dir():
+        return problem(f"{path} is not a folder", "create it, or change source.path")
+    if not os.access(path, access):
+        return problem(f"{path}: this user may not use it", "change its permissions")
+    return fine(f"{kind} {path}")
+
+
+def check_device(kind: str, path: Path, group: str) -> Finding:
+    """Whether the device file `path` is there and this user, as a member of `group`, may read and write it."""
+    if not path.exists():
+        return problem(f"{path} does not exist", "check the cable, or change source.device")
+    if not os.access(path, os.R_OK | os.W_OK):
+        return problem(f"{path}: this user may not use it", f"add the user to group {group}")
+    return fine(f"{kind} {path}")
