@@ -201,7 +201,7 @@ def test_a_domain_is_taught_over_mqtt_alone(tmp_path: Path, broker: Mosquitto) -
 
 def test_a_replay_is_served_and_ends(tmp_path: Path, broker: Mosquitto) -> None:
     pictures(tmp_path / "frames", shown(0, 6, 4))
-    source = f'kind = "replay"\npath = "{tmp_path / "frames"}"\nfps = 100\nloop = false'
+    source = f'kind = "replay"\npath = "{tmp_path / "frames"}"\nfps = 100\nloop = false\nqueue = 100\nmax_age_s = 3600'
     text = config(tmp_path, broker.port, teach(tmp_path), source=source, telemetry="predictions = true\nperiod_s = 1")
     with listening(broker) as ear, DaemonProcess(tmp_path, text) as board:
         windows = ear.wait("telemetry", lambda facts: facts["frames"] > 0)
