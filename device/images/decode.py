@@ -14,7 +14,8 @@ import struct
 import tokenize
 import wave
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +72,7 @@ def read_input(path: Path) -> bytes:
             raise _undecodable(path, f"{found.st_size} bytes exceed the {MAX_FILE_BYTES} allowed", "make it smaller")
         return path.read_bytes()
     except OSError as error:
-        raise _undecodable(path, f"cannot be read ({error.strerror})", "check its permissions") from error
+        raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
 
 
 def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
@@ -86,17 +87,19 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
     decoder = {".wav": _wav_frame, ".npy": _npy_frame}.get(path.suffix.lower(), _image_frame)
-    try:
+    with _named(path):
         if path.suffix.lower() not in SUFFIXES:
             _refuse(f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}", "convert it")
         return decoder(data, size)
-    except _Refused as refusal:
-        raise _undecodable(path, refusal.reason, refusal.remedy) from None
-    except _BROKEN as error:
-        # Pillow's own words hold a memory address here, and one bad file must give one message.
-        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        reason = f"broken content ({type(error).__name__}{detail})"
-        raise _undecodable(path, reason, "replace it by an intact file or remove it") from error
+
+
+def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
+    """The frame of a Pillow image of any mode: bit for bit what `decode_bytes` gives for a PNG of it. EXIF orientation is
+    obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
+    """
+    with _named(Path(getattr(image, "filename", "") or "Pillow image")):
+        _bound_pixels(*image.size)
+        return _fit(_rgb(_upright(image)), size)
 
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
@@ -135,6 +138,34 @@ _BROKEN = (
     Image.DecompressionBombError,
     Warning,  # where warnings are errors
 )
+
+
+def fit_array(array: NDArray[Any], size: tuple[int, int]) -> U8:
+    """The frame of an image array `(H, W)`, RGB `(H, W, 3)` or RGBA `(H, W, 4)`, of the types and ranges that npy files may
+    have: bit for bit what `decode_bytes` gives for an npy file of it. Raises `UndecodableInput` for any other array.
+    """
+    with _named(Path(f"array of {array.dtype} {array.shape}")):
+        if array.ndim == 4:
+            _refuse("several images at once", "give list(array)")
+        if array.ndim == 3 and array.shape[2] not in (3, 4) and array.shape[0] in (1, 3, 4):
+            _refuse("the channels come first", "give array.transpose(1, 2, 0)")
+        if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
+            _refuse("the shape is not that of an image", "give (H, W), (H, W, 3) or (H, W, 4)")
+        return _array_frame(array, size)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns whatever a decoder raises into `UndecodableInput` that names `path`."""
+    try:
+        yield
+    except _Refused as refusal:
+        raise _undecodable(path, refusal.reason, refusal.remedy) from None
+    except _BROKEN as error:
+        # Pillow's own words hold a memory address here, and one bad file must give one message.
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        reason = f"broken content ({type(error).__name__}{detail})"
+        raise _undecodable(path, reason, "replace it by an intact file or remove it") from error
 
 
 def _refuse(reason: str, remedy: str) -> NoReturn:
@@ -222,10 +253,14 @@ def _npy_frame(data: bytes, size: tuple[int, int]) -> U8:
         with np.errstate(over="ignore"):  # a longer float that overflows becomes infinity, refused below
             signal = array.astype(np.float64)
         return _spectrogram(signal, 256, size)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3):
-        _bound_pixels(array.shape[1], array.shape[0])
-        return _fit(Image.fromarray(_levels(array)).convert("RGB"), size)
-    _refuse(f"array of shape {array.shape}", "save (H, W) or (H, W, 3) for an image, (samples,) for a signal")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        _refuse(f"array of shape {array.shape}", "save (H, W) or (H, W, 3) for an image, (samples,) for a signal")
+    return _array_frame(array, size)
+
+
+def _array_frame(array: NDArray[Any], size: tuple[int, int]) -> U8:
+    _bound_pixels(array.shape[1], array.shape[0])
+    return _fit(_rgb(Image.fromarray(_levels(array))), size)
 
 
 def _npy(data: bytes) -> NDArray[Any]:
@@ -254,7 +289,7 @@ def _levels(array: NDArray[Any]) -> U8:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind != "f":
-        _refuse(f"image array of {array.dtype}", "save uint8 in 0..255 or float32 in 0..1")
+        _refuse(f"image array of {array.dtype}", "give uint8 in 0..255 or float32 in 0..1")
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # written so that NaN fails it
