@@ -23,10 +23,13 @@ from adaptors.modules import Head, Weights
 from adaptors.progress import Progress
 from adaptors.quantise import dequantised
 from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
+from adaptors.temperature import fit_temperature
 
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
 """The same samples seen in one or several ways (plain, flipped): each maps tap name -> `(samples, *shape)`."""
 Solver = Callable[..., tuple[Tensor, Tensor]]
+Fitted = tuple[float, str, Tensor, Tensor]
+"""Accuracy on held-out samples, what was chosen, and those samples' scores `(held, classes)` and labels `(held,)`."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class TrainPolicy:
 @dataclass(frozen=True)
 class Trained:
     """A fitted head: arrays, accuracy (fraction of one) on samples that it was not fitted to, left out one by one or of
-    the validation split, NaN where there are none, and what was chosen with them."""
+    the validation split, NaN where there are none, and what was chosen with them. `validated` is how many samples these
+    were, `temperature` what makes the head's scores on them probabilities (temperature.py)."""
 
     weights: Weights
     validation_accuracy: float
     chosen: str
+    validated: int = 0
+    temperature: float | None = None
 
 
 def train(
@@ -77,8 +83,8 @@ def train(
     else:
         chosen = _descend(head, tensors, y, fit, held, policy, on_progress)
     head.load(dequantised(head.weights(), spec.bits))
-    score = chosen[0]
-    return Trained(head.weights(), score, chosen[1])
+    scores, truth = chosen[2].numpy().astype(np.float32), chosen[3].numpy()
+    return Trained(head.weights(), chosen[0], chosen[1], len(truth), fit_temperature(scores, truth))
 
 
 @torch.no_grad()
@@ -140,40 +146,43 @@ def _codes(head: Head, views: list[dict[str, Tensor]]) -> Tensor:
 @torch.no_grad()
 def _closed_form(
     head: Head, views: list[dict[str, Tensor]], y: Tensor, fit: Tensor, held: Tensor, policy: TrainPolicy
-) -> tuple[float, str]:
+) -> Fitted:
     codes, n = _codes(head, views), len(y)
     every = torch.cat([fit + k * n for k in range(len(views))])
     if head.spec.reconfigurator == "prototypes":
         _set_prototypes(head, codes[every], y[fit].repeat(len(views)))
-        score = _accuracy(head, codes[held], y[held])
+        score, scores = _accuracy(head, codes[held], y[held]), head.read(codes[held])
         _set_prototypes(head, codes, y.repeat(len(views)))
-        return score, "class means"
+        return score, "class means", scores, y[held]
     some = torch.from_numpy(np.random.default_rng(policy.seed).permutation(n)[: policy.spectrum])
-    strength, score = left_out(codes[some], y[some], head.classes, policy.strengths)
+    strength, score, scores = left_out(codes[some], y[some], head.classes, policy.strengths)
+    truth = y[some]
     if n > policy.spectrum:
         solve = _ridge(codes, y[fit].repeat(len(views)), head.classes, every)
-        strength, score = _stronger(head, solve, codes[held], y[held], strength)
+        strength, score, scores = _stronger(head, solve, codes[held], y[held], strength)
+        truth = y[held]
         del solve  # its Gram matrix, before the next one is made
     _set_readout(head, *_ridge(codes, y.repeat(len(views)), head.classes)(strength, last=True))
-    return score, f"ridge strength {strength:g}"
+    return score, f"ridge strength {strength:g}", scores, truth
 
 
 @torch.no_grad()
-def _stronger(head: Head, solve: Solver, codes: Tensor, y: Tensor, strength: float) -> tuple[float, float]:
-    """The best of `strength`, three and ten times as much on the held-out samples, and its accuracy there.
+def _stronger(head: Head, solve: Solver, codes: Tensor, y: Tensor, strength: float) -> tuple[float, float, Tensor]:
+    """The best of `strength`, three and ten times as much on the held-out samples, its accuracy and its scores there.
 
     What was right for some samples is too weak where all of them, seen in several ways, come near the number of random
     features: there a ridge solution has its peak of variance (Belkin et al., 2019)."""
     found = []
     for factor in (1.0, 3.0, 10.0):
         _set_readout(head, *solve(factor * strength))
-        found.append((_accuracy(head, codes, y), -factor))
-    score, factor = max(found)
-    return -factor * strength, score
+        found.append((_accuracy(head, codes, y), -factor, head.read(codes)))
+    score, factor, scores = max(found, key=lambda one: one[:2])
+    return -factor * strength, score, scores
 
 
-def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float]) -> tuple[float, float]:
-    """The ridge strength of least leave-one-out squared error, and the leave-one-out accuracy there (fraction of one).
+def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float]) -> tuple[float, float, Tensor]:
+    """The ridge strength of least leave-one-out squared error, and there the accuracy (fraction of one) and the scores
+    `(samples, classes)` of the samples left out.
 
     Residuals of the sample left out are r_i / (1 - H_ii) (Allen's PRESS, 1974), H the hat matrix, centring included."""
     z = (codes - codes.mean(0)).double()
@@ -182,14 +191,15 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
     targets = F.one_hot(y, classes).double()
     centred = targets - targets.mean(0)
     aligned, unit = vectors.T @ centred, float(values.sum()) / len(y) + 1e-12
-    best = (np.inf, strengths[0], float("nan"))
+    best = (np.inf, strengths[0], float("nan"), targets)
     for strength in strengths:
         keep = values / (values + strength * unit)
         hat = (vectors.square() @ keep + 1 / len(y)).clamp(0, 1 - 1e-6)
         residual = (centred - vectors @ (keep[:, None] * aligned)) / (1 - hat)[:, None]
         right = float(((targets - residual).argmax(1) == y).double().mean())
-        best = min(best, (float(residual.square().mean()), strength, right))
-    return best[1], best[2]
+        found = (float(residual.square().mean()), strength, right, targets - residual)
+        best = min(best, found, key=lambda one: one[:3])
+    return best[1:]
 
 
 def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -> Solver:
@@ -250,7 +260,7 @@ def _descend(
     held: Tensor,
     policy: TrainPolicy,
     on_progress: Progress | None,
-) -> tuple[float, str]:
+) -> Fitted:
     """AdamW with a one-cycle schedule and early stopping on the validation accuracy; keeps the best epoch.
 
     With nothing held out the epoch is chosen on the fitted samples, and no accuracy is reported."""
@@ -279,7 +289,9 @@ def _descend(
         if epoch - best_epoch >= policy.patience:
             break
     head.load_state_dict(state)
-    return best if len(held) else float("nan"), f"stopped after epoch {best_epoch + 1}"
+    with torch.no_grad():
+        scores = head({t: x[held] for t, x in views[0].items()})
+    return best if len(held) else float("nan"), f"stopped after epoch {best_epoch + 1}", scores, y[held]
 
 
 def _loss(head: Head, taps: dict[str, Tensor], y: Tensor, policy: TrainPolicy, generator: torch.Generator) -> Tensor:

@@ -1,20 +1,24 @@
-"""The Python interface: a board in one object, for an encoder and folders of images of your own.
+"""The Python interface, `from edgeear import Ear`: a frozen encoder and all that was learned over it, in one object.
 
 Rules of this file:
 
-1. `learn` goes through the same door as everything else: search, train, admit, and only then serve. A rejection is a
-   value, and leaves what served as it was.
-2. What was learned last can be taken back with `undo`, until the next `learn` or `save` makes it permanent.
+1. `learn`, `update` and `merge` go through the same door as on a board: admitted, and only then serving. A rejection is
+   a value, and leaves what served as it was. Nothing known is ever replaced in silence.
+2. The last change can be taken back with `undo`, until the next change or `save` makes it permanent.
 3. Nothing touches the disk but `save` and `load`, and the cache of the default encoder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -23,31 +27,52 @@ from device.encoder.cache import cached_encoder
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir
-from device.images.dataset import FolderData, read_folder
-from device.images.decode import decode
-from device.images.featurise import featurise
+from device.images.dataset import read_folder
+from device.images.decode import SUFFIXES, UndecodableInput
+from device.images.inputs import Input, frame_of
+from device.images.views import view
+from device.progress import shown
 from device.provenance import installation
 from device.state import generations
+from device.state.maintenance import Changed as Changed
 from device.state.store import Store
-from edgeear.errors import UsageError
-from edgeear.flow import Prediction, adapt, infer
+from edgeear.errors import DataError, KnownDomain, UsageError
+from edgeear.flow import Prediction, adapt, infer, infer_features
+from edgeear.forgetting import forget_class, forget_domain
+from edgeear.memory import I64
+from edgeear.merging import merge_domains
+from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy, Samples
-from edgeear.shift import ShiftState
+from edgeear.shift import Shift, ShiftState
 from edgeear.space import HypervectorSpace
-from edgeear.system import Live, Rejected, System, commit, confirm, rollback
-from edgeear.types import U8, Encoder
+from edgeear.system import Candidate, Live, Recognised, Rejected, System, commit, confirm, rollback
+from edgeear.types import F32, Encoder, Features
+from edgeear.updating import update_domain
 
 VIEWS = ("plain", "flip")
 """How each image is shown to training."""
 SPECS = 300
 """Heads that a search scores, unless a policy says otherwise."""
+FEW = 30
+"""Below so many images an accuracy is a rough figure, and is called so."""
+BATCH, WORKERS = 8, 2
+"""Images that are encoded together, and threads that do it."""
+LOOK_BACK = 30
+"""Frames after a shift that are judged together: is the stream in a known domain again?"""
 EncoderChoice = Literal["default"] | str | Path | Encoder
+Show = bool | Progress | None
+"""Progress: True shows it, False does not, None only on a terminal, a function is called with (phase, done, total)."""
+Images = str | Path | Sequence[Input]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A domain that was admitted and serves now. `validation_accuracy` is that of its head on held-out images, None
-    where there were too few; `replay` maps each older domain to the share of its stored codes that changed route."""
+    """A domain that was learned and serves now.
+
+    `images` counts different pictures. `validation_accuracy` (fraction of one) is that of its head on `validated` of
+    them that it was not fitted to, None where there were none. `replay` maps each older domain to the share of its
+    inputs that now goes to another one. `warnings` are sentences."""
 
     name: str
     classes: tuple[str, ...]
@@ -55,15 +80,92 @@ class Learned:
     head: str
     bytes: int
     validation_accuracy: float | None
+    validated: int
     replay: dict[str, float]
     generation: int
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
+        lines = [
+            f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
+            f" ({', '.join(self.classes)})",
+            f"  validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}",
+            *(
+                f"  {share:.1%} of the inputs of {name} now go elsewhere"
+                for name, share in self.replay.items()
+                if share
+            ),
+            *(f"  warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Score:
+    """`right` of `images` answers were right; `routed` of them came from the domain's own head, None where that domain
+    is not known."""
+
+    images: int
+    right: int
+    routed: int | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of one."""
+        return self.right / self.images
+
+    def __str__(self) -> str:
+        routed = "" if self.routed is None else f", {self.routed / self.images:.1%} answered by its own head"
+        return f"{self.accuracy:.1%} of {self.images}{routed}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How many labelled images are answered right, each by the head that the router gives it. An image without an
+    answer counts as wrong."""
+
+    total: Score
+    domains: dict[str, Score]
+    classes: dict[str, Score]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of one."""
+        return self.total.accuracy
+
+    def __str__(self) -> str:
+        lines = [f"accuracy {self.total}"]
+        for kind, scores in (("domain", self.domains), ("class", self.classes)):
+            lines += [f"  {kind} {name}: {score}" for name, score in scores.items()]
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Labelled images of one domain, as they were given; `warnings` are sentences."""
+
+    name: str
+    images: tuple[Input, ...]
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """One image: the digest of its frame, and its features `(1, *tap.shape)` in each view."""
+
+    digest: bytes
+    views: tuple[dict[str, F32], ...]
 
 
 class Ear:
-    """A frozen encoder and everything learned over it.
+    """A classifier that learns domain after domain over a frozen encoder, and says when an image is from none of them.
 
-    `encoder` is "default", the path of any ONNX image network, or an object of `edgeear.types.Encoder`. Raises
-    `EncoderError` for a file that cannot serve.
+    `encoder` is "default", the path of any ONNX image network, or an object of `edgeear.Encoder`, which must allow
+    calls from several threads. `policy` bounds what learning may cost. Raises `FormatError` for a file that cannot
+    serve. Learning needs the `learn` extra.
     """
 
     def __init__(self, encoder: EncoderChoice = "default", *, seed: int = 0, policy: AdaptPolicy | None = None) -> None:
@@ -72,6 +174,14 @@ class Ear:
         self.seed, self.policy = seed, policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
+        self._forgot = False
+
+    def __repr__(self) -> str:
+        known = [
+            f"{d.name}: {_count(d.memory.n, 'image')} of {', '.join(d.memory.classes)}, {d.bytes / 1024:.0f} KiB"
+            for d in self.system.domains
+        ]
+        return f"Ear({'; '.join(known) or 'nothing learned yet'}; encoder {self.encoder.digest[:12]})"
 
     @property
     def system(self) -> System:
@@ -83,54 +193,190 @@ class Ear:
         """Names of the domains learned so far, in order."""
         return self.system.names
 
-    def learn(
-        self, folder: str | Path, name: str | None = None, *, on_progress: Progress = lambda *_: None
-    ) -> Learned | Rejected:
-        """Learn the images `folder/CLASS/*` as a domain, called as the folder unless named.
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of all domains, sorted."""
+        return tuple(sorted({c for d in self.system.domains for c in d.memory.classes}))
 
-        Needs the `learn` extra. Raises `UndecodableInput` for broken images, `DataError` for too few.
+    # ------------------------------------------------------------------------------------------------ answering
+
+    @overload
+    def predict(self, image: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
+    @overload
+    def predict(self, image: Input) -> Prediction: ...
+    def predict(self, image: Input | list[Any] | tuple[Any, ...]) -> Prediction | list[Prediction]:
+        """The answer for one image, or a list of answers for a list of images.
+
+        An image is a path; the bytes of a file, or an open file; a Pillow image; an array `(H, W)`, RGB `(H, W, 3)` or
+        RGBA `(H, W, 4)` of uint8, or of float in 0..1. Any size: the shorter side is resized to the encoder's input and
+        the centre cropped, as in training. Raises `DataError` that names what cannot be read, `UsageError` for other
+        types.
         """
-        _need_torch("learning")
-        data = _domain_of(Path(folder))
-        domain = data.domains[0]
-        samples = self._samples(data, name or domain, on_progress)
-        outcome = adapt(self.system, samples, self.policy or _policy(self.seed), self.seed, on_progress)
-        if isinstance(outcome, Rejected):
-            return outcome
-        self._live = commit(confirm(self._live), outcome)
-        grown = self.system.domain(samples.name)
-        return Learned(
-            name=grown.name,
-            classes=grown.head.classes,
-            images=len(samples.labels),
-            head=str(grown.growth["explanation"]),
-            bytes=grown.bytes,
-            validation_accuracy=_number(grown.growth["validation_accuracy"]),
-            replay=dict(outcome.replay),
-            generation=self.system.generation,
-        )
-
-    def infer(self, image: str | Path | U8) -> Prediction:
-        """The answer for one image: a file, or a frame of the encoder's size. Raises `UndecodableInput`."""
-        frame = image if isinstance(image, np.ndarray) else decode(Path(image), self.encoder.input_size)
+        if isinstance(image, list | tuple):
+            return list(_all_good(self._answers(image)))
+        frame = frame_of(image, self.encoder.input_size)
         return infer(self.system, self.engine, ShiftState(), frame)[0]
 
-    def undo(self) -> None:
-        """Serve what served before the last `learn`; does nothing once that is permanent."""
+    infer = predict
+
+    def stream(self, frames: Iterable[Input]) -> Iterator[Prediction | Shift | Recognised]:
+        """The answer for each frame of a stream, and between them what the stream does as a whole.
+
+        `Shift`: the stream has left all known domains. From then on the latest 30 frames are judged together, and
+        `Recognised` says that they are of a known domain: the stream is back, or it was learned in the meantime. There
+        are no labels here: to learn the new domain, label some frames and call `learn`, also while you iterate.
+        """
+        state, away = ShiftState(), False
+        codes: deque[F32] = deque(maxlen=LOOK_BACK)
+        for image in frames:
+            frame = frame_of(image, self.encoder.input_size)
+            answer, state, shift = infer(self.system, self.engine, state, frame)
+            yield answer
+            if shift is not None and not away:
+                away = True
+                codes.clear()
+                yield shift
+            elif away and answer.code is not None:
+                codes.append(answer.code)
+                back = recognise(self.system, np.stack(codes)) if len(codes) == LOOK_BACK else None
+                if back is not None:
+                    away, state = False, state.restart()
+                    yield back
+
+    def evaluate(self, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None) -> Evaluation:
+        """Accuracy on a folder CLASS/* or DOMAIN/CLASS/*, or on images and their labels; on all of them, so give images
+        that were not learned. Raises `DataError` for images that cannot be read."""
+        parts = _labelled(images, labels, None)
+        with shown(progress) as show:
+            given = [image for part in parts for image in part.images]
+            answers = _all_good(_watched(self._answers(given), "predict", len(given), show))
+        truth = [(part.name, label) for part in parts for label in part.labels]
+        rows = [(*true, answer) for true, answer in zip(truth, answers, strict=True)]
+        known = {name: [r for r in rows if r[0] == name] for name in dict.fromkeys(r[0] for r in rows)}
+        by_class = {name: [r for r in rows if r[1] == name] for name in sorted({r[1] for r in rows})}
+        warnings = [warning for part in parts for warning in part.warnings]
+        few = {f"domain {name}": len(r) for name, r in known.items() if len(r) < FEW}
+        warnings += [
+            f"{name} has only {_count(n, 'image')}, fewer than {FEW}: a rough figure" for name, n in few.items()
+        ]
+        missing = sorted({label for _, label in truth}.difference(self.classes))
+        if missing:
+            warnings.append(f"classes that were never learned count as wrong: {', '.join(missing)}")
+        return Evaluation(
+            self._score(rows, False),
+            {name: self._score(r, name in self.domains) for name, r in known.items() if name},
+            {name: self._score(r, False) for name, r in by_class.items()},
+            tuple(warnings),
+        )
+
+    # ------------------------------------------------------------------------------------------------- learning
+
+    def learn(
+        self,
+        images: Images,
+        labels: Sequence[str] | None = None,
+        *,
+        name: str | None = None,
+        progress: Show = None,
+    ) -> Learned | Rejected:
+        """Learn a new domain: a folder `FOLDER/CLASS/*`, called as the folder unless named, or images and their labels.
+
+        A head is searched and fitted, which takes from seconds to minutes. Raises `KnownDomain` where a domain of that
+        name is known, `DataError` for images that cannot be read or fewer than five different ones, `UsageError` for
+        labels that do not fit the images.
+        """
+        lesson = self._lesson(images, labels, name)
+        if lesson.name in self.domains:
+            raise KnownDomain(
+                f"domain {lesson.name!r} is known: call update({lesson.name!r}, ...) to add images to it, "
+                f"forget({lesson.name!r}) to start again, or give another name=..."
+            )
+        _need_torch("learning")
+        with shown(progress) as show:
+            samples, warnings = self._samples(lesson, VIEWS, [t.name for t in self.system.space.taps], show)
+            outcome = adapt(self.system, samples, self.policy or _policy(self.seed), self.seed, show)
+        return self._learned(outcome, samples, warnings)
+
+    def update(
+        self, name: str, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None
+    ) -> Learned | Rejected:
+        """Add images, and any new classes, to the known domain `name`: a folder `FOLDER/CLASS/*`, or images and labels.
+
+        What is kept of a domain are sums, so the result is that of having learned all images at once, but for its head:
+        that is refitted from the sums where this answers the new images better, and stays otherwise. Give new images
+        only: one that was learned before counts twice. Raises `UsageError` for an unknown domain, else as `learn` does.
+        """
+        self.system.domain(name)
+        _need_torch("learning")
+        with shown(progress) as show:
+            lesson = self._lesson(images, labels, name)
+            samples, warnings = self._samples(lesson, VIEWS[:1], self.system.wanted_taps, show)
+            outcome = update_domain(
+                self.system, self.engine, name, samples.views[0], samples.labels, samples.classes, self.seed
+            )
+        return self._learned(outcome, samples, warnings)
+
+    def forget(self, domain: str, label: str | None = None, images: Images | None = None) -> Changed | Rejected:
+        """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
+
+        A domain is forgotten exactly. A class is, if `images` are all that were learned of it, as a folder or a list;
+        without them its weight in the common covariance is left. Raises `UsageError` for an unknown domain or class.
+        """
+        if label is None:
+            return self._changed(forget_domain(self.system, domain), f"forgot {domain}", forgot=True)
+        _need_torch("forgetting a class")
+        seen = None
+        if images is not None:
+            given = _files_in(Path(images)) if isinstance(images, str | Path) else tuple(images)
+            taps = [t.name for t in self.system.space.taps]
+            views = [one.views[0] for one in _all_good(self._encoded(given, VIEWS[:1], taps))]
+            seen = self.system.space.encode(_joined(views))
+        how = "from the sums alone" if seen is None else "with its images, exactly"
+        return self._changed(
+            forget_class(self.system, domain, label, seen), f"forgot {label} of {domain}, {how}", forgot=True
+        )
+
+    def merge(self, first: str, second: str, name: str | None = None) -> Changed | Rejected:
+        """Make one domain of two that turned out the same, called `name`, else as the first. Raises `UsageError` for
+        unknown or equal names, `KnownDomain` where `name` is that of a third one."""
+        name = first if name is None else name
+        if name in self.domains and name not in (first, second):
+            raise KnownDomain(f"domain {name!r} is known: give a name that is free, or that of one of the two")
+        _need_torch("merging")
+        outcome = merge_domains(self.system, first, second)
+        if isinstance(outcome, Candidate):
+            outcome = outcome.renamed(first, name)
+        return self._changed(outcome, f"merged {second} into {first}" + (f" as {name}" if name != first else ""))
+
+    def undo(self) -> bool:
+        """Serve what served before the last change. False where there is none: it was undone, saved or made
+        permanent."""
+        undone = self._live.probation
         self._live = rollback(self._live)
+        return undone
+
+    # -------------------------------------------------------------------------------------------------- keeping
 
     def save(self, folder: str | Path) -> int:
         """Keep everything learned in the store `folder`, made when missing, and make it permanent; its number there.
 
-        Raises `StoreBusy` while another process has the store open, `DeviceError` where the disk fails.
+        Raises `DeviceError` where the disk fails or another process has the store open.
         """
         with Store.open(Path(folder)) as store:
-            number = generations.publish_confirmed(store, self.system, time.time(), ", ".join(self.domains))
-        self._live = confirm(self._live)
+            given = (store, self.system, time.time(), ", ".join(self.domains))
+            number = generations.publish_alone(*given)[0] if self._forgot else generations.publish_confirmed(*given)
+        self._live, self._forgot = confirm(self._live), False
         return number
 
     @classmethod
-    def load(cls, folder: str | Path, encoder: EncoderChoice = "default", *, seed: int = 0) -> Ear:
+    def load(
+        cls,
+        folder: str | Path,
+        encoder: EncoderChoice = "default",
+        *,
+        seed: int = 0,
+        policy: AdaptPolicy | None = None,
+    ) -> Ear:
         """What was kept in `folder`. Raises `UsageError` where nothing was, `FormatError` for another encoder's."""
         path = Path(folder)
         if not path.is_dir():
@@ -139,19 +385,207 @@ class Ear:
             system = generations.load(store)
         if system is None:
             raise UsageError(f"{path} holds nothing learned: give the folder that was saved to")
-        ear = cls(encoder, seed=seed)
+        ear = cls(encoder, seed=seed, policy=policy)
         generations.require_encoder(system, ear.encoder.digest)
         ear._live = Live(system, system)
         return ear
 
-    def _samples(self, data: FolderData, name: str, on_progress: Progress) -> Samples:
-        items = data.items[data.domains[0]]
-        taps = [tap.name for tap in self.system.space.taps]
-        views = [
-            featurise(items, self.encoder, taps, view=view, on_progress=lambda _, *at: on_progress("encode", *at))
-            for view in VIEWS
-        ]
-        return Samples(name, views, np.array([item.label for item in items], np.int64), data.classes)
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _answers(self, images: Sequence[Input]) -> Iterator[Prediction | UndecodableInput]:
+        system = self.system
+        for one in self._encoded(images, VIEWS[:1], system.wanted_taps):
+            if isinstance(one, UndecodableInput):
+                yield one
+            else:
+                yield infer_features(system, self.engine, ShiftState(), one.views[0])[0]
+
+    def _encoded(
+        self, images: Sequence[Input], views: Sequence[str], taps: Sequence[str]
+    ) -> Iterator[_Encoded | UndecodableInput]:
+        """Each image in turn, encoded in batches on a few threads; a bad one gives its error."""
+
+        def work(batch: Sequence[Input]) -> list[_Encoded | UndecodableInput]:
+            found = [_caught(image, self.encoder.input_size) for image in batch]
+            frames = [frame for frame in found if not isinstance(frame, UndecodableInput)]
+            if not frames:
+                return [error for error in found if isinstance(error, UndecodableInput)]
+            features = [self.encoder.encode(np.stack([view(f, how) for f in frames]), taps) for how in views]
+            rows = iter(range(len(frames)))
+            return [one if isinstance(one, UndecodableInput) else _row(one, features, next(rows)) for one in found]
+
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="encode")
+        waiting: deque[Future[list[_Encoded | UndecodableInput]]] = deque()
+        try:
+            for start in range(0, len(images), BATCH):
+                waiting.append(pool.submit(work, images[start : start + BATCH]))
+                if len(waiting) >= 2 * WORKERS:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _lesson(self, images: Images, labels: Sequence[str] | None, name: str | None) -> _Labelled:
+        """The images of one domain, which has a name."""
+        parts = _labelled(images, labels, name)
+        if len(parts) > 1:
+            raise UsageError(
+                f"{images} holds domains ({', '.join(p.name for p in parts)}): learn each folder by itself"
+            )
+        if not parts[0].name:
+            raise UsageError("images without a name for their domain: give name=...")
+        return parts[0]
+
+    def _samples(
+        self, lesson: _Labelled, views: Sequence[str], taps: Sequence[str], show: Progress
+    ) -> tuple[Samples, tuple[str, ...]]:
+        """The different images of a lesson, encoded, and warnings."""
+        found = self._encoded(lesson.images, views, taps)
+        encoded = _all_good(_watched(found, "encode", len(lesson.images), show))
+        first: dict[tuple[bytes, str], int] = {}
+        for place, (one, label) in enumerate(zip(encoded, lesson.labels, strict=True)):
+            first.setdefault((one.digest, label), place)
+        kept = sorted(first.values())
+        warnings = [*lesson.warnings, *_told_copies(lesson, first)]
+        classes = tuple(sorted(set(lesson.labels)))
+        if len(classes) == 1:
+            warnings.append(f"one class only: every image of this domain is called {classes[0]}")
+        labels: I64 = np.array([classes.index(lesson.labels[k]) for k in kept], np.int64)
+        features = [_joined([encoded[k].views[v] for k in kept]) for v in range(len(views))]
+        return Samples(lesson.name, features, labels, classes), tuple(warnings)
+
+    def _learned(
+        self, outcome: Candidate | Rejected, samples: Samples, warnings: tuple[str, ...]
+    ) -> Learned | Rejected:
+        if isinstance(outcome, Rejected):
+            return outcome
+        self._live = commit(confirm(self._live), outcome)
+        grown = self.system.domain(samples.name)
+        accuracy, validated = grown.growth.get("validation_accuracy"), grown.growth.get("validated_on")
+        n = validated if isinstance(validated, int) else 0
+        if 0 < n < FEW:
+            warnings += (f"validated on only {_count(n, 'image')}, fewer than {FEW}: the accuracy is a rough figure",)
+        return Learned(
+            name=grown.name,
+            classes=grown.head.classes,
+            images=len(samples.labels),
+            head=str(grown.growth["explanation"]),
+            bytes=grown.bytes,
+            validation_accuracy=accuracy if isinstance(accuracy, float) else None,
+            validated=n,
+            replay=dict(outcome.replay),
+            generation=self.system.generation,
+            warnings=warnings,
+        )
+
+    def _changed(self, outcome: Candidate | Rejected, what: str, forgot: bool = False) -> Changed | Rejected:
+        if isinstance(outcome, Rejected):
+            return outcome
+        self._live = commit(confirm(self._live), outcome)
+        self._forgot |= forgot
+        return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
+
+    def _score(self, rows: Sequence[tuple[str, str, Prediction]], routed: bool) -> Score:
+        right = sum(answer.label == label for _, label, answer in rows)
+        own = sum(answer.route == name for name, _, answer in rows) if routed else None
+        return Score(len(rows), right, own)
+
+
+def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) -> tuple[_Labelled, ...]:
+    """Labelled images, domain by domain: one without a name where images and labels were given without one."""
+    if isinstance(images, str | Path):
+        if labels is not None:
+            raise UsageError("a folder and labels: its class folders are the labels; call the domain name=...")
+        return labelled_folder(Path(images), name)
+    given, said = tuple(images), () if labels is None else tuple(labels)
+    if len(given) != len(said) or not given:
+        raise UsageError(f"{_count(len(given), 'image')} and {_count(len(said), 'label')}: give one label an image")
+    odd = sorted({type(label).__name__ for label in said if not isinstance(label, str)})
+    if odd:
+        raise UsageError(f"labels of type {', '.join(odd)}: give the names of the classes, as str")
+    return (_Labelled(name or "", given, said),)
+
+
+def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, ...]:
+    """The images of `FOLDER/CLASS/*`, one domain called `name` or as the folder, or of `FOLDER/DOMAIN/CLASS/*`."""
+    absolute = folder.absolute()
+    if holds_domains(absolute):
+        if name is not None:
+            raise UsageError(
+                f"{folder} holds DOMAIN/CLASS/ folders, which name the domains: leave out the name {name!r}"
+            )
+        data = read_folder(absolute)
+    else:
+        data = read_folder(absolute.parent, (absolute.name,))
+    return tuple(
+        _Labelled(
+            name or domain,
+            tuple(item.path for item in items),
+            tuple(data.classes[item.label] for item in items),
+            data.warnings if place == 0 else (),
+        )
+        for place, (domain, items) in enumerate(data.items.items())
+    )
+
+
+def holds_domains(folder: Path) -> bool:
+    """Whether a folder is DOMAIN/CLASS/* and not CLASS/*: a folder in a folder of it holds images."""
+    inner = [p for p in folder.glob("*/*/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    outer = [p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return bool(inner) and not outer
+
+
+def _files_in(folder: Path) -> tuple[Input, ...]:
+    files = tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)) if folder.is_dir() else ()
+    if not files:
+        raise DataError(f"{folder} holds no image: give the folder of all images that were learned of the class")
+    return files
+
+
+def _told_copies(lesson: _Labelled, first: dict[tuple[bytes, str], int]) -> Iterator[str]:
+    copies = len(lesson.images) - len(first)
+    if copies:
+        yield f"{_count(copies, 'image')} left out: copies of others in the same class"
+    torn = sum(n > 1 for n in Counter(digest for digest, _ in first).values())
+    if torn:
+        yield f"{_count(torn, 'image')} stand in several classes: label each once"
+
+
+def _caught(image: Input, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]] | UndecodableInput:
+    try:
+        return frame_of(image, size)
+    except UndecodableInput as error:
+        return error
+
+
+def _row(frame: np.ndarray[Any, np.dtype[np.uint8]], features: Sequence[Features], row: int) -> _Encoded:
+    one = tuple({tap: x[row : row + 1] for tap, x in given.items()} for given in features)
+    return _Encoded(hashlib.sha256(frame.tobytes()).digest(), one)
+
+
+def _joined(rows: Sequence[Features]) -> dict[str, F32]:
+    return {tap: np.concatenate([row[tap] for row in rows]) for tap in rows[0]}
+
+
+def _watched(found: Iterable[T], phase: str, total: int, show: Progress) -> Iterator[T]:
+    show(phase, 0, total)
+    for done, one in enumerate(found, 1):
+        yield one
+        show(phase, done, total)
+
+
+def _all_good(found: Iterable[T | UndecodableInput]) -> list[T]:
+    """All of `found`; raises one `UndecodableInput` for all bad ones."""
+    every = list(found)
+    bad = [one for one in every if isinstance(one, UndecodableInput)]
+    if bad:
+        raise UndecodableInput.of_many(bad)
+    return [one for one in every if not isinstance(one, UndecodableInput)]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def _opened(encoder: EncoderChoice) -> Encoder:
@@ -164,7 +598,8 @@ def _opened(encoder: EncoderChoice) -> Encoder:
         _need_torch("making the default encoder")
         from device.encoder.export import default_encoder_path
 
-        path = default_encoder_path(cache_dir())
+        with shown(None) as show:
+            path = default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
     return OnnxEncoder(path)
 
 
@@ -177,13 +612,3 @@ def _policy(seed: int) -> AdaptPolicy:
 def _need_torch(what: str) -> None:
     if importlib.util.find_spec("torch") is None:
         raise UsageError(f"{what} needs torch: {installation('learn')}")
-
-
-def _domain_of(folder: Path) -> FolderData:
-    """The folder as a data set of one domain."""
-    absolute = folder.absolute()
-    return read_folder(absolute.parent, (absolute.name,))
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None

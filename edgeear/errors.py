@@ -26,3 +26,7 @@ class FormatError(EdgeearError, ValueError):
 
 class DeviceError(EdgeearError, OSError):
     """The machine failed: disk full, permission denied, a process killed."""
+
+
+class KnownDomain(UsageError):
+    """A domain of that name is known: learning never replaces one."""

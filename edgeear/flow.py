@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptors.progress import Progress
+from adaptors.temperature import probabilities
 from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.learned import learned
@@ -43,16 +44,39 @@ class Judgement:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Answer for one frame. `label` and `route` are None when no head serves (no domain yet, or abstained); `scores`
-    are those of the route's classes, and then of others where two heads answered. `code (D,)`: the hypervector."""
+    """Answer for one frame.
+
+    `label`: the class, `route`: the domain whose head answered; None when no head serves (no domain yet, or abstained).
+    `novelty`: how far the frame is from its nearest domain, larger is further; `p` in (0, 1]: its conformal p-value;
+    `ood`: whether p is at or below the policy's alpha. `scores (classes,)` are the head's for `classes`, those of the
+    route first, then of others where two heads answered; their `temperature` is None where they are probabilities
+    already. `code (D,)`: the hypervector."""
 
     label: str | None
-    scores: F32
+    scores: F32 = field(repr=False)
     route: str | None
     novelty: float
     p: float
     ood: bool
     code: F32 | None = field(default=None, repr=False)
+    classes: tuple[str, ...] = field(default=(), repr=False)
+    temperature: float | None = field(default=None, repr=False)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Class -> probability, the most probable first; empty when no head serves. They add up to 1.
+
+        The temperature is fitted on samples that the head was not fitted to (adaptors/temperature.py); where two heads
+        answered, these are their mean shares (mixture.py)."""
+        shares = self.scores if self.temperature is None else probabilities(self.scores[None], self.temperature)[0]
+        order = np.argsort(-shares, kind="stable")
+        return {self.classes[k]: float(shares[k]) for k in order} if self.classes else {}
+
+    def __str__(self) -> str:
+        foreign = f"p {self.p:.2g}, " + ("out of distribution" if self.ood else "in distribution")
+        if self.label is None:
+            return f"no answer ({foreign})"
+        return f"{self.label} {self.probabilities[self.label]:.0%} (domain {self.route}, {foreign})"
 
 
 def judge(system: System, h: F32) -> Judgement:
@@ -72,9 +96,15 @@ def judge(system: System, h: F32) -> Judgement:
 
 def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple[Prediction, ShiftState, Shift | None]:
     """One step of the stream. Before the first domain is learned everything is out of distribution."""
+    return infer_features(system, engine, state, engine.encode(frame, system.wanted_taps) if system.domains else {})
+
+
+def infer_features(
+    system: System, engine: Engine, state: ShiftState, features: dict[str, F32]
+) -> tuple[Prediction, ShiftState, Shift | None]:
+    """`infer` of a frame whose `system.wanted_taps` are encoded already, batch of one."""
     if not system.domains:
         return Prediction(None, np.zeros(0, np.float32), None, float("inf"), 0.0, True), state, None
-    features = engine.encode(frame, system.wanted_taps)
     h = system.space.encode(features)
     verdict = judge(system, h)
     p_value = float(verdict.conditional_p[0])
@@ -84,8 +114,10 @@ def infer(system: System, engine: Engine, state: ShiftState, frame: U8) -> tuple
         return Prediction(None, np.zeros(0, np.float32), None, *facts), state, shift
     domain = system.domains[int(verdict.route[0])]
     features[HYPERVECTOR] = h[:, : system.policy.memory_dimensions]
-    classes, scores = answer(system, engine, features, int(verdict.route[0]), int(verdict.second[0]))
-    return Prediction(classes[int(scores[0].argmax())], scores[0], domain.name, *facts), state, shift
+    second = int(verdict.second[0])
+    classes, scores = answer(system, engine, features, int(verdict.route[0]), second)
+    label, temperature = classes[int(scores[0].argmax())], domain.temperature if second < 0 else None
+    return Prediction(label, scores[0], domain.name, *facts, classes, temperature), state, shift
 
 
 def adapt(

@@ -86,6 +86,8 @@ def grow_head(
         "quantised": quantised,
         "specs_scored": len(found.ranking),
         "validation_accuracy": None if np.isnan(fitted.validation_accuracy) else fitted.validation_accuracy,
+        "validated_on": fitted.validated,
+        "temperature": fitted.temperature,
         "chosen_by": fitted.chosen,
         "candidates": [_point(s, found) for s in _shown(found)],
     }

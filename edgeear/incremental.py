@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adaptors.archive import HeadArchive, pack
 from adaptors.spec import HeadSpec, cost
@@ -72,6 +73,20 @@ def readout(memory: DomainMemory, strengths: Sequence[float] = STRENGTHS) -> Rea
     return Readout(
         np.ascontiguousarray(weight, np.float32), share.astype(np.float32), mean.astype(np.float32), strength
     )
+
+
+def left_out(memory: DomainMemory, fitted: Readout, h: F32, labels: NDArray[np.int64]) -> F32:
+    """Scores `(samples, classes)` that the readout would give to `h (samples, D)`, which are in `memory`, had each been
+    left out: residuals are r / (1 - h_ii), as in adaptors/train.py. `labels (samples,)` index the memory's classes."""
+    n, mean = memory.n, memory.mean
+    scatter = memory.gram - n * np.outer(mean, mean)
+    unit = max(float(np.trace(scatter)) / n, 1e-12)
+    centred = h[:, : memory.m].astype(np.float64) - mean
+    solved = np.linalg.solve(scatter + fitted.strength * unit * np.eye(memory.m), centred.T).T
+    hat = np.clip((centred * solved).sum(axis=1) + 1 / n, 0, 1 - 1e-6)
+    targets = np.eye(len(memory.classes))[labels]
+    out: F32 = (targets - (targets - fitted.scores(h)) / (1 - hat)[:, None]).astype(np.float32)
+    return out
 
 
 def refit(memory: DomainMemory, seed: int = 0) -> tuple[HeadArchive, dict[str, object]]:

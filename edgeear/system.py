@@ -27,6 +27,9 @@ from edgeear.types import F32, Features
 
 HYPERVECTOR = "hypervector"
 """Pseudo-tap: the first m coordinates of the hypervector, which heads may read like any pooled tap."""
+TEMPERATURE = {True: 0.15, False: 1.0}
+"""Temperature of a head that has none in its record, by whether ridge regression solved it: scores near 0 or 1, or
+logits."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class SystemPolicy:
 class Domain:
     """One learned domain: its head, its memory, its calibration and the codes `(codes, m)` float16 kept for replay.
 
-    `growth` is the JSON-able record of how it was grown: figures for reports, never read by the flow. `likeness`: how
+    `growth` is the JSON-able record of how it was grown: figures for reports, and the `temperature`. `likeness`: how
     alike two different frames of it are at most, a cosine (scenes.py)."""
 
     name: str
@@ -82,6 +85,12 @@ class Domain:
     @cached_property
     def detector(self) -> Detector:
         return detector(self.memory)
+
+    @property
+    def temperature(self) -> float:
+        """What makes the head's scores probabilities (adaptors/temperature.py): fitted where samples were held out."""
+        fitted = self.growth.get("temperature")
+        return fitted if isinstance(fitted, float) and fitted > 0 else TEMPERATURE[self.head.spec.solved]
 
     @property
     def bytes(self) -> int:
@@ -163,6 +172,12 @@ class Candidate:
     system: System
     replay: Mapping[str, float]
 
+    def renamed(self, old: str, new: str) -> Candidate:
+        """The same candidate, whose domain `old` is called `new`."""
+        domains = tuple(replace(d, name=new) if d.name == old else d for d in self.system.domains)
+        replay = {new if name == old else name: share for name, share in self.replay.items()}
+        return Candidate(self.base, replace(self.system, domains=domains), replay)
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -170,6 +185,9 @@ class Rejected:
 
     domain: str
     reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.domain!r} was rejected, nothing was changed: " + "; ".join(self.reasons)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,40 @@ def test_room_states_its_rules_and_ships_its_types(room: str) -> None:
     assert (ROOT / room / "py.typed").is_file()
 
 
+def test_the_public_names_are_the_only_import_upwards() -> None:
+    lower = {"adaptors": ("edgeear", "firmware_bridge", "device"), "edgeear": ("firmware_bridge", "device")}
+    found = {
+        (name, target)
+        for room, above in lower.items()
+        for name in modules(room)
+        for target in imported(name)
+        if target.startswith(above)
+    }
+    assert found == {("edgeear", "device.api")}
+    assert probe("edgeear") == "" and loaded("edgeear", "device", "numpy") == "[]"
+
+
+def imported(name: str) -> set[str]:
+    """Modules that a module names in its import statements, late ones and those for type checkers included, and in the
+    table of public names."""
+    path = ROOT.joinpath(*name.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    named = {
+        str(node.value) for node in nodes if isinstance(node, ast.Constant) and str(node.value).startswith("device.")
+    }
+    return whole | parts | {text for text in named if text.replace(".", "").isidentifier() and name == "edgeear"}
+
+
+def loaded(name: str, *rooms: str) -> str:
+    """Which of `rooms` a fresh interpreter has loaded after `import name`, as a printed list."""
+    script = f"import sys, {name}; print([room for room in {rooms!r} if room in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.stdout.strip() + done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(modules("edgeear") | modules("adaptors")))
 def test_randomness_is_passed_in(name: str) -> None:
     path = ROOT.joinpath(*name.split("."))

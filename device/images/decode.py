@@ -94,8 +94,8 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
-    """The frame of a Pillow image of any mode: bit for bit what `decode_bytes` gives for a PNG of it. EXIF orientation is
-    obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
+    """The frame of a Pillow image of any mode: bit for bit what `decode_bytes` gives for a PNG of it. EXIF orientation
+    is obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
     """
     with _named(Path(getattr(image, "filename", "") or "Pillow image")):
         _bound_pixels(*image.size)
@@ -141,8 +141,9 @@ _BROKEN = (
 
 
 def fit_array(array: NDArray[Any], size: tuple[int, int]) -> U8:
-    """The frame of an image array `(H, W)`, RGB `(H, W, 3)` or RGBA `(H, W, 4)`, of the types and ranges that npy files may
-    have: bit for bit what `decode_bytes` gives for an npy file of it. Raises `UndecodableInput` for any other array.
+    """The frame of an image array `(H, W)`, RGB `(H, W, 3)` or RGBA `(H, W, 4)`, of the types and ranges that npy files
+    may have: bit for bit what `decode_bytes` gives for an npy file of it. Raises `UndecodableInput` for any other
+    array.
     """
     with _named(Path(f"array of {array.dtype} {array.shape}")):
         if array.ndim == 4:

@@ -20,8 +20,8 @@ from edgeear.errors import UsageError
 from edgeear.types import U8
 
 Input = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
-"""A path; the content of a file, or an open file; a Pillow image; an array `(H, W)`, `(H, W, 3)` RGB or `(H, W, 4)` RGBA of
-uint8, uint16, bool, or float in 0..1."""
+"""A path; the content of a file, or an open file; a Pillow image; an array `(H, W)`, `(H, W, 3)` RGB or `(H, W, 4)`
+RGBA of uint8, uint16, bool, or float in 0..1."""
 
 KINDS = "a path, bytes, an open file, a Pillow image or an array"
 _MAGIC = ((b"RIFF", ".wav"), (b"\x93NUMPY", ".npy"))

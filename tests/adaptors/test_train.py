@@ -128,7 +128,7 @@ def test_leave_one_out_is_what_leaving_each_one_out_gives() -> None:
             right += int(said.argmax() == y[i])
         errors.append(error)
         rates.append(right / 24)
-    strength, rate = training.left_out(codes, y, 3, strengths)
+    strength, rate, _ = training.left_out(codes, y, 3, strengths)
     best = int(np.argmin(errors))
     assert strength == strengths[best]
     assert rate == pytest.approx(rates[best])
@@ -140,9 +140,11 @@ def test_the_chosen_strength_and_its_accuracy_are_reported() -> None:
     head = loaded(RIDGE, result)
     with torch.no_grad():
         codes = head.code(head.adapted({t: torch.from_numpy(x) for t, x in data[0].items()}))
-    strength, accuracy_left_out = training.left_out(codes, torch.from_numpy(data[1]), 3, policy.strengths)
+    strength, accuracy_left_out, scores = training.left_out(codes, torch.from_numpy(data[1]), 3, policy.strengths)
     assert result.chosen == f"ridge strength {strength:g}"
     assert result.validation_accuracy == pytest.approx(accuracy_left_out, abs=1e-6) and accuracy_left_out < 1
+    assert result.validated == len(data[1])
+    assert result.temperature is not None and 0.01 < result.temperature < 1 and len(scores) == len(data[1])
 
 
 @pytest.mark.parametrize("spec", CLOSED, ids=name)

@@ -6,9 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from device.cli import app as cli
 from device.cli import simulate
@@ -187,40 +185,3 @@ def test_the_command_is_what_the_package_installs() -> None:
 
     project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["edgeear"] == f"{cli.__name__}:{cli.main.__name__}"
-
-
-def test_an_ear_learns_answers_and_comes_back(tmp_path: Path) -> None:
-    from device.api import Ear, Learned
-    from edgeear.errors import FormatError, UsageError
-
-    data = write(tmp_path / "data", (("red", 0), ("green", 1)), 20)
-    ear = Ear(encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
-    assert ear.infer(data / "red" / fakes.CLASSES[0] / "000.png").label is None
-    learned = ear.learn(data / "red")
-    assert isinstance(learned, Learned) and learned.name == "red" and learned.classes == tuple(sorted(fakes.CLASSES))
-    assert isinstance(ear.learn(data / "green", name="meadow"), Learned)
-    answer = ear.infer(data / "green" / fakes.CLASSES[0] / "000.png")
-    assert (answer.label, answer.route, answer.ood) == (fakes.CLASSES[0], "meadow", False)
-    frame = np.asarray(Image.open(data / "red" / fakes.CLASSES[0] / "000.png"))
-    assert ear.infer(frame).route == "red"
-    assert ear.save(tmp_path / "board") == 1
-    again = Ear.load(tmp_path / "board", encoder=fakes.FakeEncoder())
-    assert again.domains == ear.domains == ("red", "meadow")
-    assert again.infer(frame).scores.tobytes() == ear.infer(frame).scores.tobytes()
-    with pytest.raises(FormatError, match="learned on encoder"):
-        Ear.load(tmp_path / "board", encoder=saved(tmp_path, sound()))
-    with pytest.raises(UsageError, match="not a folder"):
-        Ear.load(tmp_path / "nowhere", encoder=fakes.FakeEncoder())
-
-
-def test_the_last_lesson_can_be_taken_back_until_it_is_kept(tmp_path: Path) -> None:
-    from device.api import Ear
-
-    data = write(tmp_path / "data", (("red", 0), ("green", 1)), 10)
-    ear = Ear(encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
-    ear.learn(data / "red")
-    ear.learn(data / "green")
-    ear.undo()
-    assert ear.domains == ("red",)
-    ear.undo()
-    assert ear.domains == ("red",)

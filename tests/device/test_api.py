@@ -1,0 +1,496 @@
+"""The Python interface: every kind of picture gives one answer, nothing known is lost in silence, mistakes are
+named."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgeear
+from device.images.decode import decode
+from edgeear import (
+    Changed,
+    DataError,
+    Ear,
+    FormatError,
+    KnownDomain,
+    Learned,
+    Prediction,
+    Recognised,
+    Rejected,
+    Shift,
+    UsageError,
+)
+from edgeear.types import U8
+from tests.device.simulation.test_simulate import write
+from tests.support import fakes
+from tests.support.tiny_models import saved, sound
+
+DOMAINS = (("red", 0), ("green", 1), ("blue", 2))
+FIRST = fakes.CLASSES[0]
+
+
+def new_ear() -> Ear:
+    return Ear(encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data"), DOMAINS, 20)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Ear:
+    """Knows red and green. Tests must not change it: `copy_of` gives one that they may."""
+    ear = new_ear()
+    assert isinstance(ear.learn(data / "red"), Learned)
+    assert isinstance(ear.learn(data / "green"), Learned)
+    return ear
+
+
+def copy_of(ear: Ear) -> Ear:
+    other = new_ear()
+    other._live = ear._live
+    return other
+
+
+def shown(background: int, n: int, seed: int = 3) -> tuple[list[U8], list[str]]:
+    """Fresh frames of a domain and their labels."""
+    labels = fakes.labels_of(n)
+    return list(fakes.frames(background, fakes.CLASSES, labels, seed)), [fakes.CLASSES[k] for k in labels]
+
+
+# --------------------------------------------------------------------------------------------------- the package
+
+
+def test_the_public_names_are_there_and_no_others_are_promised() -> None:
+    assert {name for name in edgeear.__all__ if not hasattr(edgeear, name)} == set()
+    assert set(edgeear.__all__) <= set(dir(edgeear))
+    assert edgeear.Ear is Ear and edgeear.Prediction is Prediction
+    with pytest.raises(AttributeError, match="no attribute 'Store'"):
+        _ = edgeear.Store  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------------------------- kinds of pictures
+
+
+def pixels(path: Path) -> U8:
+    return np.asarray(Image.open(path))
+
+
+def with_alpha(path: Path) -> U8:
+    return np.dstack([pixels(path), np.full(pixels(path).shape[:2], 255, np.uint8)])
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "path": lambda path: path,
+    "name": str,
+    "bytes": Path.read_bytes,
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "open file": lambda path: path.open("rb"),
+    "file in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "Pillow": Image.open,
+    "Pillow, loaded": lambda path: Image.open(path).convert("RGB"),
+    "uint8": pixels,
+    "float32": lambda path: pixels(path).astype(np.float32) / np.float32(255),
+    "float64": lambda path: pixels(path) / 255,
+    "uint16": lambda path: pixels(path).astype(np.uint16) * 257,
+    "RGBA": with_alpha,
+    "not contiguous": lambda path: np.asfortranarray(pixels(path)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_picture_gives_one_answer(kind: str, trained: Ear, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"  # not of the encoder's size: it is resized and cropped
+    Image.fromarray(shown(0, 1)[0][0]).resize((50, 40), Image.Resampling.BICUBIC).save(large)
+    given = KINDS[kind](large)
+    expected, found = trained.predict(large), trained.predict(given)
+    if kind == "open file":
+        given.close()
+    assert found.scores.tobytes() == expected.scores.tobytes() and str(found) == str(expected)
+    frame = decode(large, trained.encoder.input_size)
+    assert trained.predict(frame).scores.tobytes() == expected.scores.tobytes(), "not what training sees"
+
+
+def test_grey_pictures_answer_like_their_files(trained: Ear, tmp_path: Path) -> None:
+    grey = np.asarray(Image.fromarray(shown(0, 1)[0][0]).convert("L").resize((30, 30)))
+    path = tmp_path / "grey.png"
+    Image.fromarray(grey).save(path)
+    expected = trained.predict(path).scores.tobytes()
+    assert trained.predict(grey).scores.tobytes() == expected
+    assert trained.predict(Image.fromarray(grey)).scores.tobytes() == expected
+    assert trained.predict(np.stack([grey] * 3, axis=2)).scores.tobytes() == expected
+
+
+def test_exif_orientation_is_obeyed_for_files_bytes_and_pillow(trained: Ear, tmp_path: Path) -> None:
+    path, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)).save(path, exif=exif, quality=95)
+    upright = decode(path, trained.encoder.input_size)
+    assert not np.array_equal(upright, trained_size(np.asarray(Image.open(path)), trained))
+    for given in (path, path.read_bytes(), Image.open(path)):
+        assert trained.predict(given).scores.tobytes() == trained.predict(upright).scores.tobytes()
+
+
+def trained_size(array: U8, ear: Ear) -> U8:
+    return np.asarray(Image.fromarray(array).resize(ear.encoder.input_size))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (np.zeros((4, 8, 8, 3), np.uint8), r"uint8 \(4, 8, 8, 3\).*list\(array\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"uint8 \(3, 8, 8\).*transpose\(1, 2, 0\)"),
+        (np.zeros((8, 8, 2), np.uint8), r"\(8, 8, 2\).*give \(H, W\)"),
+        (np.zeros(8, np.uint8), r"\(8,\).*give \(H, W\)"),
+        (np.zeros((0, 8), np.uint8), r"\(0, 8\).*give \(H, W\)"),
+        (np.zeros((8, 8, 3), np.int64), r"int64.*uint8 in 0..255 or float32 in 0..1"),
+        (np.full((8, 8, 3), 200, np.float32), r"float32 \(8, 8, 3\).*values 200 to 200.*0..1"),
+        (np.full((8, 8), -0.1), r"values -0.1 to -0.1"),
+        (np.full((8, 8), np.nan), r"values nan to nan"),
+        (b"no picture", r"bytes.*broken content"),
+        (b"", r"broken content"),
+        ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
+        (io.StringIO("text"), r"open it in binary mode"),
+        (7, r"picture of type int: give a path"),
+        (None, r"picture of type NoneType"),
+    ],
+    ids=str,
+)
+def test_what_is_no_picture_is_refused_by_name(given: Any, complaint: str, trained: Ear) -> None:
+    with pytest.raises((DataError, UsageError), match=complaint):
+        trained.predict(given)
+
+
+def test_a_list_gives_a_list_whose_answers_are_those_of_single_images(trained: Ear) -> None:
+    frames, _ = shown(0, 20)
+    found = trained.predict(frames)
+    assert [a.scores.tobytes() for a in found] == [trained.predict(f).scores.tobytes() for f in frames]
+    assert trained.predict([]) == []
+    assert [a.label for a in trained.infer(tuple(frames[:2]))] == [a.label for a in found[:2]]
+
+
+def test_bad_pictures_of_a_list_are_all_named(trained: Ear, tmp_path: Path) -> None:
+    bad = [tmp_path / f"bad{n}.jpg" for n in range(2)]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"(?s)2 files.*bad0.jpg.*bad1.jpg"):
+        trained.predict([bad[0], shown(0, 1)[0][0], bad[1]])
+
+
+# ------------------------------------------------------------------------------------------------------ answers
+
+
+def test_an_answer_says_class_probabilities_route_and_verdict(trained: Ear) -> None:
+    frames, labels = shown(1, 6)
+    for answer, label in zip(trained.predict(frames), labels, strict=True):
+        assert (answer.label, answer.route, answer.ood) == (label, "green", False)
+        assert next(iter(answer.probabilities)) == label and set(answer.probabilities) == set(fakes.CLASSES)
+        assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert answer.probabilities[label] > 0.5
+        assert str(answer).startswith(f"{label} ") and "domain green" in str(answer)
+    foreign = trained.predict(shown(2, 1)[0][0])
+    assert foreign.ood and foreign.p <= 0.05 and "out of distribution" in str(foreign)
+
+
+def test_before_anything_is_learned_there_is_no_answer() -> None:
+    answer = new_ear().predict(np.zeros((8, 8), np.uint8))
+    assert (answer.label, answer.route, answer.ood, answer.probabilities) == (None, None, True, {})
+    assert str(answer).startswith("no answer")
+
+
+def test_a_head_of_an_older_store_has_probabilities_by_the_default_temperature(trained: Ear) -> None:
+    from dataclasses import replace
+
+    from edgeear.system import TEMPERATURE
+
+    domain = trained.system.domains[0]
+    assert domain.temperature == domain.growth["temperature"]
+    old = replace(domain, growth={k: v for k, v in domain.growth.items() if k != "temperature"})
+    assert old.temperature == TEMPERATURE[domain.head.spec.solved]
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_stream_tells_a_shift_once_and_that_a_domain_is_back(trained: Ear) -> None:
+    known, _ = shown(0, 60)
+    foreign, _ = shown(2, 120, seed=8)
+    back, _ = shown(1, 90, seed=9)
+    told = list(trained.stream([*known, *foreign, *back]))
+    answers = [t for t in told if isinstance(t, Prediction)]
+    events = [t for t in told if not isinstance(t, Prediction)]
+    assert len(answers) == 270
+    assert [type(e) for e in events] == [Shift, Recognised]
+    shift, recognised = events
+    assert isinstance(shift, Shift) and 60 < shift.at <= 120
+    assert isinstance(recognised, Recognised) and recognised.domain == "green"
+
+
+def test_a_domain_that_is_learned_on_the_way_is_recognised(data: Path, trained: Ear) -> None:
+    ear, told = copy_of(trained), []
+    for item in ear.stream([*shown(0, 60)[0], *shown(2, 150, seed=8)[0]]):
+        told.append(item)
+        if isinstance(item, Shift):
+            assert isinstance(ear.learn(data / "blue"), Learned)
+    events = [t for t in told if not isinstance(t, Prediction)]
+    assert [type(e) for e in events] == [Shift, Recognised]
+    assert isinstance(events[1], Recognised) and events[1].domain == "blue"
+
+
+# ------------------------------------------------------------------------------------------------------ learning
+
+
+def test_what_was_learned_is_told(data: Path) -> None:
+    ear = new_ear()
+    learned = ear.learn(data / "red", name="daylight")
+    assert isinstance(learned, Learned)
+    assert (learned.name, learned.classes, learned.images) == ("daylight", tuple(sorted(fakes.CLASSES)), 60)
+    assert learned.validation_accuracy is not None and learned.validation_accuracy > 0.9 and learned.validated > 0
+    assert "daylight: 60 images of 3 classes" in str(learned) and f"n = {learned.validated}" in str(learned)
+    assert ear.domains == ("daylight",) and ear.classes == tuple(sorted(fakes.CLASSES))
+
+
+def test_images_and_labels_are_learned_like_a_folder(data: Path) -> None:
+    files = sorted((data / "red").glob("*/*.png"))
+    by_folder, by_images = new_ear(), new_ear()
+    by_folder.learn(data / "red")
+    by_images.learn([Image.open(f) for f in files], [f.parent.name for f in files], name="red")
+    frame = shown(0, 1)[0][0]
+    assert by_images.predict(frame).scores.tobytes() == by_folder.predict(frame).scores.tobytes()
+
+
+def test_a_known_domain_is_never_replaced_in_silence(data: Path, trained: Ear) -> None:
+    ear, before = copy_of(trained), trained.system
+    with pytest.raises(KnownDomain, match=r"'red' is known: call update\('red', ...\).*forget\('red'\).*another name"):
+        ear.learn(data / "blue", name="red")
+    assert ear.system is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"images": [np.zeros((8, 8), np.uint8)] * 6, "labels": ["a"] * 6}, "give name="),
+        ({"images": [np.zeros((8, 8), np.uint8)], "labels": ["a", "b"], "name": "x"}, "1 image and 2 labels"),
+        ({"images": [], "labels": [], "name": "x"}, "0 images and 0 labels"),
+        ({"images": [np.zeros((8, 8), np.uint8)], "labels": [1], "name": "x"}, "labels of type int"),
+        ({"images": "folder", "labels": ["a"]}, "a folder and labels"),
+        ({"images": "nowhere"}, "nowhere"),
+    ],
+    ids=["no name", "unlike", "none", "numbers", "folder and labels", "missing folder"],
+)
+def test_unfit_lessons_are_refused(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((DataError, UsageError), match=complaint):
+        new_ear().learn(**arguments)
+
+
+def test_a_folder_of_domains_is_learned_one_by_one(data: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds domains \(blue, green, red\): learn each folder by itself"):
+        new_ear().learn(data)
+
+
+def test_copies_are_not_counted_and_are_told(data: Path) -> None:
+    frames, labels = shown(0, 30)
+    learned = new_ear().learn([*frames, *frames[:4]], [*labels, *labels[:4]], name="red")
+    assert isinstance(learned, Learned) and learned.images == 30
+    assert any("4 images left out: copies" in w for w in learned.warnings)
+    torn = new_ear().learn([*frames, frames[0]], [*labels, "other"], name="red")
+    assert isinstance(torn, Learned) and any("1 image stand in several" in w for w in torn.warnings)
+
+
+def test_one_class_is_learned_with_a_warning_and_one_image_is_refused() -> None:
+    frames, _ = shown(0, 12)
+    ear = new_ear()
+    learned = ear.learn(frames, ["only"] * 12, name="red")
+    assert isinstance(learned, Learned) and any("one class only" in w for w in learned.warnings)
+    assert ear.predict(frames[0]).probabilities == {"only": 1.0}
+    with pytest.raises(DataError, match="at least 5 are needed"):
+        new_ear().learn([frames[0]] * 9, ["only"] * 9, name="red")
+
+
+def test_small_validation_sets_are_called_so() -> None:
+    frames, labels = shown(0, 12)
+    learned = new_ear().learn(frames, labels, name="red")
+    assert isinstance(learned, Learned) and learned.validated < 30
+    assert any("fewer than 30: the accuracy is a rough figure" in w for w in learned.warnings)
+
+
+def test_progress_is_reported_to_a_function_and_silent_in_a_pipe(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    new_ear().learn(data / "red", progress=lambda *step: seen.append(step))
+    assert {"encode", "search", "train", "memory"} <= {phase for phase, _, _ in seen}
+    assert ("encode", 60, 60) in seen
+    assert capsys.readouterr() == ("", "")
+    new_ear().learn(data / "red")
+    assert capsys.readouterr() == ("", "")
+    new_ear().learn(data / "red", progress=True)
+    out, error = capsys.readouterr()
+    assert out == "" and "encode 60/60" in error and len(error.splitlines()) < 20
+
+
+# ------------------------------------------------------------------------------------------------------- changes
+
+
+def test_update_adds_exact_sums_and_keeps_old_answers(trained: Ear) -> None:
+    ear = copy_of(trained)
+    old = ear.system.domain("red").memory
+    frames, labels = shown(0, 24, seed=11)
+    updated = ear.update("red", frames, labels)
+    assert isinstance(updated, Learned) and updated.images == 24
+    memory = ear.system.domain("red").memory
+    assert memory.n == old.n + 24
+    everything = np.stack(
+        [ear.system.space.encode(ear.encoder.encode(f[None], ear.system.wanted_taps))[0] for f in frames]
+    )
+    gained = memory.class_sums.sum(axis=0) - old.class_sums.sum(axis=0)
+    assert np.allclose(gained, everything.sum(axis=0), atol=1e-2)
+    assert ear.system.domain("green") is trained.system.domain("green")
+    test, truth = shown(0, 30, seed=12)
+    assert [a.label for a in ear.predict(test)] == truth
+
+
+def test_update_learns_a_new_class_of_a_known_domain(trained: Ear) -> None:
+    ear = copy_of(trained)
+    labels = np.zeros(24, np.int64)
+    frames = list(fakes.frames(0, ("checks",), labels, seed=4))
+    updated = ear.update("red", frames, ["checks"] * 24)
+    assert isinstance(updated, Learned) and "checks" in updated.classes and len(updated.classes) == 4
+    fresh = list(fakes.frames(0, ("checks",), labels, seed=5))
+    assert {a.label for a in ear.predict(fresh)} == {"checks"}
+    assert [a.label for a in ear.predict(shown(0, 12, seed=6)[0])] == shown(0, 12, seed=6)[1]
+    assert [a.route for a in ear.predict(fresh)] == ["red"] * 24
+
+
+def test_update_takes_a_single_image(trained: Ear) -> None:
+    ear = copy_of(trained)
+    frames, labels = shown(0, 1, seed=21)
+    assert isinstance(ear.update("red", frames, labels), Learned)
+    assert ear.system.domain("red").memory.n == 61
+
+
+def test_update_of_an_unknown_domain_is_refused(trained: Ear) -> None:
+    with pytest.raises(UsageError, match="no domain 'winter'; learned so far: red, green"):
+        copy_of(trained).update("winter", *shown(0, 6))
+
+
+def test_undo_takes_back_the_last_change_only(data: Path, trained: Ear) -> None:
+    ear = copy_of(trained)
+    assert isinstance(ear.learn(data / "blue"), Learned)
+    assert ear.undo() and ear.domains == ("red", "green")
+    assert not ear.undo() and ear.domains == ("red", "green")
+    assert isinstance(ear.forget("green"), Changed)
+    assert ear.domains == ("red",)
+    assert ear.undo() and ear.domains == ("red", "green")
+
+
+def test_forget_a_domain_and_a_class(data: Path, trained: Ear) -> None:
+    ear = copy_of(trained)
+    changed = ear.forget("green")
+    assert isinstance(changed, Changed) and changed.domains == ("red",) and changed.what == "forgot green"
+    exact = ear.forget("red", FIRST, data / "red" / FIRST)
+    assert isinstance(exact, Changed) and "exactly" in exact.what
+    assert FIRST not in ear.classes
+    inexact = copy_of(trained).forget("red", FIRST)
+    assert isinstance(inexact, Changed) and "sums alone" in inexact.what
+    with pytest.raises(UsageError, match="no domain 'winter'"):
+        ear.forget("winter")
+    with pytest.raises(UsageError, match=f"no class '{FIRST}'"):
+        ear.forget("red", FIRST)
+
+
+def test_what_was_forgotten_is_gone_from_the_store_too(trained: Ear, tmp_path: Path) -> None:
+    from device.state.codec import from_files
+    from device.state.store import Store
+
+    ear = copy_of(trained)
+    ear.save(tmp_path / "board")
+    ear.forget("green")
+    ear.save(tmp_path / "board")
+    with Store.open(tmp_path / "board") as store:
+        kept = [from_files(store.read(m.number)).names for m in store.generations()]
+    assert kept and set(kept) == {("red",)}
+
+
+def test_merge_makes_one_domain_of_two(tmp_path: Path) -> None:
+    ear = new_ear()
+    ear.learn(*shown(0, 40, seed=1), name="morning")
+    ear.learn(*shown(1, 40, seed=2), name="evening")
+    ear.learn(*shown(2, 40, seed=2), name="night")
+    with pytest.raises(KnownDomain, match="'night' is known"):
+        ear.merge("morning", "evening", "night")
+    changed = ear.merge("morning", "evening", "day")
+    assert isinstance(changed, Changed) and ear.domains == ("day", "night")
+    assert ear.system.domain("day").memory.n == 80
+    frames, labels = shown(1, 12, seed=7)
+    assert [(a.label, a.route) for a in ear.predict(frames)] == [(label, "day") for label in labels]
+
+
+def test_a_rejection_changes_nothing_and_says_why(trained: Ear) -> None:
+    ear = copy_of(trained)
+    frames, labels = shown(0, 60, seed=5)  # red again, under another name
+    outcome = ear.learn(frames, labels, name="twin")
+    assert isinstance(outcome, Rejected) and ear.system is trained.system
+    assert str(outcome).startswith("'twin' was rejected, nothing was changed: ")
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def test_evaluate_counts_by_domain_and_class(data: Path, trained: Ear) -> None:
+    found = trained.evaluate(data)
+    assert set(found.domains) == {"red", "green", "blue"} and set(found.classes) == set(fakes.CLASSES)
+    assert found.total.images == 180 and found.domains["red"].images == 60
+    assert found.domains["red"].accuracy > 0.9 and found.domains["red"].routed == 60
+    assert found.domains["blue"].routed is None
+    assert found.total.right == sum(score.right for score in found.classes.values())
+    assert f"accuracy {found.accuracy:.1%} of 180" in str(found)
+
+
+def test_evaluate_of_one_domain_and_of_images_warns_of_few(data: Path, trained: Ear) -> None:
+    assert set(trained.evaluate(data / "red").domains) == {"red"}
+    frames, labels = shown(0, 9)
+    found = trained.evaluate(frames, [*labels[:-1], "elsewhere"])
+    assert found.total.images == 9 and found.total.right == 8 and found.domains == {}
+    assert any("fewer than 30" in w for w in found.warnings) and any("elsewhere" in w for w in found.warnings)
+
+
+# -------------------------------------------------------------------------------------------------------- keeping
+
+
+def test_saved_and_loaded_it_answers_the_same(trained: Ear, tmp_path: Path) -> None:
+    ear = copy_of(trained)
+    assert ear.save(tmp_path / "board") == 1
+    again = Ear.load(tmp_path / "board", encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    assert again.domains == ear.domains and repr(again) == repr(ear)
+    for frame in shown(1, 6)[0]:
+        mine, theirs = ear.predict(frame), again.predict(frame)
+        assert mine.scores.tobytes() == theirs.scores.tobytes() and mine.probabilities == theirs.probabilities
+    assert isinstance(again.learn(*shown(2, 40), name="blue"), Learned)
+    assert again.save(tmp_path / "board") == 2
+
+
+def test_only_what_was_saved_on_this_encoder_is_loaded(trained: Ear, tmp_path: Path) -> None:
+    copy_of(trained).save(tmp_path / "board")
+    with pytest.raises(FormatError, match="learned on encoder"):
+        Ear.load(tmp_path / "board", encoder=saved(tmp_path, sound()))
+    with pytest.raises(UsageError, match="not a folder"):
+        Ear.load(tmp_path / "nowhere", encoder=fakes.FakeEncoder())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds nothing learned"):
+        Ear.load(tmp_path / "empty", encoder=fakes.FakeEncoder())
+
+
+def test_its_repr_says_what_it_knows(trained: Ear) -> None:
+    text = repr(trained)
+    assert text.startswith("Ear(red: 60 images of columns, half, rows, ") and "green: 60 images" in text
+    assert f"encoder {fakes.ENCODER[:12]}" in text
+    assert repr(new_ear()).startswith("Ear(nothing learned yet; ")
