@@ -17,7 +17,6 @@ from pathlib import Path
 
 from device.board.board import Board, BoardPolicy
 from device.board.events import OutboxReset, SettingsIgnored, StoreDamaged
-from device.daemon import machine
 from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
@@ -119,7 +118,7 @@ def opened(
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
         source = config.source.open(encoder.input_size, daemon.frames, now)
         link = _link(config, daemon, outbox, source, now, stack)
-        port = _metrics(config, daemon, outbox, link, stack)
+        port = _metrics(config, daemon, link, stack)
         if source is not None:
             daemon.source = source
             stack.callback(source.stop)
@@ -254,15 +253,11 @@ def _announce(config: Config, daemon: Daemon, outbox: Outbox) -> None:
     outbox.put("event", homeassistant.discovery_topic(site, device), lambda _: payload, time.time(), properties=lasting)
 
 
-def _metrics(config: Config, daemon: Daemon, outbox: Outbox, link: Link | None, stack: ExitStack) -> int | None:
+def _metrics(config: Config, daemon: Daemon, link: Link | None, stack: ExitStack) -> int | None:
     if not config.metrics.port:
         return None
     metrics = daemon.metrics = Metrics(__version__)
-    metrics.generation.set_function(lambda: daemon.board.system.generation)
-    metrics.outbox_depth.set_function(lambda: outbox.counters().depth)
-    metrics.outbox_bytes.set_function(lambda: outbox.counters().bytes)
+    metrics.follow(daemon.readings)
     metrics.mqtt_connected.set_function(lambda: float(link is not None and link.connected))
-    metrics.rss_bytes.set_function(lambda: (machine.rss_mb() or 0.0) * 2**20)
-    metrics.temperature_celsius.set_function(lambda: machine.temperature_c() or float("nan"))
     stack.callback(metrics.close)
     return metrics.serve(config.metrics.port)

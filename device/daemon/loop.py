@@ -17,7 +17,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,7 +110,15 @@ class Daemon:
         self._requests: deque[Seen] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
-        self._window, self._cpu = Window(clock(), self._random), machine.CpuShare()
+        self._window = Window(clock(), self._random)
+        self.readings: Mapping[str, Callable[[], Any]] = {
+            "phase": lambda: board.phase,
+            "paused": lambda: board.paused,
+            "generation": lambda: board.system.generation,
+            "outbox": lambda: outbox_facts(outbox.counters(), clock()),
+            **machine.readings(),
+        }
+        """How the fields of telemetry that describe a state are read."""
 
     @property
     def link(self) -> Uplink | None:
@@ -324,12 +332,7 @@ class Daemon:
         facts = {
             "from_time": self._window.started,
             "to_time": now,
-            "phase": self.board.phase,
-            "paused": self.board.paused,
-            "generation": self.board.system.generation,
-            "temperature_c": machine.temperature_c(),
-            "rss_mb": machine.rss_mb(),
-            "cpu_share": self._cpu.read(),
+            **{name: read() for name, read in self.readings.items()},
             **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
             **self._window.facts(),
         }
@@ -353,9 +356,7 @@ class Daemon:
             return
         losses, dropped = self._losses(), self.outbox.counters().dropped
         counts = {
-            metrics.dropped.labels("queue"): losses["dropped"],
-            metrics.dropped.labels("stale"): losses["stale"],
-            metrics.dropped.labels("undecodable"): losses["undecodable"],
+            **{counter: losses[name] for name, counter in metrics.losses.items()},
             **{metrics.outbox_dropped.labels(cls): count for cls, count in dropped.items()},
         }
         before = self._measured[1]
@@ -372,9 +373,9 @@ class Daemon:
             "version": __version__,
             "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
             "refused_messages": self.counts.refused_messages,
-            "outbox": outbox_facts(self.outbox.counters(), self._clock()),
+            "outbox": self.readings["outbox"](),
             "source": None if self.source is None else source_facts(self.source),
-            "rss_mb": machine.rss_mb(),
+            "rss_mb": self.readings["rss_mb"](),
         }
 
 

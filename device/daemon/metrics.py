@@ -20,14 +20,18 @@ import errno
 import math
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, MetricsHandler
 
+from device.mqtt.measures import Row
+from device.mqtt.messages import MEASURES
 from edgeear.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -61,22 +65,22 @@ class Metrics:
         self.routes = counter("routes", "Frames answered by a domain's head", "domain")
         self.prediction_seconds = self._histogram("prediction_seconds", "From frame to answer", LATENCY_BUCKETS)
         self.novelty = self._histogram("novelty", "Novelty of a frame to its best domain", NOVELTY_BUCKETS)
-        self.generation = gauge("generation", "The generation that serves")
-        self.outbox_depth = gauge("outbox_depth", "Messages that the broker has not acknowledged")
-        self.outbox_bytes = gauge("outbox_bytes", "Their payload in bytes")
+        self.gauges = {row: gauge(row.measure.gauge, row.help) for row in MEASURES if row.measure.gauge}
         self.outbox_dropped = counter("outbox_dropped", "Messages dropped at a bound of the outbox", "class")
         self.mqtt_connected = gauge("mqtt_connected", "1 while connected to the broker")
         self.commands = counter("commands", "Commands answered", "command", "outcome")
         self.learning_runs = counter("learning_runs", "Adaptations that ended", "outcome")
-        self.rss_bytes = gauge("rss_bytes", "Resident memory of the inference process")
-        self.temperature_celsius = gauge("temperature_celsius", "Temperature of the board; NaN where it has no sensor")
-        self.temperature_celsius.set(float("nan"))
         self._step = gauge(_STEP.removeprefix("edgeear_"), "When the daemon's loop last took a step")
         self._phase = Info("edgeear_phase", "What the board is doing", registry=registry)
         Info("edgeear_build", "What runs here", registry=registry).info({"version": version})
-        for why in ("queue", "stale", "undecodable"):
-            self.dropped.labels(why)  # a rate needs the zero before the first drop
+        losses = {row.path[0]: row.measure.loss for row in MEASURES if row.measure.loss}
+        self.losses = {name: self.dropped.labels(why) for name, why in losses.items()}
         self._server: tuple[_Server, Thread] | None = None
+
+    def follow(self, readings: Mapping[str, Callable[[], Any]]) -> None:
+        """Take the gauges at each scrape from `readings`: how each field of telemetry is read."""
+        for row, gauge in self.gauges.items():
+            gauge.set_function(partial(_reading, row, readings[row.path[0]]))
 
     def answered(self, prediction: Prediction, seconds: float) -> None:
         """Count one answer, `seconds` after its frame was taken from the queue."""
@@ -128,6 +132,11 @@ class Metrics:
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"edgeear_{name}", about, buckets=buckets, registry=self.registry)
+
+
+def _reading(row: Row, read: Callable[[], Any]) -> float:
+    value = row.value(read())
+    return math.nan if value is None else value * row.measure.scale
 
 
 class _Server(ThreadingHTTPServer):

@@ -76,8 +76,7 @@ class Outgoing:
 
     def telemetry(self, facts: dict[str, Any]) -> None:
         """The figures of a window."""
-        state = outbox_facts(self.outbox.counters(), self._clock())
-        self._put(topics.TELEMETRY, messages.Telemetry, {**facts, "outbox": state})
+        self._put(topics.TELEMETRY, messages.Telemetry, facts)
 
     def label_request(self, seen: Seen, until: float) -> None:
         """A frame whose label is wanted, as a person would look at it; the board waits `until` then, unix seconds."""

@@ -17,46 +17,14 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from device.mqtt.measures import Row, Sensor
+from device.mqtt.messages import MEASURES, Quantiles, Telemetry
 from device.mqtt.topics import COMMAND, STATUS, TELEMETRY, prefix, topic_of
 
 DISCOVERY: Final = "homeassistant"
 PRESSED: Final = '"id": "ha-{{ (now().timestamp() * 1000) | int }}"'
 Component = dict[str, Any]
 
-_NOVELTY: Final = "value_json.novelty.p90 | round(3) if value_json.novelty else None"
-_LATENCY: Final = "value_json.latency_ms.p90 | round(2) if value_json.latency_ms else None"
-# component: name, what its template shows, and Home Assistant's options for it
-_SENSORS: Final[dict[str, tuple[str, str, Component]]] = {
-    "novelty": ("Novelty", _NOVELTY, {"state_class": "measurement", "icon": "mdi:eye-outline"}),
-    "latency": (
-        "Latency",
-        _LATENCY,
-        {"state_class": "measurement", "unit_of_measurement": "ms", "icon": "mdi:timer-outline"},
-    ),
-    "frames": ("Frames", "value_json.frames", {"state_class": "measurement", "icon": "mdi:image-multiple-outline"}),
-    "ood": (
-        "Frames out of distribution",
-        "value_json.ood",
-        {"state_class": "measurement", "icon": "mdi:help-rhombus-outline"},
-    ),
-    "phase": ("Phase", "value_json.phase", {"icon": "mdi:state-machine"}),
-    "generation": ("Generation", "value_json.generation", {"icon": "mdi:source-branch"}),
-    "outbox": (
-        "Outbox depth",
-        "value_json.outbox.depth",
-        {"state_class": "measurement", "icon": "mdi:tray-full", "entity_category": "diagnostic"},
-    ),
-    "temperature": (
-        "Temperature",
-        "value_json.temperature_c",
-        {
-            "state_class": "measurement",
-            "device_class": "temperature",
-            "unit_of_measurement": "°C",
-            "entity_category": "diagnostic",
-        },
-    ),
-}
 _BUTTONS: Final = {"rollback": ("Roll back", "mdi:undo-variant"), "confirm": ("Confirm", "mdi:check-decagram-outline")}
 
 
@@ -99,16 +67,37 @@ def discovery_payload(site: str, device: str, version: str, encoder: str, teleme
 
 def _sensors(topic: str, expire_after_s: int) -> dict[str, Component]:
     return {
-        key: {
+        sensor.key: {
             "platform": "sensor",
-            "name": name,
+            "name": sensor.name,
             "state_topic": topic,
-            "value_template": f"{{{{ {shown} }}}}",
+            "value_template": f"{{{{ {_shown(row)} }}}}",
             "expire_after": expire_after_s,
-            **options,
+            **_options(sensor),
         }
-        for key, (name, shown, options) in _SENSORS.items()
+        for row in MEASURES
+        if (sensor := row.measure.sensor) is not None
     }
+
+
+def _shown(row: Row) -> str:
+    """The expression of a template: the figure, or the 90 % quantile where there are several."""
+    value = ".".join(("value_json", *row.path))
+    if Telemetry.model_fields[row.path[0]].annotation != Quantiles | None:
+        return value
+    assert row.measure.sensor is not None
+    return f"{value}.p90 | round({row.measure.sensor.digits}) if {value} else None"
+
+
+def _options(sensor: Sensor) -> Component:
+    options = {
+        "state_class": "measurement" if sensor.measured else None,
+        "unit_of_measurement": sensor.unit,
+        "device_class": sensor.device_class,
+        "icon": sensor.icon,
+        "entity_category": "diagnostic" if sensor.diagnostic else None,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _controls(site: str, device: str) -> dict[str, Component]:

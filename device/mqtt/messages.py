@@ -46,6 +46,7 @@ from device.mqtt.fields import (
     Text,
     shown,
 )
+from device.mqtt.measures import Cell, Measure, Sensor, rows
 from device.mqtt.settings import NAMES, Changes
 
 VERSION: Final = 1
@@ -172,36 +173,76 @@ class Quantiles(Part):
 
 
 class OutboxReport(Part):
-    """What waits for the broker; `dropped` counts messages by class since the outbox was made."""
+    """What waits for the broker."""
 
-    depth: Count
-    bytes: Count
-    oldest_s: Amount | None
-    dropped: dict[OutboxClass, Count] = {}
+    depth: Annotated[
+        Count,
+        Measure(gauge="outbox_depth", sensor=Sensor("outbox", "Outbox depth", "mdi:tray-full", diagnostic=True)),
+    ] = Field(description="Messages that the broker has not acknowledged.")
+    bytes: Annotated[Count, Measure(gauge="outbox_bytes")] = Field(description="Bytes of their payloads.")
+    oldest_s: Amount | None = Field(description="Age of the oldest in seconds, null for none.")
+    dropped: dict[OutboxClass, Count] = Field({}, description="Messages dropped since the outbox was made, by class.")
 
 
 class Telemetry(_Stamped):
-    """Summary of the window from `from_time` to `to_time`: counts of that window, and the state at its end."""
+    """Summary of the window from `from_time` to `to_time`: counts of that window, and the state at its end. A field's
+    type is its range, its description its help; a `Measure` says where else it is shown."""
 
-    from_time: Moment
-    to_time: Moment
-    frames: Count
-    dropped: Count
-    stale: Count
-    undecodable: Count
-    ood: Count
-    abstained: Count
-    novelty: Quantiles | None
-    latency_ms: Quantiles | None
-    routes: Annotated[dict[Known, Count], Field(max_length=MAX_DOMAINS)]
-    phase: Phase
-    paused: bool = False
-    generation: Count
-    temperature_c: Number | None
-    rss_mb: Amount
-    cpu_share: Amount
-    outbox: OutboxReport
-    refused_messages: Count
+    from_time: Moment = Field(description="Start of the window, unix seconds.")
+    to_time: Moment = Field(description="End of the window, unix seconds.")
+    frames: Annotated[Count, Measure(sensor=Sensor("frames", "Frames", "mdi:image-multiple-outline"))] = Field(
+        description="Frames that were answered."
+    )
+    dropped: Annotated[Count, Measure(loss="queue")] = Field(description="Frames dropped because the queue was full.")
+    stale: Annotated[Count, Measure(loss="stale")] = Field(description="Frames dropped because they were too old.")
+    undecodable: Annotated[Count, Measure(loss="undecodable")] = Field(description="Inputs that gave no usable frame.")
+    ood: Annotated[Count, Measure(sensor=Sensor("ood", "Frames out of distribution", "mdi:help-rhombus-outline"))] = (
+        Field(description="Frames found out of distribution.")
+    )
+    abstained: Count = Field(description="Frames that no head answered.")
+    novelty: Annotated[
+        Quantiles | None,
+        Measure(
+            sensor=Sensor("novelty", "Novelty", "mdi:eye-outline", digits=3),
+            cell=Cell("novelty", 7, 1, ".2f", quantile="p50"),
+        ),
+    ] = Field(description="Novelty to the best domain; null before anything is learned.")
+    latency_ms: Annotated[
+        Quantiles | None,
+        Measure(
+            sensor=Sensor("latency", "Latency", "mdi:timer-outline", unit="ms"),
+            cell=Cell("p99 ms", 6, 3, ".1f", quantile="p99"),
+        ),
+    ] = Field(description="From frame to answer, milliseconds.")
+    routes: Annotated[dict[Known, Count], Field(max_length=MAX_DOMAINS)] = Field(
+        description="Frames answered by each domain's head, of the most frequent domains."
+    )
+    phase: Annotated[Phase, Measure(sensor=Sensor("phase", "Phase", "mdi:state-machine", measured=False))] = Field(
+        description="What the board is doing."
+    )
+    paused: bool = Field(False, description="Whether learning is paused.")
+    generation: Annotated[
+        Count,
+        Measure(gauge="generation", sensor=Sensor("generation", "Generation", "mdi:source-branch", measured=False)),
+    ] = Field(description="The generation that serves.")
+    temperature_c: Annotated[
+        Number | None,
+        Measure(
+            gauge="temperature_celsius",
+            sensor=Sensor("temperature", "Temperature", unit="°C", device_class="temperature", diagnostic=True),
+            cell=Cell("°C", 3, 1, ".0f"),
+        ),
+    ] = Field(description="Temperature of the board in degrees Celsius; null where it has no sensor.")
+    rss_mb: Annotated[Amount, Measure(gauge="rss_bytes", scale=2**20, cell=Cell("MiB", 5, 0, ".0f"))] = Field(
+        description="Resident memory of the inference process, MiB."
+    )
+    cpu_share: Amount = Field(description="Share of one core that the process used; above 1 with several threads.")
+    outbox: OutboxReport = Field(description="What waits for the broker.")
+    refused_messages: Count = Field(description="Messages that were no command or came too late.")
+
+
+MEASURES: Final = tuple(rows(Telemetry))
+"""Every figure that is shown beside the message."""
 
 
 class PredictionMessage(Message):

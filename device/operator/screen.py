@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from device.mqtt import messages
+from device.mqtt import measures, messages
 from device.operator.watch import Fleet, Need, Row
 
 GAP = 2
@@ -128,14 +128,23 @@ def _lost(seen: messages.Telemetry) -> Text:
     return Text(str(lost), "yellow" if lost > seen.frames else "")
 
 
-def _of(show: Callable[[messages.Telemetry], Text | float | None], form: str = "") -> Callable[[Row, float], Text]:
-    """A cell made of telemetry; "-" where there is none, or it has no such figure."""
+def _of(show: Callable[[messages.Telemetry], Text]) -> Callable[[Row, float], Text]:
+    """A cell made of telemetry; "-" where there is none."""
+    return lambda row, now: Text("-") if row.telemetry is None else show(row.telemetry)
 
-    def cell(row: Row, now: float) -> Text:
-        value = None if row.telemetry is None else show(row.telemetry)
-        return value if isinstance(value, Text) else Text("-" if value is None else format(value, form))
 
-    return cell
+def _measured(row: measures.Row, cell: measures.Cell) -> Column:
+    """The column of one measure; "-" where the board has no such figure."""
+
+    def show(seen: messages.Telemetry) -> Text:
+        value = row.value(getattr(seen, row.path[0]))
+        value = getattr(value, cell.quantile) if cell.quantile and value is not None else value
+        return Text("-" if value is None else format(value, cell.form))
+
+    return Column(cell.heading, cell.width, cell.keep, _of(show))
+
+
+MEASURED = [(row.measure.cell, _measured(row, row.measure.cell)) for row in messages.MEASURES if row.measure.cell]
 
 
 def _event(row: Row, now: float) -> Text:
@@ -158,11 +167,9 @@ COLUMNS = (
     Column("gen", 4, 4, _generation),
     Column("fps", 5, 5, _of(_fps)),
     Column("OOD", 4, 6, _foreign),
-    Column("novelty", 7, 1, _of(lambda seen: None if seen.novelty is None else seen.novelty.p50, ".2f")),
-    Column("p99 ms", 6, 3, _of(lambda seen: None if seen.latency_ms is None else seen.latency_ms.p99, ".1f")),
+    *(column for cell, column in MEASURED if cell.quantile),
     Column("lost", 5, 3, _of(_lost)),
-    Column("°C", 3, 1, _of(lambda seen: seen.temperature_c, ".0f")),
-    Column("MiB", 5, 0, _of(lambda seen: seen.rss_mb, ".0f")),
+    *(column for cell, column in MEASURED if not cell.quantile),
     Column("outbox", 6, 2, _of(_waits)),
     Column("heard", 6, 7, lambda row, now: Text(ago(now - row.seen)), right=True),
     Column("last event", 20, 7, _event, right=False),

@@ -60,17 +60,22 @@ def test_everything_else_is_served_under_its_name(metrics: Metrics) -> None:
     metrics.outbox_dropped.labels("telemetry").inc()
     metrics.commands.labels("adapt", "ok").inc()
     metrics.learning_runs.labels("rejected").inc()
-    gauges = {
-        metrics.generation: ("edgeear_generation", 7),
-        metrics.outbox_depth: ("edgeear_outbox_depth", 11),
-        metrics.outbox_bytes: ("edgeear_outbox_bytes", 2048),
-        metrics.mqtt_connected: ("edgeear_mqtt_connected", 1),
-        metrics.rss_bytes: ("edgeear_rss_bytes", 1.5e8),
-        metrics.temperature_celsius: ("edgeear_temperature_celsius", 48.5),
-    }
-    for gauge, (_, value) in gauges.items():
-        gauge.set(value)
-    expected = dict(gauges.values()) | {
+    metrics.mqtt_connected.set(1)
+    metrics.follow(
+        {
+            "generation": lambda: 7,
+            "outbox": lambda: {"depth": 11, "bytes": 2048},
+            "rss_mb": lambda: 143.5,
+            "temperature_c": lambda: 48.5,
+        }
+    )
+    expected = {
+        "edgeear_generation": 7,
+        "edgeear_outbox_depth": 11,
+        "edgeear_outbox_bytes": 2048,
+        "edgeear_mqtt_connected": 1,
+        "edgeear_rss_bytes": 143.5 * 2**20,
+        "edgeear_temperature_celsius": 48.5,
         "edgeear_dropped_total{why=queue}": 0,
         "edgeear_dropped_total{why=stale}": 2,
         "edgeear_dropped_total{why=undecodable}": 0,
@@ -81,6 +86,14 @@ def test_everything_else_is_served_under_its_name(metrics: Metrics) -> None:
     }
     served = read(metrics.serve(0))
     assert {name: served.get(name) for name in expected} == expected
+
+
+def test_a_temperature_that_no_sensor_gives_is_not_a_number(metrics: Metrics) -> None:
+    metrics.follow(
+        {"generation": int, "outbox": lambda: {"depth": 0, "bytes": 0}, "rss_mb": float, "temperature_c": lambda: None}
+    )
+    served = read(metrics.serve(0))
+    assert math.isnan(served["edgeear_temperature_celsius"]) and served["edgeear_generation"] == 0
 
 
 def test_a_board_is_in_one_phase_and_forgets_domains(metrics: Metrics) -> None:

@@ -20,6 +20,7 @@ from device.mqtt.messages import (
     MAX_PARTS,
     MAX_PAYLOAD,
     MAX_REASON,
+    MEASURES,
     Adapt,
     Command,
     Confirm,
@@ -333,6 +334,12 @@ def test_data_of_an_event_is_small_scalars(value: Any) -> None:
 def test_a_result_is_bounded_json(result: Any) -> None:
     with pytest.raises(ValidationError):
         Response(**STAMP(1, 1), id="a", command="report", outcome="ok", result=result)
+
+
+def test_every_figure_of_telemetry_says_what_it_is() -> None:
+    own = {name: field.description for name, field in Telemetry.model_fields.items() if name not in ("v", *STAMP(1, 1))}
+    assert all(own.values()) and all(row.help.endswith(".") for row in MEASURES)
+    assert {row.path[0] for row in MEASURES} <= own.keys()
 
 
 def test_messages_do_not_change() -> None:
