@@ -17,6 +17,7 @@ Rules of this file:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -103,6 +104,21 @@ def observe(
     if log_s < -math.log(policy.false_alarm_rate):
         return after, None
     return after, Shift(samples, onset, log_s)
+
+
+def likely_onset(shift: Shift, recent: Sequence[tuple[int, float]], policy: ShiftPolicy) -> int:
+    """The sample after which the evidence for `shift` is largest; `recent` are sample numbers, rising, and p-values.
+
+    The shift's own onset is a lower bound: its evidence wanders above the floor for hundreds of samples while nothing
+    happens."""
+    best, evidence, onset = -math.inf, 0.0, shift.onset
+    for number, p in reversed(recent):
+        if number <= shift.onset:
+            break
+        evidence += log_e_value(p, policy)
+        if evidence > best:
+            best, onset = evidence, number - 1
+    return onset
 
 
 def log_bets(p: float, policy: ShiftPolicy) -> tuple[float, ...]:

@@ -11,8 +11,8 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, assert_never
 
 import numpy as np
 
@@ -27,22 +27,41 @@ from edgeear.unlabelled import UnlabelledPolicy, adapt_unlabelled
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """Grow the domain `name` over `system` from `frames`, each `(height, width, 3)`; `labels` are the class names of
-    the frames, or there are none and `unlabelled` says how to do without. `views`: how frames are shown to training."""
+class _Job:
+    """Grow the domain `name` over `system` from `frames`, at least one, each `(height, width, 3)`. `views`: how frames
+    are shown to training."""
 
     system: System
     name: str
     frames: tuple[U8, ...]
-    labels: tuple[str, ...] = ()
-    unlabelled: UnlabelledPolicy | None = None
-    views: tuple[str, ...] = ("plain", "flip")
-    seed: int = 0
+    views: tuple[str, ...] = field(default=("plain", "flip"), kw_only=True)
+    seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        wanted = 0 if self.unlabelled is not None else len(self.frames)
-        if not self.frames or len(self.labels) != wanted:
-            raise UsageError(f"{len(self.labels)} labels for {len(self.frames)} frames of a job: expected {wanted}")
+        if not self.frames:
+            raise UsageError(f"a job for {self.name!r} has 0 frames: it needs at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledJob(_Job):
+    """`labels` are the class names of the frames. Raises UsageError where their numbers differ."""
+
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.labels) != len(self.frames):
+            raise UsageError(f"{len(self.labels)} labels for {len(self.frames)} frames of a job: give one for each")
+
+
+@dataclass(frozen=True, eq=False)
+class UnlabelledJob(_Job):
+    """`policy` says how to learn without labels."""
+
+    policy: UnlabelledPolicy
+
+
+Job = LabelledJob | UnlabelledJob
 
 
 @dataclass(frozen=True)
@@ -97,13 +116,17 @@ def learn(
     job: Job, encoder: Encoder, engine: Engine, policy: AdaptPolicy, on_progress: Progress
 ) -> Candidate | Rejected:
     """Do a job here and now. Needs torch (the `learn` extra); raises what `flow.adapt` raises."""
-    if job.unlabelled is not None:
-        views = _views(job, encoder, job.system.wanted_taps, on_progress)
-        return adapt_unlabelled(job.system, engine, job.name, views, job.unlabelled, policy, job.seed, on_progress)
-    views = _views(job, encoder, [t.name for t in job.system.space.taps], on_progress)
-    classes = tuple(sorted(set(job.labels)))
-    labels = np.array([classes.index(label) for label in job.labels], np.int64)
-    return adapt(job.system, Samples(job.name, views, labels, classes), policy, job.seed, on_progress)
+    match job:
+        case LabelledJob():
+            views = _views(job, encoder, [t.name for t in job.system.space.taps], on_progress)
+            classes = tuple(sorted(set(job.labels)))
+            labels = np.array([classes.index(label) for label in job.labels], np.int64)
+            return adapt(job.system, Samples(job.name, views, labels, classes), policy, job.seed, on_progress)
+        case UnlabelledJob():
+            views = _views(job, encoder, job.system.wanted_taps, on_progress)
+            return adapt_unlabelled(job.system, engine, job.name, views, job.policy, policy, job.seed, on_progress)
+        case _:
+            assert_never(job)
 
 
 def _views(job: Job, encoder: Encoder, taps: Sequence[str], on_progress: Progress) -> list[Features]:

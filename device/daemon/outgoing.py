@@ -80,8 +80,9 @@ class Outgoing:
 
     def label_request(self, seen: Seen, until: float) -> None:
         """A frame whose label is wanted, as a person would look at it; the board waits `until` then, unix seconds."""
-        facts = {"at": seen.number, "image": picture(seen.frame), "guess": seen.label, "route": seen.route}
-        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, "until": until})
+        guess = {"guess": seen.prediction.label, "route": seen.prediction.route}
+        facts = {"at": seen.number, "image": picture(seen.frame), "until": until}
+        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
 
     def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
         """The answer for a frame."""

@@ -23,7 +23,7 @@ from typing import IO
 
 from adaptors.search import SearchPolicy
 from adaptors.train import TrainPolicy
-from device.board.learner import Job, learn
+from device.board.learner import LabelledJob, learn
 from device.daemon.config.settings import DeviceSection
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
@@ -209,7 +209,7 @@ def taught() -> tuple[bytes, dict[str, bytes]]:
     empty = System(encoder.digest, space, fakes.empty(recognise=3.0).policy)
     labels = fakes.labels_of(60)
     frames = tuple(fakes.frames(0, fakes.CLASSES, labels, 1))
-    job = Job(empty, TAUGHT, frames, tuple(fakes.CLASSES[i] for i in labels), seed=3)
+    job = LabelledJob(empty, TAUGHT, frames, tuple(fakes.CLASSES[i] for i in labels), seed=3)
     policy = AdaptPolicy(search=SearchPolicy(specs=12), train=TrainPolicy(epochs=5))
     outcome = learn(job, encoder, OrtEngine(encoder), policy, lambda *_: None)
     assert isinstance(outcome, Candidate)

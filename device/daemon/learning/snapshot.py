@@ -4,7 +4,7 @@ Rules of this file:
 
 1. A parcel is a JSON header and named blobs; no pickle, so a sick process can send nonsense but no code.
 2. Only the new domain travels back. The board puts it into the generation that it has, so that old domains stay the
-   very same objects, and it goes through `admit` there, as everything does.
+   very same objects, and it goes through `install` there, as everything from elsewhere does.
 3. The inbox takes bytes in pieces of any size and gives whole messages; what is none raises FormatError at once.
 """
 
@@ -14,15 +14,15 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 
 from adaptors.selftrain import SelfTrainPolicy
-from device.board.learner import Job
+from device.board.learner import Job, LabelledJob, UnlabelledJob
 from device.state.codec import from_files, to_files
 from edgeear.errors import EdgeearError, FormatError
-from edgeear.system import Domain, System
+from edgeear.system import System
 from edgeear.unlabelled import UnlabelledPolicy
 
 Buffer = bytes | memoryview
@@ -66,11 +66,16 @@ def job_parts(job: Job, how: Mapping[str, object]) -> Iterator[Buffer]:
         "how": dict(how),
         "name": job.name,
         "shape": list(frames.shape),
-        "labels": list(job.labels),
-        "unlabelled": None if job.unlabelled is None else asdict(job.unlabelled),
         "views": list(job.views),
         "seed": job.seed,
     }
+    match job:
+        case LabelledJob():
+            header |= {"kind": "labelled", "labels": list(job.labels)}
+        case UnlabelledJob():
+            header |= {"kind": "unlabelled", "policy": asdict(job.policy)}
+        case _:
+            assert_never(job)
     yield from parcel(header, {**to_files(job.system), _FRAMES: frames.data})
 
 
@@ -78,13 +83,16 @@ def job_of(data: Buffer) -> tuple[Job, dict[str, Any]]:
     """Inverse of `job_parts`; raises FormatError or what `from_files` raises."""
     header, blobs = opened(data)
     frames = np.frombuffer(blobs.pop(_FRAMES), np.uint8).reshape(header["shape"])
-    blind = header["unlabelled"]
-    policy = (
-        None if blind is None else UnlabelledPolicy(**{**blind, "labelling": SelfTrainPolicy(**blind["labelling"])})
-    )
     system = from_files({name: bytes(blob) for name, blob in blobs.items()})
-    labels, views = tuple(header["labels"]), tuple(header["views"])
-    return Job(system, header["name"], tuple(frames), labels, policy, views, header["seed"]), header["how"]
+    common, views, seed = (system, header["name"], tuple(frames)), tuple(header["views"]), header["seed"]
+    job: Job
+    if header["kind"] == "labelled":
+        job = LabelledJob(*common, tuple(header["labels"]), views=views, seed=seed)
+    else:
+        policy = header["policy"]
+        policy = UnlabelledPolicy(**{**policy, "labelling": SelfTrainPolicy(**policy["labelling"])})
+        job = UnlabelledJob(*common, policy, views=views, seed=seed)
+    return job, header["how"]
 
 
 def domain_parts(system: System, name: str) -> Sequence[Buffer]:
@@ -92,8 +100,8 @@ def domain_parts(system: System, name: str) -> Sequence[Buffer]:
     return parcel({}, to_files(replace(system, domains=(system.domain(name),))))
 
 
-def domain_of(data: Buffer, base: System, name: str) -> Domain:
-    """The domain `name` in a result for `base`. Raises FormatError for nonsense and for another space or encoder."""
+def system_of(data: Buffer, name: str) -> System:
+    """The domain `name`, alone in a system; inverse of `domain_parts`. Raises FormatError for anything else."""
     try:
         _, blobs = opened(data)
         system = from_files({file: bytes(blob) for file, blob in blobs.items()})
@@ -101,9 +109,7 @@ def domain_of(data: Buffer, base: System, name: str) -> Domain:
         raise FormatError(f"the result is no domain: {error}") from error
     if system.names != (name,):
         raise FormatError(f"the result holds domains {list(system.names)}, asked for was {name!r}")
-    if system.encoder_digest != base.encoder_digest or system.space.digest != base.space.digest:
-        raise FormatError("the result was made for another encoder or hypervector space")
-    return system.domains[0]
+    return system
 
 
 def message(kind: Kind, parts: Sequence[Buffer]) -> list[Buffer]:

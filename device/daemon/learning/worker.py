@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-1. This process never imports torch. A job goes out as bytes and a domain comes back as bytes (snapshot.py); `admit`
+1. This process never imports torch. A job goes out as bytes and a domain comes back as bytes (snapshot.py); `install`
    here makes the candidate over the very generation that the job was for.
 2. Whatever the child does, the outcome is a value: out of time, out of memory, killed, crashed, silent, talking
    nonsense, no torch. Nothing of it reaches the caller of `poll`, which never waits: a thread talks to the child.
@@ -34,9 +34,9 @@ from adaptors.latency import LatencyModel
 from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS
 from device.board.learner import Failed, Job, Outcome
-from device.daemon.learning.snapshot import Inbox, Kind, domain_of, job_parts, opened
-from edgeear.admission import admit
+from device.daemon.learning.snapshot import Inbox, Kind, job_parts, opened, system_of
 from edgeear.errors import FormatError, UsageError
+from edgeear.flow import install
 from edgeear.system import Candidate, Rejected
 
 COMMAND = (sys.executable, "-m", "device.daemon.learning.worker_child")
@@ -257,8 +257,9 @@ class _Run:
             return Failed(reason or "the learning process gave no answer")
         kind, payload = self._answer
         if kind == "grown":
-            domain = domain_of(payload, self._job.system, self._job.name)
-            outcome = admit(self._job.system, domain)
+            found = system_of(payload, self._job.name)
+            (domain,) = found.domains
+            outcome = install(self._job.system, domain, found.encoder_digest, found.space.digest)
             if isinstance(outcome, Candidate):  # computed here, in this thread, and not under the first frame
                 _ = outcome.system.router, domain.detector
             return outcome

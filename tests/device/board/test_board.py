@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.board.board import PHASES, TABLE, Board, BoardPolicy, Signal
-from device.board.events import Event, NotAdmitted, Shifted
-from device.board.learner import Failed, Job, Learner, Outcome
+from device.board.board import Board, BoardPolicy
+from device.board.events import Event, Grown, NotAdmitted, Shifted
+from device.board.learner import Failed, Job, LabelledJob, Learner, Outcome, UnlabelledJob
 from device.encoder.engine import OrtEngine
 from device.state.codec import from_files
 from device.state.store import Store
@@ -277,6 +276,13 @@ class Later:
         self.outcome = outcome
 
 
+def labels_in(later: Later) -> tuple[str, ...]:
+    """The labels of the first job, which has some."""
+    (job, *_) = later.jobs
+    assert isinstance(job, LabelledJob)
+    return job.labels
+
+
 def learning(**changes: object) -> tuple[Rig, Later]:
     """A board that knows domain 0 and has just started to learn domain 1."""
     later = Later()
@@ -294,24 +300,12 @@ def waiting(patience: float = 100.0, known: int = 0, **changes: object) -> tuple
     return rig, later
 
 
-def test_every_signal_has_an_answer_in_every_phase_and_none_is_a_dead_end() -> None:
-    assert set(TABLE) == set(get_args(Signal))
-    assert all(len(row) == len(PHASES) for row in TABLE.values())
-    assert all(to is None or to in PHASES for row in TABLE.values() for to in row)
-    ways = {(PHASES[i], to) for row in TABLE.values() for i, to in enumerate(row) if to is not None}
-    for phase in PHASES:
-        reached = {phase}
-        while more := {to for start, to in ways if start in reached} - reached:
-            reached |= more
-        assert reached == set(PHASES)
-
-
 def test_predictions_go_on_while_another_process_learns() -> None:
     rig, later = learning()
     before = rig.board.system
     assert np.mean(rig.show(0, 30, seed=7)) > 0.9 and rig.board.phase == "learning"
     assert rig.board.system is before and later.jobs[0].system is before
-    assert len(later.jobs[0].frames) == len(later.jobs[0].labels) == POLICY.labels
+    assert len(later.jobs[0].frames) == len(labels_in(later)) == POLICY.labels
     later.succeed()
     assert [event.kind for event in rig.board.poll()] == ["grown"]
     assert str(rig.board.phase) == "probation" and rig.board.system.names == ("d0", "d1")
@@ -370,7 +364,7 @@ def test_labels_are_waited_for_and_all_of_them_end_the_wait() -> None:
     assert rig.board.phase == "labelling" and not later.jobs
     rig.truth.known = 1000
     assert [event.kind for event in rig.board.poll()] == ["search"]
-    assert str(rig.board.phase) == "learning" and len(later.jobs[0].labels) == POLICY.labels
+    assert str(rig.board.phase) == "learning" and len(labels_in(later)) == POLICY.labels
 
 
 @pytest.mark.parametrize(("known", "phase"), [(20, "learning"), (2, "collecting")])
@@ -381,14 +375,14 @@ def test_when_patience_ends_what_came_must_do(known: int, phase: str) -> None:
     rig.now = 100.0
     rig.board.poll()
     assert str(rig.board.phase) == phase
-    assert [len(job.labels) for job in later.jobs] == ([20] if phase == "learning" else [])
+    assert len(later.jobs) == (phase == "learning") and all(len(labels_in(later)) == 20 for _ in later.jobs)
 
 
 def test_without_labels_in_time_the_board_adapts_without() -> None:
     rig, later = waiting(unlabelled=UnlabelledPolicy())
     rig.now = 100.0
     rig.board.poll()
-    assert later.jobs[0].unlabelled is not None and later.jobs[0].labels == ()
+    assert isinstance(later.jobs[0], UnlabelledJob) and later.jobs[0].policy == UnlabelledPolicy()
     assert "no labels came" in rig.events[-1].text
 
 
@@ -405,7 +399,7 @@ def test_a_clock_that_is_set_back_does_not_stretch_the_wait() -> None:
 def test_an_operator_ends_the_wait_and_names_the_domain() -> None:
     rig, later = waiting(known=20)
     assert [event.kind for event in rig.board.adapt_now("dusk")] == ["search"]
-    assert later.jobs[0].name == "dusk" and len(later.jobs[0].labels) == 20
+    assert later.jobs[0].name == "dusk" and len(labels_in(later)) == 20
 
 
 def test_an_operator_has_a_domain_learned_that_nobody_noticed() -> None:
@@ -476,13 +470,58 @@ def test_forgetting_is_permanent_stored_and_restarts_what_is_being_learned(tmp_p
         Rig(start=start).board.replace(forget_domain(fakes.grown(0, 2), "d2"), "another base")
 
 
+def offered(system: System, background: int) -> Candidate:
+    outcome = admit(system, fakes.domain(background))
+    assert isinstance(outcome, Candidate)
+    return outcome
+
+
+@pytest.mark.parametrize("background", [1, 4])
+def test_an_offered_candidate_serves_on_probation(tmp_path: Path, background: int) -> None:
+    with Store.open(tmp_path) as store:
+        rig = Rig(start=fakes.grown(0), learner=Later(), store=store)
+        rig.show_until(1, "collecting")
+        number = store.live
+        (grown,) = rig.board.offer(offered(rig.board.system, background), "from another board")
+        assert isinstance(grown, Grown) and grown.domain == f"d{background}"
+        assert (str(rig.board.phase), rig.board.live.probation) == ("probation", True)
+        assert store.live != number == store.confirmed and store.generations()[-1].note == "from another board"
+        rig.show(1, 20, seed=3)
+        kept = background == 1
+        assert rig.kinds[-1] == ("confirmed" if kept else "rolled-back")
+        assert rig.board.system.names == (("d0", "d1") if kept else ("d0",))
+        assert (store.live == store.confirmed == number) is not kept
+
+
+def test_an_offer_is_refused_where_it_cannot_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(tmp_path) as store:
+        rig, later = learning(store=store)
+        before, candidate = rig.board.live, offered(rig.board.system, 3)
+        with pytest.raises(UsageError, match="pause to end it"):
+            rig.board.offer(candidate, "while learning")
+        assert later.busy
+        rig.board.pause(True)
+        with pytest.raises(UsageError, match="admit again"):
+            rig.board.offer(offered(fakes.grown(0), 3), "over another generation")
+        with pytest.raises(UsageError, match="no new or changed domain"):
+            rig.board.offer(forget_domain(rig.board.system, "d0"), "nothing new")
+        monkeypatch.setattr(store, "write", full)
+        with pytest.raises(DeviceError, match="disk full"):
+            rig.board.offer(candidate, "no room")
+        monkeypatch.undo()
+        assert rig.board.live is before and str(rig.board.phase) == "serving"
+        rig.board.offer(candidate, "works while paused")
+        with pytest.raises(UsageError, match="confirm the generation"):
+            rig.board.offer(offered(rig.board.system, 5), "on probation")
+
+
+def full(*_: object, **__: object) -> int:
+    raise DeviceError("disk full")
+
+
 def test_what_cannot_be_stored_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.open(tmp_path) as store:
         rig, later = learning(store=store)
-
-        def full(*_: object, **__: object) -> int:
-            raise DeviceError("disk full")
-
         monkeypatch.setattr(store, "write", full)
         before = rig.board.live
         later.succeed()
@@ -499,7 +538,7 @@ def test_what_cannot_be_stored_does_not_serve(tmp_path: Path, monkeypatch: pytes
 
 
 ACTIONS = ("frame 0", "frames 0", "frames 1", "poll", "wait", "label", "succeed", "fail", "reject")
-VERBS = ("adapt", "rollback", "confirm", "pause", "resume", "forget")
+VERBS = ("adapt", "rollback", "confirm", "pause", "resume", "forget", "offer")
 
 
 @settings(max_examples=60)
@@ -543,5 +582,7 @@ def act(rig: Rig, later: Later, action: str) -> None:
         board.pause(word == "pause")
     elif word == "forget" and board.system.domains:
         board.replace(forget_domain(board.system, board.system.names[-1]), "forgot the last")
+    elif word == "offer" and "d5" not in board.system.names:
+        board.offer(Candidate(board.system, board.system.grown(fakes.domain(5)), {}), "offered")
     elif word in ("poll", "rollback", "confirm"):
         getattr(board, word)()

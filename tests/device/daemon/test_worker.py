@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from adaptors.search import SearchPolicy
 from adaptors.train import TrainPolicy
 from device.board.board import Board, BoardPolicy
-from device.board.learner import Failed, Job, Outcome, learn
-from device.daemon.learning.snapshot import Inbox, domain_of, domain_parts, job_of, job_parts, message, opened, parcel
+from device.board.learner import Failed, Job, LabelledJob, Outcome, UnlabelledJob, learn
+from device.daemon.learning.snapshot import Inbox, domain_parts, job_of, job_parts, message, opened, parcel, system_of
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
 from edgeear.errors import EdgeearError, FormatError, UsageError
+from edgeear.flow import install
 from edgeear.samples import AdaptPolicy
 from edgeear.space import HypervectorSpace, SpacePolicy
 from edgeear.system import Candidate, Live, Rejected, System
@@ -56,10 +57,10 @@ class World:
     """Knows domain 0, learned in a child."""
 
 
-def job(system: System, background: int, n: int = 60) -> Job:
+def job(system: System, background: int, n: int = 60) -> LabelledJob:
     labels = fakes.labels_of(n)
     frames = tuple(fakes.frames(background, fakes.CLASSES, labels, 1))
-    return Job(system, f"d{background}", frames, tuple(fakes.CLASSES[i] for i in labels), seed=3)
+    return LabelledJob(system, f"d{background}", frames, tuple(fakes.CLASSES[i] for i in labels), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_board_learns_through_the_child_while_frames_stop_and_free_it(world: W
 
 
 def test_without_labels_the_gate_speaks_in_the_child(world: World) -> None:
-    asked = replace(job(world.one, 0), labels=(), unlabelled=UnlabelledPolicy(frames=20))
+    asked = UnlabelledJob(world.one, "d0", job(world.one, 0).frames, UnlabelledPolicy(frames=20), seed=3)
     outcome = outcome_of(ProcessLearner(world.path, QUICK), asked)
     assert isinstance(outcome, Rejected) and outcome.domain == "d0"
     assert any(reason.startswith("label-free: ") for reason in outcome.reasons)
@@ -188,7 +189,7 @@ from pathlib import Path
 import numpy as np
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.encoder.session import OnnxEncoder
-from device.board.learner import Job
+from device.board.learner import LabelledJob
 from edgeear.space import HypervectorSpace
 from edgeear.system import System
 path = Path(sys.argv[1])
@@ -196,7 +197,7 @@ encoder = OnnxEncoder(path)
 told = []
 learner = ProcessLearner(path, WorkerPolicy(specs=20000), on_progress=lambda *step: told.append(step))
 frames = tuple(np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8))
-learner.start(Job(System(encoder.digest, HypervectorSpace(encoder.taps)), "d", frames, ("a", "b") * 30))
+learner.start(LabelledJob(System(encoder.digest, HypervectorSpace(encoder.taps)), "d", frames, ("a", "b") * 30))
 while not told:
     learner.join(0.01)
     learner.poll()
@@ -258,10 +259,11 @@ def test_a_child_that_cannot_be_started_is_an_outcome(world: World) -> None:
 def test_a_result_for_another_job_is_refused(world: World) -> None:
     parts = b"".join(domain_parts(world.one, "d0"))
     with pytest.raises(FormatError, match="asked for was 'd1'"):
-        domain_of(parts, world.one, "d1")
-    with pytest.raises(FormatError, match="another encoder"):
-        domain_of(parts, fakes.grown(0), "d0")
-    assert domain_of(parts, world.one, "d0").head.digest == world.one.domains[0].head.digest
+        system_of(parts, "d1")
+    found = system_of(parts, "d0")
+    assert found.domains[0].head.digest == world.one.domains[0].head.digest
+    refused = install(fakes.grown(0), found.domains[0], found.encoder_digest, found.space.digest)
+    assert isinstance(refused, Rejected) and "made for encoder" in refused.reasons[0]
 
 
 @pytest.fixture
@@ -315,18 +317,18 @@ def test_nothing_is_left_open(world: World) -> None:
 
 
 def test_a_job_survives_the_way(world: World) -> None:
-    asked = replace(job(world.one, 1), labels=(), unlabelled=UnlabelledPolicy(frames=33), views=("plain",))
-    again, how = job_of(b"".join(job_parts(asked, {"nice": 7})))
-    assert how == {"nice": 7}
-    assert (again.name, again.labels, again.unlabelled, again.views, again.seed) == (
-        "d1",
-        (),
-        asked.unlabelled,
-        ("plain",),
-        3,
-    )
-    assert all((a == b).all() for a, b in zip(again.frames, asked.frames, strict=True))
-    assert [d.head.digest for d in again.system.domains] == [d.head.digest for d in world.one.domains]
+    labelled = job(world.one, 1)
+    policy = UnlabelledPolicy(frames=33)
+    for asked in (labelled, UnlabelledJob(world.one, "d1", labelled.frames, policy, views=("plain",), seed=3)):
+        again, how = job_of(b"".join(job_parts(asked, {"nice": 7})))
+        assert how == {"nice": 7}
+        assert (type(again), again.name, again.views, again.seed) == (type(asked), "d1", asked.views, 3)
+        if isinstance(again, LabelledJob):
+            assert again.labels == labelled.labels
+        else:
+            assert again.policy == policy
+        assert all((a == b).all() for a, b in zip(again.frames, asked.frames, strict=True))
+        assert [d.head.digest for d in again.system.domains] == [d.head.digest for d in world.one.domains]
 
 
 MESSAGES = st.lists(st.tuples(st.sampled_from(["progress", "grown", "rejected", "failed"]), st.binary(max_size=40)))
