@@ -41,7 +41,7 @@ from paho.mqtt.properties import Properties
 
 from benchmarks.fuzz_messages import SEEDS, Fuzzer, Message
 from device.daemon import machine
-from device.daemon.sources import MessageFrames
+from device.daemon.sources import Feed, MessageFrames
 from device.daemon.sources.running import Stop
 from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
@@ -101,7 +101,7 @@ class Inside:
     def __init__(self, rig: Rig) -> None:
         self.rig, self.daemon, self.wire = rig, rig.daemon, Wire()
         self.daemon.link = self.wire
-        self._source = MessageFrames((fakes.SIZE, fakes.SIZE), rig.frames, lambda: rig.now, 4)
+        self._source = MessageFrames(Feed((fakes.SIZE, fakes.SIZE), rig.frames, lambda: rig.now), 4)
         policy, status = LinkPolicy("nowhere", "plant", "cam-1", frames=True), self.daemon.status
         self.link = Link(
             policy, rig.outbox, status, self._command, self._frame, _unchanged, random.Random(0), lambda: rig.now

@@ -23,7 +23,7 @@ from device.daemon.labels import LabelBook
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.daemon.loop import Daemon, DaemonPolicy
 from device.daemon.metrics import Metrics
-from device.daemon.sources import Source
+from device.daemon.sources import Feed, Source
 from device.daemon.systemd import Notifier
 from device.encoder.cache import cached_encoder
 from device.encoder.session import OnnxEncoder, pooled_taps
@@ -116,7 +116,7 @@ def opened(
         system = serving(store, encoder, start)
         outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
-        source = config.source.open(encoder.input_size, daemon.frames, now)
+        source = config.source.open(Feed(encoder.input_size, daemon.frames, now))
         link = _link(config, daemon, outbox, source, now, stack)
         port = _metrics(config, daemon, link, stack)
         if source is not None:

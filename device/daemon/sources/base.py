@@ -1,10 +1,11 @@
-"""What every kind of source is: settings that open it and check it, and what runs once it is open."""
+"""What every kind of source has: settings that open and check it, and a feed that its frames go to."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,9 @@ from pydantic import Field
 from device.daemon.finding import Finding, Machine
 from device.daemon.frames import FrameQueue
 from device.daemon.section import Section
+from device.daemon.sources.running import Capture, RunningSource
+from edgeear.errors import DataError
+from edgeear.types import U8
 
 
 class Source(Protocol):
@@ -40,6 +44,25 @@ class Source(Protocol):
         """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
 
 
+@dataclass(frozen=True)
+class Feed:
+    """Where frames go: `size` is their `(height, width)`, `clock` the time that stamps them, in seconds."""
+
+    size: tuple[int, int]
+    sink: FrameQueue
+    clock: Callable[[], float]
+
+    def put(self, decode: Callable[[tuple[int, int]], U8], captured: float, ref: str) -> bool:
+        """Decode a frame to `size` and queue it. False if the queue is closed, or if `decode` raises `DataError`,
+        which is counted."""
+        try:
+            frame = decode(self.size)
+        except DataError:
+            self.sink.undecodable()
+            return False
+        return self.sink.put(frame, captured, ref)
+
+
 class SourceSection(Section):
     """The settings of one kind. A subclass sets `kind` to a `Literal` with a default and adds its own keys; its
     docstring is one sentence, which `edgeear init` writes. Two kinds that use the same key give it the same range."""
@@ -49,17 +72,22 @@ class SourceSection(Section):
     max_age_s: float = Field(2.0, gt=0, le=3600, description="Seconds after which a waiting frame is never served.")
 
     @abstractmethod
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> Source | None:
-        """The source, not started; None if no frames come by themselves. `size` is `(height, width)` of a frame,
-        `clock` the time of day in seconds. Raises `UsageError` for what no retry can fix, such as a missing extra."""
+    def capture(self, feed: Feed) -> Capture | None:
+        """What reads frames into `feed`; None if none come by themselves. Raises `UsageError` for what no retry can
+        fix, such as a missing extra."""
 
     @abstractmethod
     def check(self, machine: Machine) -> Iterator[Finding]:
         """What `edgeear doctor` finds: whether the source is there and this user may use it."""
 
+    def open(self, feed: Feed) -> RunningSource | None:
+        """The source, not started. Raises as `capture` does."""
+        capture = self.capture(feed)
+        return None if capture is None else RunningSource(self.kind, capture, feed.sink)
+
 
 def fine(text: str) -> Finding:
-    """All is well."""
+    """The source is ready."""
     return Finding("source", "ok", text)
 
 

@@ -1,7 +1,7 @@
 """A camera, through OpenCV (the `camera` extra), which is imported when the camera is opened.
 
-Every picture of a device is taken off its buffer, so that what is decoded is the newest; decoded are at most `fps` a
-second. A regular file stands in for a device, at `fps` pictures a second.
+Every picture is taken out of the device's buffer, so that the next one decoded is the newest; at most `fps` a second
+are decoded. A video file can stand in for a device; it then gives `fps` pictures a second.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,11 @@ import numpy as np
 from pydantic import Field
 
 from device.daemon.finding import Finding, Machine
-from device.daemon.frames import FrameQueue
-from device.daemon.sources.base import SourceSection, check_device, problem
-from device.daemon.sources.running import RunningSource, Stop
+from device.daemon.sources.base import Feed, SourceSection, check_device, problem
+from device.daemon.sources.running import Stop
 from device.images.decode import fit_pixels
 from device.provenance import installation
-from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.errors import DeviceError, UsageError
 
 
 class CameraSource(SourceSection):
@@ -34,10 +35,10 @@ class CameraSource(SourceSection):
     )
     fps: float = Field(5.0, gt=0, le=240, description="at most so many frames a second.")
 
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
+    def capture(self, feed: Feed) -> Camera:
         if importlib.util.find_spec("cv2") is None:
             raise UsageError(f"source.kind = camera needs OpenCV: {installation('camera')}")
-        return RunningSource("camera", Camera(self.device, size, sink, clock, self.fps), sink)
+        return Camera(self, feed)
 
     def check(self, machine: Machine) -> Iterator[Finding]:
         if not machine.installed("cv2"):
@@ -47,48 +48,40 @@ class CameraSource(SourceSection):
             yield check_device("camera", Path(file), "video")
 
 
+@dataclass(frozen=True)
 class Camera:
-    """Frames of the camera `device`: a number, a device file, or a video file."""
+    """Frames of a camera: a number, a device file, or a video file. `pace` gives seconds that never go back."""
 
-    def __init__(
-        self,
-        device: str,
-        size: tuple[int, int],
-        sink: FrameQueue,
-        clock: Callable[[], float],
-        fps: float,
-        pace: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._device, self._size, self._sink, self._clock = device, size, sink, clock
-        self._period, self._pace = 1 / fps, pace
+    settings: CameraSource
+    feed: Feed
+    pace: Callable[[], float] = time.monotonic
 
     def run(self, stop: Stop) -> None:
         cv2: Any = importlib.import_module("cv2")
-        capture = cv2.VideoCapture(int(self._device) if self._device.isdecimal() else self._device)
+        device = self.settings.device
+        capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
         try:
             if not capture.isOpened():
-                raise DeviceError(f"camera {self._device}: cannot be opened; check that it is there and not in use")
+                raise DeviceError(f"camera {device}: cannot be opened; check that it is there and not in use")
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             self._watch(capture, stop)
         finally:
             capture.release()
 
     def _watch(self, capture: Any, stop: Stop) -> None:
-        is_file, due, number = Path(self._device).is_file(), self._pace(), 0
+        is_file, due, number = Path(self.settings.device).is_file(), self.pace(), 0
         while not stop.is_set():
-            if is_file and stop.wait(max(0.0, due - self._pace())):
+            if is_file and stop.wait(max(0.0, due - self.pace())):
                 return
             if not capture.grab():
-                raise DeviceError(f"camera {self._device}: gives no more pictures; check cable and power")
-            captured, number = self._clock(), number + 1
-            if self._pace() < due:
+                raise DeviceError(f"camera {self.settings.device}: gives no more pictures; check cable and power")
+            captured, number = self.feed.clock(), number + 1
+            if self.pace() < due:
                 continue
-            due = max(due + self._period, self._pace())
+            due = max(due + 1 / self.settings.fps, self.pace())
             found, picture = capture.retrieve()
-            try:
-                if not found or picture is None:
-                    raise DataError("a picture that OpenCV cannot decode")
-                pixels = picture if picture.ndim == 2 else np.ascontiguousarray(picture[..., ::-1])
-                self._sink.put(fit_pixels(pixels, self._size), captured, f"picture {number}")
-            except DataError:
-                self._sink.undecodable()
+            if not found or picture is None:
+                self.feed.sink.undecodable()
+                continue
+            pixels = picture if picture.ndim == 2 else np.ascontiguousarray(picture[..., ::-1])
+            self.feed.put(partial(fit_pixels, pixels), captured, f"picture {number}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from device.daemon.finding import Finding, Machine
-from device.daemon.frames import FrameQueue
-from device.daemon.sources.base import SourceSection, fine
-from device.daemon.sources.running import RunningSource, Stop
-from device.images.decode import UndecodableInput, decode_bytes
+from device.daemon.sources.base import Feed, SourceSection, fine
+from device.daemon.sources.running import Stop
+from device.images.decode import decode_bytes
 
 MAX_BYTES = 8 << 20
-_NAME = Path("message.jpg")  # its suffix says image; which one, the bytes say
+_NAME = Path("message.jpg")  # the suffix says that it is an image; the bytes say which
 
 
 class MqttSource(SourceSection):
@@ -23,33 +23,33 @@ class MqttSource(SourceSection):
 
     kind: Literal["mqtt"] = "mqtt"
 
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
-        return RunningSource("mqtt", MessageFrames(size, sink, clock, self.queue), sink)
+    def capture(self, feed: Feed) -> MessageFrames:
+        return MessageFrames(feed, self.queue)
 
     def check(self, machine: Machine) -> Iterator[Finding]:
         yield fine("frames come by MQTT")
 
 
 class MessageFrames:
-    """At most `limit` undecoded messages wait; one more pushes out the oldest, which is counted."""
+    """At most `limit` undecoded messages wait; one more drops the oldest, which is counted."""
 
-    def __init__(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float], limit: int) -> None:
-        self._size, self._sink, self._clock, self._limit = size, sink, clock, limit
+    def __init__(self, feed: Feed, limit: int) -> None:
+        self._feed, self._limit = feed, limit
         self._inbox: deque[tuple[int, float, bytes]] = deque()
         self._changed = threading.Condition()
         self._number = 0
 
     def offer(self, payload: bytes) -> None:
-        """Take a message; never waits, never raises. More than `MAX_BYTES` are undecodable."""
+        """Take a message; never waits, never raises. More than `MAX_BYTES` count as undecodable."""
         if len(payload) > MAX_BYTES:
-            self._sink.undecodable()
+            self._feed.sink.undecodable()
             return
         with self._changed:
             if len(self._inbox) == self._limit:
                 self._inbox.popleft()
-                self._sink.passed_over(stale=False)
+                self._feed.sink.passed_over(stale=False)
             self._number += 1
-            self._inbox.append((self._number, self._clock(), payload))
+            self._inbox.append((self._number, self._feed.clock(), payload))
             self._changed.notify_all()
 
     def run(self, stop: Stop) -> None:
@@ -58,9 +58,4 @@ class MessageFrames:
                 if not self._changed.wait_for(lambda: self._inbox, timeout=0.5):
                     continue
                 number, captured, payload = self._inbox.popleft()
-            try:
-                frame = decode_bytes(payload, _NAME, self._size)
-            except UndecodableInput:
-                self._sink.undecodable()
-            else:
-                self._sink.put(frame, captured, f"message {number}")
+            self._feed.put(partial(decode_bytes, payload, _NAME), captured, f"message {number}")

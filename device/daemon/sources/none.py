@@ -1,13 +1,12 @@
-"""No source: a board that answers commands only."""
+"""No source: a board that only answers commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 from device.daemon.finding import Finding, Machine
-from device.daemon.frames import FrameQueue
-from device.daemon.sources.base import SourceSection, fine
+from device.daemon.sources.base import Feed, SourceSection, fine
 
 
 class NoSource(SourceSection):
@@ -15,7 +14,7 @@ class NoSource(SourceSection):
 
     kind: Literal["none"] = "none"
 
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> None:
+    def capture(self, feed: Feed) -> None:
         return None
 
     def check(self, machine: Machine) -> Iterator[Finding]:

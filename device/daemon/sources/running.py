@@ -1,11 +1,11 @@
-"""A source's thread: it runs one capture after another, and waits between failures.
+"""A source's thread: it runs a capture, and runs it again after a failure.
 
 Rules of this file:
 
-1. A capture reads until it is told to stop (it returns), comes to its end (it returns), or fails (it raises).
-2. After a failure the next try waits 0.5 s, then twice as long each time, 60 s at most; a frame that came in between
-   starts the waits anew. No failure ends the thread: an unattended board has nobody to restart it.
-3. Stopping wakes every wait, that for a port included.
+1. A capture returns if it is told to stop or comes to its end; it raises if it fails.
+2. After a failure the next try waits 0.5 s, then twice as long each time, at most 60 s; a frame in between resets the
+   wait. No failure ends the thread: an unattended board has nobody to restart it.
+3. Stopping ends every wait at once, also one for a port.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgeear.errors import EdgeearError, UsageError
 
 @dataclass(frozen=True)
 class BackOff:
-    """Seconds between tries."""
+    """Seconds between tries: after the first failure, and at most."""
 
     first: float = 0.5
     most: float = 60.0
@@ -42,7 +42,7 @@ class Stop:
         return self._event.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is set, after waiting for that up to `seconds`."""
+        """Wait up to `seconds` for the flag; whether it is set."""
         return self._event.wait(seconds)
 
     def fileno(self) -> int:
@@ -56,7 +56,7 @@ class Capture(Protocol):
     """One way to get frames."""
 
     def run(self, stop: Stop) -> None:
-        """Put frames into the queue; see the module's first rule."""
+        """Put frames into the queue; see rule 1 of this module."""
 
 
 class RunningSource:

@@ -2,9 +2,9 @@
 
 Rules of this file:
 
-1. A port is a descriptor that is read when `select` says so; a wait ends at once when the source is stopped.
-2. The serial line is set up by termios: raw, 8 data bits, no parity, one stop bit, no flow control.
-3. A port that hangs up, or a peer that closes, is a lost device.
+1. A port is a descriptor that is read when `select` reports it readable. Stopping the source ends every wait at once.
+2. termios sets up the serial line: raw, 8 data bits, no parity, one stop bit, no flow control.
+3. A line that hangs up and a peer that closes the connection raise `DeviceError`, so the source tries again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from device.daemon.finding import Finding, Machine, reason
-from device.daemon.frames import FrameQueue
 from device.daemon.section import checked
-from device.daemon.sources.base import SourceSection, check_device, fine, problem
-from device.daemon.sources.running import RunningSource, Stop
+from device.daemon.sources.base import Feed, SourceSection, check_device, fine, problem
+from device.daemon.sources.running import Stop
 from device.images.decode import decode_bytes, fit_pixels
-from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.errors import DeviceError, UsageError
 from edgeear.types import U8
 from firmware_bridge.sensor import Hello, HostEnd, Log, PixelFormat, SensorFrame, pixels
 
@@ -37,7 +37,7 @@ _TCP = r"^tcp://([^\s/@:]{1,253}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
 _TCP_TIMEOUT_S = 10.0
 _log = logging.getLogger("edgeear.sensor")
 Port = Callable[[], AbstractContextManager[int]]
-"""Opens the port: its descriptor, non-blocking, for as long as the context lasts. Raises `DeviceError` or `OSError`."""
+"""Opens the port: a non-blocking descriptor while the context lasts. Raises `DeviceError` or `OSError`."""
 
 
 class SerialSource(SourceSection):
@@ -58,9 +58,8 @@ class SerialSource(SourceSection):
         fault = f"device, url = ({both}): source.kind serial needs one of them; a tty or tcp://HOST:PORT"
         return checked(self, [fault] if (self.device is None) == (self.url is None) else [])
 
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
-        port = tcp_port(self.url) if self.url else serial_port(self.device or "", self.baud)
-        return RunningSource("sensor", SensorFrames(port, size, sink, clock), sink)
+    def capture(self, feed: Feed) -> SensorFrames:
+        return SensorFrames(tcp_port(self.url) if self.url else serial_port(self.device or "", self.baud), feed)
 
     def check(self, machine: Machine) -> Iterator[Finding]:
         if self.url is None:
@@ -74,24 +73,19 @@ class SerialSource(SourceSection):
             yield fine(f"sensor at {self.url}")
 
 
+@dataclass(frozen=True)
 class SensorFrames:
-    """Frames of the sensor behind `port`; `wall` is the time of day that the sensor is told."""
+    """Frames of the sensor behind `port`; `wall` is the time of day that is sent to the sensor."""
 
-    def __init__(
-        self,
-        port: Port,
-        size: tuple[int, int],
-        sink: FrameQueue,
-        clock: Callable[[], float],
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._port, self._size, self._sink, self._clock, self._wall = port, size, sink, clock, wall
+    port: Port
+    feed: Feed
+    wall: Callable[[], float] = time.time
 
     def run(self, stop: Stop) -> None:
         host = HostEnd()
         try:
-            with self._port() as descriptor:
-                _send(descriptor, host.greet(self._wall()))
+            with self.port() as descriptor:
+                _send(descriptor, host.greet(self.wall()))
                 while not stop.is_set():
                     ready, _, _ = select.select([descriptor, stop.fileno()], [], [])
                     if descriptor in ready:
@@ -104,9 +98,9 @@ class SensorFrames:
     def _take(self, host: HostEnd, descriptor: int) -> None:
         data = os.read(descriptor, _READ)
         if not data:
-            raise DeviceError("sensor: it hung up; check cable and power")
+            raise DeviceError("sensor: the connection was closed; check cable and power")
         before = host.counts
-        for event in host.feed(data, self._clock()):
+        for event in host.feed(data, self.feed.clock()):
             match event:
                 case SensorFrame():
                     self._put(event)
@@ -116,24 +110,24 @@ class SensorFrames:
                     _log.info("sensor %s: %s, %d x %d", event.sensor, event.format.name, event.width, event.height)
         after = host.counts
         for _ in range(after.incomplete - before.incomplete):
-            self._sink.undecodable()
-        if (after.unannounced, after.refused) != (before.unannounced, before.refused):  # is it who we think it is?
-            _send(descriptor, host.greet(self._wall()))
+            self.feed.sink.undecodable()
+        if (after.unannounced, after.refused) != (
+            before.unannounced,
+            before.refused,
+        ):  # another sensor?
+            _send(descriptor, host.greet(self.wall()))
 
     def _put(self, frame: SensorFrame) -> None:
-        try:
-            self._sink.put(self._decoded(frame), frame.started, f"{frame.hello.sensor} {frame.number}")
-        except DataError:
-            self._sink.undecodable()
+        def decoded(size: tuple[int, int]) -> U8:
+            if frame.hello.format is PixelFormat.JPEG:
+                return decode_bytes(frame.data, Path("sensor.jpg"), size)
+            return fit_pixels(pixels(frame), size)
 
-    def _decoded(self, frame: SensorFrame) -> U8:
-        if frame.hello.format is PixelFormat.JPEG:
-            return decode_bytes(frame.data, Path("sensor.jpg"), self._size)
-        return fit_pixels(pixels(frame), self._size)
+        self.feed.put(decoded, frame.started, f"{frame.hello.sensor} {frame.number}")
 
 
 def serial_port(tty: str, baud: int) -> Port:
-    """The serial line `tty`. Raises `UsageError` for a speed that this system does not have."""
+    """The serial line `tty`. Raises `UsageError` for a speed that this system does not know."""
     speed = getattr(termios, f"B{baud}", None)
     if speed is None:
         known = sorted(int(name[1:]) for name in dir(termios) if name.startswith("B") and name[1:].isdigit())
@@ -160,7 +154,7 @@ def serial_port(tty: str, baud: int) -> Port:
 
 
 def tcp_port(url: str) -> Port:
-    """The TCP port of `tcp://HOST:PORT`. A peer that vanishes without a word is noticed by keep-alive probes."""
+    """The TCP port of `tcp://HOST:PORT`. Keep-alive probes detect a peer that vanished."""
 
     @contextmanager
     def opened() -> Iterator[int]:
@@ -179,11 +173,11 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def _send(descriptor: int, data: bytes) -> None:
-    """A greeting is a few bytes; where the line takes none of it now, the next one will do."""
+    """Write a greeting of a few bytes; if the line is full, drop it: the next one will do."""
     try:
         os.write(descriptor, data)
     except BlockingIOError:
-        _log.debug("the sensor takes nothing now")
+        _log.debug("the sensor accepts no data now")
 
 
 def _printable(text: str) -> str:

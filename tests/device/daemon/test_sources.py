@@ -1,4 +1,5 @@
-"""Sources: the same bits as training, only whole files, no device too lost to come back, and nothing grows young."""
+"""Sources: frames equal those of training, files are read whole, lost devices are tried again, frames are stamped on
+arrival."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from device.daemon.config.init import commented_toml
 from device.daemon.config.settings import load_config
 from device.daemon.finding import Finding, Machine
 from device.daemon.frames import Frame, FrameCounts, FrameQueue
-from device.daemon.sources import NoSource, SourceSection
+from device.daemon.sources import Feed, NoSource, SourceSection
 from device.daemon.sources.camera import Camera, CameraSource
 from device.daemon.sources.folder import PERIOD_S, FolderSource, WatchedFolder
 from device.daemon.sources.mqtt import MAX_BYTES, MessageFrames, MqttSource
@@ -68,6 +69,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def opened(settings: SourceSection, feed: Feed) -> RunningSource:
+    source = settings.open(feed)
+    assert source is not None
+    return source
 
 
 class Waits(Stop):
@@ -119,9 +126,8 @@ class Watch:
         self.folder, self.clock, self.queue = folder, Clock(), FrameQueue(limit)
         self.stop = Waits(self.clock)
         self.wall, self.pace = Clock(1e10), Clock()  # the folder's changes are long ago
-        self._watched = WatchedFolder(
-            folder, SIZE, self.queue, self.clock, delete, max_age_s, self.wall, self.pace
-        )  # fmt: skip
+        settings = FolderSource.model_construct(path=folder, after="delete" if delete else "keep", max_age_s=max_age_s)
+        self._watched = WatchedFolder(settings, Feed(SIZE, self.queue, self.clock), self.wall, self.pace)
         self.look()
 
     def look(self) -> list[str]:
@@ -205,7 +211,7 @@ def test_files_that_wait_longer_than_the_age_are_passed_over_and_counted(tmp_pat
 
 def test_files_wait_for_room_instead_of_pushing_each_other_out(tmp_path: Path) -> None:
     queue, clock = FrameQueue(1), Clock()
-    watched = WatchedFolder(tmp_path, SIZE, queue, clock, True, 1e9)
+    watched = WatchedFolder(FolderSource(path=tmp_path, after="delete", max_age_s=3600), Feed(SIZE, queue, clock))
     for number in range(5):
         write(tmp_path / f"{number}.png", encoded(picture()))
     stop, served = Stop(), list[str]()
@@ -273,6 +279,10 @@ def test_what_is_remembered_goes_with_the_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- replay
 
 
+def replay(folder: Path, feed: Feed, fps: float, loop: bool, pace: Clock) -> Replay:
+    return Replay(ReplaySource(path=folder, fps=fps, loop=loop), feed, pace)
+
+
 def tree(folder: Path) -> list[str]:
     names = [f"{d}/{c}/{n}.png" for d in ("art", "photo") for c in ("cat", "dog") for n in range(4)]
     for seed, name in enumerate(names):
@@ -294,7 +304,7 @@ def test_a_flat_folder_is_replayed_by_name_at_its_rate_and_once(tmp_path: Path) 
         write(tmp_path / name, encoded(picture()) if name != "c.jpg" else b"bad")
     clock, queue = Clock(), FrameQueue(9)
     stop = Waits(clock)
-    Replay(tmp_path, SIZE, queue, clock, 4.0, False, clock).run(stop)
+    replay(tmp_path, Feed(SIZE, queue, clock), 4.0, False, clock).run(stop)
     frames = taken(queue)
     assert [(frame.ref, frame.captured) for frame in frames] == [("a.png", 100.0), ("b.png", 100.25)]
     assert queue.counts.undecodable == 1 and not stop.is_set()
@@ -304,7 +314,7 @@ def test_a_flat_folder_is_replayed_by_name_at_its_rate_and_once(tmp_path: Path) 
 def test_a_loop_goes_on_until_it_is_stopped(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     clock, queue = Clock(), FrameQueue(99)
-    Replay(tmp_path, SIZE, queue, clock, 5.0, True, clock).run(Waits(clock, 11))
+    replay(tmp_path, Feed(SIZE, queue, clock), 5.0, True, clock).run(Waits(clock, 11))
     assert [round(frame.captured - 100, 3) for frame in taken(queue)] == [round(0.2 * n, 3) for n in range(10)]
 
 
@@ -320,17 +330,17 @@ def test_a_replay_that_falls_behind_does_not_hurry(tmp_path: Path) -> None:
         clock.now += 10.0 if slow.count == 2 else 0.0
         return clock.now
 
-    Replay(tmp_path, SIZE, queue, captured, 1.0, False, clock).run(stop)
+    replay(tmp_path, Feed(SIZE, queue, captured), 1.0, False, clock).run(stop)
     assert stop.waits == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_a_folder_without_frames_does_not_spin(tmp_path: Path) -> None:
     clock = Clock()
-    replay = Replay(tmp_path, SIZE, FrameQueue(1), clock, 5.0, True, clock)
+    empty = replay(tmp_path, Feed(SIZE, FrameQueue(1), clock), 5.0, True, clock)
     with pytest.raises(DeviceError, match="none of its files"):
-        replay.run(Waits(clock))
+        empty.run(Waits(clock))
     with pytest.raises(DeviceError, match="no folder"):
-        Replay(tmp_path / "none", SIZE, FrameQueue(1), clock, 5.0, True, clock).run(Waits(clock))
+        replay(tmp_path / "none", Feed(SIZE, FrameQueue(1), clock), 5.0, True, clock).run(Waits(clock))
 
 
 # --------------------------------------------------------------------------------------------------- mqtt
@@ -339,7 +349,7 @@ def test_a_folder_without_frames_does_not_spin(tmp_path: Path) -> None:
 @pytest.fixture
 def messages() -> Iterator[tuple[RunningSource, FrameQueue]]:
     queue = FrameQueue(64)
-    source = RunningSource("mqtt", MessageFrames(SIZE, queue, Clock(), 64), queue)
+    source = RunningSource("mqtt", MessageFrames(Feed(SIZE, queue, Clock()), 64), queue)
     yield source, queue
     assert source.stop(30)
 
@@ -372,7 +382,7 @@ def test_messages_become_frames_and_bad_ones_are_counted(messages: tuple[Running
 
 def test_undecoded_messages_are_bounded_and_the_oldest_goes_first() -> None:
     clock, queue = Clock(), FrameQueue(9)
-    waiting = MessageFrames(SIZE, queue, clock, 2)
+    waiting = MessageFrames(Feed(SIZE, queue, clock), 2)
     tracemalloc.start()
     for _ in range(50):
         waiting.offer(bytes(1 << 20))
@@ -434,7 +444,7 @@ def test_a_camera_gives_rgb_frames_at_most_so_many_a_second_and_its_loss_is_told
         return clock.now
 
     with pytest.raises(DeviceError, match="cable"):
-        Camera("0", SIZE, queue, captured, 10 / 3, clock).run(Stop())
+        Camera(CameraSource(device="0", fps=10 / 3), Feed(SIZE, queue, captured), clock).run(Stop())
     frames = taken(queue)
     assert [frame.ref for frame in frames] == ["picture 1", "picture 4", "picture 7"]
     assert all(np.array_equal(f.pixels, fit_pixels(p, SIZE)) for f, p in zip(frames, seen[::3], strict=True))
@@ -450,7 +460,7 @@ def test_pictures_that_do_not_decode_are_counted_and_grey_ones_serve(cv2: Any) -
         return clock.now
 
     with pytest.raises(DeviceError):
-        Camera("/dev/video9", SIZE, queue, captured, 5.0, clock).run(Stop())
+        Camera(CameraSource(device="/dev/video9"), Feed(SIZE, queue, captured), clock).run(Stop())
     (frame,) = taken(queue)
     assert np.array_equal(frame.pixels, fit_pixels(picture()[..., 0], SIZE)) and queue.counts.undecodable == 2
     assert cv2.asked == ["/dev/video9"]
@@ -459,14 +469,14 @@ def test_pictures_that_do_not_decode_are_counted_and_grey_ones_serve(cv2: Any) -
 def test_a_camera_that_is_not_there_is_told(cv2: Any) -> None:
     cv2.captures.append(FakeCapture(False, []))
     with pytest.raises(DeviceError, match="in use"):
-        Camera("3", SIZE, FrameQueue(1), Clock(), 5.0).run(Stop())
+        Camera(CameraSource(device="3"), Feed(SIZE, FrameQueue(1), Clock())).run(Stop())
 
 
 def test_without_opencv_the_command_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
     with pytest.raises(UsageError, match=r"pip install -e '\.\[camera\]'"):
-        CameraSource(device="0").open(SIZE, FrameQueue(1), Clock())
+        CameraSource(device="0").open(Feed(SIZE, FrameQueue(1), Clock()))
 
 
 def test_a_video_file_stands_in_for_a_camera(tmp_path: Path) -> None:
@@ -478,7 +488,7 @@ def test_a_video_file_stands_in_for_a_camera(tmp_path: Path) -> None:
     writer.release()
     clock, queue = Clock(), FrameQueue(9)
     with pytest.raises(DeviceError, match="no more pictures"):
-        Camera(str(path), SIZE, queue, clock, 10.0, clock).run(Waits(clock))
+        Camera(CameraSource(device=str(path), fps=10), Feed(SIZE, queue, clock), clock).run(Waits(clock))
     blue = [int(frame.pixels[..., 2].mean()) for frame in taken(queue)]
     assert np.allclose(blue, (40, 120, 200), atol=8)
 
@@ -519,7 +529,7 @@ def terminal() -> Iterator[tuple[int, str]]:
 def test_frames_come_over_a_serial_line_bit_for_bit(terminal: tuple[int, str]) -> None:
     line, tty = terminal
     queue, sensor = FrameQueue(9), SensorEnd(RGB)
-    source = SerialSource(device=tty).open(SIZE, queue, Clock(7.0))
+    source = opened(SerialSource(device=tty), Feed(SIZE, queue, Clock(7.0)))
     source.start()
     heard_host(sensor, lambda: os.read(line, 99))
     pixels = [picture(n) for n in range(3)]  # every byte value, control characters among them
@@ -535,7 +545,7 @@ def test_frames_come_over_a_serial_line_bit_for_bit(terminal: tuple[int, str]) -
 def test_a_sensor_that_is_not_known_is_greeted_again(terminal: tuple[int, str]) -> None:
     line, tty = terminal
     queue, sensor = FrameQueue(9), SensorEnd(RGB)
-    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), SIZE, queue, Clock()), queue)
+    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), Feed(SIZE, queue, Clock())), queue)
     source.start()
     for _ in range(2):
         heard_host(sensor, lambda: os.read(line, 99))
@@ -550,7 +560,7 @@ def test_a_sensor_that_is_not_known_is_greeted_again(terminal: tuple[int, str]) 
 def test_a_sensor_that_changed_unheard_is_asked_who_it_is(terminal: tuple[int, str]) -> None:
     line, tty = terminal
     queue, old, new = FrameQueue(9), SensorEnd(RGB), SensorEnd(Hello("gate", PixelFormat.GRAY8, 30, 20))
-    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), SIZE, queue, Clock()), queue)
+    source = RunningSource("x", SensorFrames(serial_port(tty, 9600), Feed(SIZE, queue, Clock())), queue)
     source.start()
     heard_host(old, lambda: os.read(line, 99))
     gray = picture()[..., 0]
@@ -566,7 +576,7 @@ def test_frames_come_over_tcp_and_a_lost_sensor_is_joined_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
         queue, port = FrameQueue(9), tcp_port(f"tcp://127.0.0.1:{server.getsockname()[1]}")
-        source = RunningSource("x", SensorFrames(port, SIZE, queue, Clock()), queue, BackOff(0.0, 0.0))
+        source = RunningSource("x", SensorFrames(port, Feed(SIZE, queue, Clock())), queue, BackOff(0.0, 0.0))
         source.start()
         jpeg = encoded(picture(), "JPEG")
         for _ in range(2):
@@ -588,12 +598,12 @@ def test_what_is_no_serial_line_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for name, word in (("none", "No such file"), ("file", "serial line")):
         with pytest.raises(DeviceError, match=word):
-            SensorFrames(serial_port(str(tmp_path / name), 115_200), SIZE, FrameQueue(1), Clock()).run(Stop())
+            SensorFrames(serial_port(str(tmp_path / name), 115_200), Feed(SIZE, FrameQueue(1), Clock())).run(Stop())
 
 
 def test_a_speed_that_does_not_exist_is_told_before_the_start() -> None:
     with pytest.raises(UsageError, match="115200"):
-        SerialSource(device="x", baud=115_201).open(SIZE, FrameQueue(1), Clock())
+        SerialSource(device="x", baud=115_201).open(Feed(SIZE, FrameQueue(1), Clock()))
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -626,7 +636,7 @@ def test_pauses_grow_to_a_bound_and_start_anew_after_a_frame() -> None:
 def test_a_source_that_ends_by_itself_is_finished(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     queue = FrameQueue(1)
-    source = ReplaySource(path=tmp_path, fps=240, loop=False).open(SIZE, queue, Clock())
+    source = opened(ReplaySource(path=tmp_path, fps=240, loop=False), Feed(SIZE, queue, Clock()))
     assert not source.alive
     source.start()
     (frame,) = got(queue, 1)
@@ -639,8 +649,7 @@ def test_a_source_that_ends_by_itself_is_finished(tmp_path: Path) -> None:
 def test_the_watched_folder_runs_as_configured(tmp_path: Path) -> None:
     env = {"EDGEEAR_SOURCE__KIND": "folder", "EDGEEAR_SOURCE__PATH": str(tmp_path), "EDGEEAR_SOURCE__AFTER": "delete"}
     queue = FrameQueue(1)
-    source = load_config(None, env).source.open(SIZE, queue, Clock())
-    assert source is not None
+    source = opened(load_config(None, env).source, Feed(SIZE, queue, Clock()))
     source.start()
     write(tmp_path / "a.png", encoded(picture()))
     (frame,) = got(queue, 1)
@@ -648,9 +657,8 @@ def test_the_watched_folder_runs_as_configured(tmp_path: Path) -> None:
 
 
 def test_none_is_no_source_and_a_source_that_never_started_stops() -> None:
-    none: SourceSection = NoSource()
-    assert none.open(SIZE, FrameQueue(1), Clock()) is None
-    assert MqttSource().open(SIZE, FrameQueue(1), Clock()).stop(0)
+    assert NoSource().open(Feed(SIZE, FrameQueue(1), Clock())) is None
+    assert opened(MqttSource(), Feed(SIZE, FrameQueue(1), Clock())).stop(0)
 
 
 def test_stopping_wakes_who_selects() -> None:
@@ -666,11 +674,11 @@ def test_stopping_wakes_who_selects() -> None:
 class Toy:
     """A capture that gives one frame and ends."""
 
-    def __init__(self, level: int, sink: FrameQueue, now: float) -> None:
-        self._level, self._sink, self._now = level, sink, now
+    def __init__(self, level: int, feed: Feed) -> None:
+        self._level, self._feed = level, feed
 
     def run(self, stop: Stop) -> None:
-        self._sink.put(np.full((*SIZE, 3), self._level, np.uint8), self._now, "toy")
+        self._feed.put(lambda size: np.full((*size, 3), self._level, np.uint8), self._feed.clock(), "toy")
 
 
 class ToySource(SourceSection):
@@ -679,8 +687,8 @@ class ToySource(SourceSection):
     kind: Literal["toy"] = "toy"
     level: int = Field(7, ge=0, le=255, description="the level of all pixels.")
 
-    def open(self, size: tuple[int, int], sink: FrameQueue, clock: Callable[[], float]) -> RunningSource:
-        return RunningSource("toy", Toy(self.level, sink, clock()), sink)
+    def capture(self, feed: Feed) -> Toy:
+        return Toy(self.level, feed)
 
     def check(self, machine: Machine) -> Iterator[Finding]:
         yield Finding("source", "ok", f"a toy at level {self.level}")
@@ -705,8 +713,7 @@ def test_a_new_kind_is_one_class_and_its_row_in_the_table(monkeypatch: pytest.Mo
     assert Finding("source", "ok", "a toy at level 9") in findings
 
     queue = FrameQueue(1)
-    source = config.source.open(SIZE, queue, Clock())
-    assert source is not None
+    source = opened(config.source, Feed(SIZE, queue, Clock()))
     source.start()
     (frame,) = got(queue, 1)
     assert frame.ref == "toy" and (frame.pixels == 9).all() and source.stop(30)
