@@ -1,16 +1,17 @@
-"""Framing of the sensor link: packets on a byte stream that loses, repeats and spoils bytes.
+"""Framing of the sensor link: packets on a byte stream that may lose, repeat and corrupt bytes.
 
     packet   version u8 | type u8 | sequence u16 | payload, at most 4096 bytes | CRC-32 of all before, u32
     on the wire   COBS(packet) 0x00            all integers little-endian
 
 Rules of this file:
 
-1. Bytes in, packets out, in any chunking. It opens nothing and knows no clock.
-2. A zero byte ends a packet and is nowhere inside one (Consistent Overhead Byte Stuffing, Cheshire and Baker 1999),
-   so whatever went before it, the packet after it is found.
-3. What the peer sends raises nothing. What is no intact packet (CRC-32, zlib's polynomial) is counted and passed over.
-4. Memory is bounded by one packet, whatever comes.
-5. The version rises when the header changes its meaning; packets of another version are counted, not guessed at.
+1. Bytes in, packets out, however the bytes are split. No ports, no clock.
+2. A zero byte ends a packet and never occurs inside one (Consistent Overhead Byte Stuffing, Cheshire and Baker 1999).
+   So the next packet is found after any corruption.
+3. Data from the peer never raises. Bytes that form no intact packet (CRC-32, zlib's polynomial) are counted and
+   skipped.
+4. Memory is bounded by one packet.
+5. The version rises when the header changes its meaning; packets of another version are counted and skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_ENCODED = MAX_PAYLOAD + _OVERHEAD + (MAX_PAYLOAD + _OVERHEAD) // _BLOCK + 1
 
 @dataclass(frozen=True)
 class Packet:
-    """`type` 0..255 says what the payload means (sensor.py); `sequence` 0..65535 rises by one, and wraps."""
+    """`type` 0..255 defines the payload (sensor.py); `sequence` 0..65535 rises by one, and wraps."""
 
     type: int
     sequence: int
@@ -42,8 +43,8 @@ class Packet:
 
 @dataclass(frozen=True)
 class FramingCounts:
-    """`broken` stretches that were no packet, `foreign` intact packets of another version, `lost` numbers missing in
-    the sequence, `repeated` packets whose number was seen or overtaken; these are passed on."""
+    """`broken` byte runs that were no packet, `foreign` intact packets of another version, `lost` missing sequence
+    numbers, `repeated` packets with an old sequence number, which are still returned."""
 
     packets: int = 0
     broken: int = 0
@@ -53,7 +54,7 @@ class FramingCounts:
 
 
 def encode_packet(packet: Packet) -> bytes:
-    """The packet on the wire, with its ending zero. Raises `UsageError` for a field out of range."""
+    """The packet as sent, with the zero at its end. Raises `UsageError` for a field out of range."""
     if not (0 <= packet.type <= 0xFF and 0 <= packet.sequence <= 0xFFFF and len(packet.payload) <= MAX_PAYLOAD):
         what = f"type {packet.type}, sequence {packet.sequence}, {len(packet.payload)} bytes"
         raise UsageError(f"packet of {what}: at most 255, 65535 and {MAX_PAYLOAD}; split the payload")
@@ -62,7 +63,7 @@ def encode_packet(packet: Packet) -> bytes:
 
 
 def cobs_encode(data: bytes) -> bytes:
-    """`data` without zero bytes, longer by at most one byte in 254, and one."""
+    """`data` without zero bytes; at most 1 + len / 254 bytes longer."""
     out = bytearray()
     for run in data.split(b"\0"):
         while len(run) >= _BLOCK:
@@ -75,13 +76,13 @@ def cobs_encode(data: bytes) -> bytes:
 
 
 def cobs_decode(data: bytes) -> bytes | None:
-    """What `cobs_encode` was given, or None where `data` is no encoding."""
+    """The inverse of `cobs_encode`; None if `data` is not its result."""
     out, at = bytearray(), 0
     while at < len(data):
         code, end = data[at], at + data[at]
         if code == 0 or end > len(data):
             return None
-        if code == 1:  # a run of zeros, as in a dark frame, at once
+        if code == 1:  # a run of zeros, as in a dark frame, in one go
             end = _ONES.match(data, at).end()  # type: ignore[union-attr]
             out += bytes(end - at - (end == len(data)))
             at = end
@@ -94,7 +95,7 @@ def cobs_decode(data: bytes) -> bytes | None:
 
 
 class Deframer:
-    """One direction of a link; see the module's rules."""
+    """Decodes one direction of a link; see the module's rules."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -130,7 +131,7 @@ class Deframer:
         self._buffer.clear()
         self._overflow = False
         if not raw and not overflow:
-            return None  # zeros between packets are rest
+            return None  # several zeros between packets are allowed
         parsed = None if overflow else _parsed(raw)
         if parsed is None:
             self._broken += 1
@@ -144,7 +145,7 @@ class Deframer:
         return packet
 
     def _follow(self, sequence: int) -> None:
-        """Count what is missing. A step back of less than half the range is a repetition."""
+        """Count missing packets. A step back of less than half the range is a repetition."""
         ahead = 0 if self._expected is None else (sequence - self._expected) & 0xFFFF
         if ahead >= 0x8000:
             self._repeated += 1
@@ -154,7 +155,7 @@ class Deframer:
 
 
 def _parsed(raw: bytes) -> tuple[int, Packet] | None:
-    """Version and packet of one stretch between zeros; None where it is no packet."""
+    """Version and packet of the bytes between two zeros; None if they are no packet."""
     body = cobs_decode(raw)
     if body is None or not _OVERHEAD <= len(body) <= MAX_PAYLOAD + _OVERHEAD:
         return None

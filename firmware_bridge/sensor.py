@@ -1,4 +1,4 @@
-"""The sensor link: a microcontroller front-end says who it is and delivers frames; both ends, without a port.
+"""The protocol of the sensor link: a microcontroller announces itself and delivers frames. Both ends, without a port.
 
     type  from    payload
     1     sensor  Hello: format u8 (1 rgb888, 2 gray8, 3 jpeg) | width u16 | height u16 | sensor id, 1..32 bytes
@@ -8,13 +8,14 @@
 
 Rules of this file:
 
-1. The host sends Time when it opens the link and while it gets what it cannot place: frames before any Hello, or unlike
-   it. A sensor answers Time with Hello, and also says Hello when it starts.
-2. A frame is built from chunks of the same number, total and CRC, in order; a chunk that came before is passed over. At
-   the first gap, or when another frame begins, the unfinished frame is dropped and counted.
-3. A frame leaves once, whole, and only if its CRC-32 fits; raw formats have exactly width x height x channels bytes.
-4. Hello starts everything anew. Nothing the peer sends raises; what breaks these rules is counted as `refused`.
-5. At most one unfinished frame is in memory, at most `MAX_FRAME_BYTES`, and no more of it than has come.
+1. The host sends Time when it opens the link, and again while frames come before any Hello or do not match it. A sensor
+   answers Time with Hello, and also sends Hello when it starts.
+2. A frame is built from chunks of the same number, total and CRC, in order; a repeated chunk is ignored. At the
+   first gap, or when another frame begins, the unfinished frame is dropped and counted.
+3. A frame is returned once, complete, and only if its CRC-32 is right. Raw formats have exactly width x height x
+   channels bytes.
+4. Hello resets the state. Data from the peer never raises; packets that break these rules are counted as `refused`.
+5. At most one unfinished frame is in memory, at most `MAX_FRAME_BYTES`, and only its received bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Kind(IntEnum):
 
 
 class PixelFormat(IntEnum):
-    """How a frame's bytes are to be read."""
+    """The format of a frame's bytes."""
 
     RGB888 = 1
     GRAY8 = 2
@@ -60,7 +61,7 @@ _CHANNELS = {PixelFormat.RGB888: 3, PixelFormat.GRAY8: 1}
 
 @dataclass(frozen=True)
 class Hello:
-    """Who the sensor is and what its frames are. Raises `UsageError` for values out of range."""
+    """The sensor's name and the form of its frames. Raises `UsageError` for values out of range."""
 
     sensor: str
     format: PixelFormat
@@ -73,18 +74,18 @@ class Hello:
         if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
             raise UsageError(f"frames of {self.width} x {self.height}: both sides must be 1 to {MAX_SIDE}")
         if (size := self.raw_bytes) is not None and size > MAX_FRAME_BYTES:
-            raise UsageError(f"frames of {size} bytes: at most {MAX_FRAME_BYTES}; send jpeg or smaller ones")
+            raise UsageError(f"frames of {size} bytes: at most {MAX_FRAME_BYTES}; send jpeg or smaller frames")
 
     @property
     def raw_bytes(self) -> int | None:
-        """Bytes of every frame; None where the format compresses."""
+        """Bytes of every frame; None if the format is compressed."""
         channels = _CHANNELS.get(self.format)
         return None if channels is None else self.width * self.height * channels
 
 
 @dataclass(frozen=True)
 class SensorFrame:
-    """A whole frame. `started` is the time passed in with its first chunk: it is no younger than that."""
+    """A complete frame. `started`: when its first chunk came, so the frame is at least that old."""
 
     number: int
     hello: Hello
@@ -94,7 +95,7 @@ class SensorFrame:
 
 @dataclass(frozen=True)
 class Log:
-    """What the firmware has to say; levels as in `logging`."""
+    """A log line of the firmware; levels as in `logging`."""
 
     level: int
     text: str
@@ -109,8 +110,8 @@ class Time:
 
 @dataclass(frozen=True)
 class LinkCounts:
-    """`framing` of the packets below; `incomplete` frames dropped at a gap, `refused` packets that broke a rule,
-    `unknown` ones of a type that this version does not know, `unannounced` chunks before any Hello."""
+    """`framing`: of the packets; `incomplete` frames dropped at a gap, `refused` packets that broke a rule, `unknown`
+    packets of a type that this version does not know, `unannounced` chunks before any Hello."""
 
     framing: FramingCounts
     frames: int = 0
@@ -134,7 +135,7 @@ def pixels(frame: SensorFrame) -> U8:
 
 @dataclass
 class _Partial:
-    """A frame in the making: what all its chunks say, and what has come."""
+    """An unfinished frame: number, size and CRC of all its chunks, and the bytes received."""
 
     key: tuple[int, int, int]
     started: float
@@ -142,7 +143,7 @@ class _Partial:
 
 
 class HostEnd:
-    """The host's end: feed it what the port gives, send what `greet` returns."""
+    """The host's end: `feed` it the bytes from the port, and send what `greet` returns."""
 
     def __init__(self) -> None:
         self._deframer, self._sequence = Deframer(), 0
@@ -154,7 +155,7 @@ class HostEnd:
 
     @property
     def hello(self) -> Hello | None:
-        """The sensor at the other end, once it has said who it is."""
+        """The sensor at the other end, None before its Hello."""
         return self._hello
 
     @property
@@ -164,7 +165,7 @@ class HostEnd:
         )
 
     def greet(self, now: float) -> bytes:
-        """Time, which a sensor answers with Hello; `now` in seconds since the epoch."""
+        """A Time packet, which a sensor answers with Hello; `now` in seconds since the epoch."""
         if not 0 <= now < 2**63 / 1e6:
             raise UsageError(f"time {now}: give seconds since the epoch")
         packet = Packet(Kind.TIME, self._sequence, _TIME.pack(round(now * 1e6)))
@@ -172,12 +173,12 @@ class HostEnd:
         return b"\0" + encode_packet(packet)
 
     def feed(self, data: bytes, now: float) -> list[Event]:
-        """What `data`, which came at `now`, completes."""
+        """The events that `data`, received at `now`, completes."""
         events: list[Event] = []
         for packet in self._deframer.feed(data):
             try:
                 event = self._event(packet, now)
-            except (ValueError, struct.error):  # ours, of Unicode and of PixelFormat
+            except (ValueError, struct.error):  # FormatError, a wrong UTF-8 or PixelFormat
                 self._refused += 1
             else:
                 events += [] if event is None else [event]
@@ -217,7 +218,7 @@ class HostEnd:
             if offset:
                 self._incomplete += identity != self._abandoned
                 self._abandoned = identity
-                return None  # its beginning was lost
+                return None  # its first chunk was lost
             self._partial = _Partial(identity, now, bytearray())
         return self._grown(self._partial, offset, data)
 
@@ -226,7 +227,7 @@ class HostEnd:
         if not (size > 0 and offset + size <= total <= MAX_FRAME_BYTES):
             raise FormatError(f"chunk of {size} bytes at {offset} of {total}: at most {MAX_FRAME_BYTES} in all")
         if self._hello.raw_bytes not in (None, total):
-            raise FormatError(f"frame of {total} bytes, its sensor announced {self._hello.raw_bytes}")
+            raise FormatError(f"frame of {total} bytes, the sensor announced {self._hello.raw_bytes}")
 
     def _grown(self, partial: _Partial, offset: int, data: bytes) -> SensorFrame | None:
         if offset < len(partial.data):
@@ -253,18 +254,18 @@ class HostEnd:
 
 
 class SensorEnd:
-    """The sensor's end, as firmware does it; simulations and tests join it with a `HostEnd` in memory."""
+    """The sensor's end, as in firmware; simulations and tests connect it to a `HostEnd` in memory."""
 
     def __init__(self, hello: Hello) -> None:
         self._hello, self._deframer, self._sequence, self._number = hello, Deframer(), 0, 0
 
     def hello(self) -> bytes:
-        """A zero first: what a host saw before it does not spoil this packet."""
+        """The Hello packet, after a zero: bytes before it cannot corrupt it."""
         fields = _HELLO.pack(self._hello.format, self._hello.width, self._hello.height)
         return b"\0" + self._packet(Kind.HELLO, fields + self._hello.sensor.encode())
 
     def frame(self, data: bytes, chunk: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The packets of the next frame, `chunk` bytes in each. Raises `UsageError` where the host would refuse it."""
+        """The packets of the next frame, `chunk` bytes in each. Raises `UsageError` if the host would refuse it."""
         expected = self._hello.raw_bytes
         if not 0 < len(data) <= MAX_FRAME_BYTES or expected not in (None, len(data)):
             raise UsageError(f"frame of {len(data)} bytes: {expected or f'1 to {MAX_FRAME_BYTES}'} are expected")
@@ -278,11 +279,11 @@ class SensorEnd:
         )
 
     def log(self, level: int, text: str) -> bytes:
-        """One line for the host's log; `level` 0..255."""
+        """A line for the host's log; `level` 0..255."""
         return self._packet(Kind.LOG, _LOG.pack(level) + text.encode()[:MAX_LOG_BYTES])
 
     def feed(self, data: bytes) -> list[Time]:
-        """What the host said; each Time is to be answered with `hello`."""
+        """The host's Time packets; answer each with `hello`."""
         heard = [packet for packet in self._deframer.feed(data) if packet.type == Kind.TIME]
         return [Time(_TIME.unpack(p.payload)[0] / 1e6) for p in heard if len(p.payload) == _TIME.size]
 

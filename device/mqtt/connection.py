@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, assert_never
 from paho.mqtt import MQTTException
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.enums import MQTTErrorCode
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -150,7 +149,7 @@ class Connection:
         client = paho.make_client(policy.client_id, five, policy.username, policy.password, self._errors)
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
-        client.on_message = lambda _client, _userdata, message: receive(message)
+        client.on_message = lambda client, data, message: receive(message)
         topic, row = topics.topic_of(policy.site, policy.device, topics.STATUS), topics.STATUS
         client.will_set(topic, will, row.qos, row.retain, paho.will_properties(row.content_type) if five else None)
         self._client = client
@@ -264,33 +263,25 @@ class Connection:
 
     # Called by paho inside `loop_read`, `loop_write` and `loop_misc`
 
-    def _on_connect(
-        self, client: Client, userdata: Any, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
-    ) -> None:
+    def _on_connect(self, client: Client, data: Any, flags: ConnectFlags, reason: ReasonCode, extra: Any) -> None:
         if reason.is_failure:
             self.unsupported = reason.value == UNSUPPORTED
             self._end(f"the broker refused the connection: {reason}{REMEDIES.get(reason.value, '')}")
             return
-        most = getattr(properties, "ReceiveMaximum", 65_535), getattr(properties, "MaximumPacketSize", MAX_PACKET)
+        most = getattr(extra, "ReceiveMaximum", 65_535), getattr(extra, "MaximumPacketSize", MAX_PACKET)
         self._delivery.accepted(time.monotonic(), *most)
 
-    def _on_subscribe(
-        self, client: Client, userdata: Any, mid: int, reasons: Sequence[ReasonCode], properties: Properties | None
-    ) -> None:
+    def _on_subscribe(self, client: Client, data: Any, mid: int, reasons: list[ReasonCode], extra: Any) -> None:
         version = "5" if self._five else "3.1.1"
         self._report(True, f"connected to {self._policy.host}:{self._policy.port}, MQTT {version}")
         for reason in reasons:
             if reason.is_failure:
                 self._delivery.subscription_refused(str(reason))
 
-    def _on_publish(
-        self, client: Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
-    ) -> None:
+    def _on_publish(self, client: Client, data: Any, mid: int, reason: ReasonCode, extra: Any) -> None:
         self._delivery.puback(mid, reason.value, str(reason), time.monotonic())
 
-    def _on_disconnect(
-        self, client: Client, userdata: Any, flags: DisconnectFlags, reason: ReasonCode, properties: Properties | None
-    ) -> None:
+    def _on_disconnect(self, client: Client, data: Any, flags: DisconnectFlags, reason: ReasonCode, extra: Any) -> None:
         if self._leaving:
             self._end("stopped")
         elif reason.value == SILENT:

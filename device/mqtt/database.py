@@ -1,19 +1,19 @@
-"""One SQLite file of one process: durable transactions, damage set aside, a newer format left alone.
+"""One SQLite file for one process: durable transactions, recovery from damage, refusal of newer formats.
 
 Rules of this file:
 
-1. Write-ahead log with `synchronous=FULL`: what `write` returned from survives kill -9 and power loss.
-2. `write` runs its work in one transaction. Where the disk is full it is undone, the log is emptied into the
-   file, and the work runs once more; so work must not change anything outside the transaction.
-3. A log that cannot be emptied on a full disk would block even deleting. So some room is held in reserve and given
-   up for that; while it cannot be had again the file may not grow, and only deleting makes room.
-4. One process at a time: an advisory lock on `NAME.lock`, held until `close` or exit. That file also is the
-   reserve, and carries a number, the boot, so that boots rise even when the database itself is lost.
-5. A damaged file is never read on: it becomes `NAME.damaged` (the one before is given up) and a fresh one takes
+1. Write-ahead log with `synchronous=FULL`: when `write` returns, its changes survive kill -9 and power loss.
+2. `write` runs its work in one transaction. If the disk is full, the transaction is rolled back, the log is emptied
+   into the file, and the work runs once more. So work must not change anything outside the transaction.
+3. On a full disk a log that cannot be emptied would block even deleting. So some room is reserved and released for
+   that. Until it can be reserved again the file may not grow, and only deleting makes room.
+4. One process at a time: an advisory lock on `NAME.lock`, held until `close` or exit. That file is also the
+   reserve, and it stores a number, the boot, so that boots rise even if the database is lost.
+5. A damaged file is not read any more: it is renamed to `NAME.damaged` (replacing an earlier one) and a new one takes
    its place. A file of a newer format, or of another program, is refused before anything is written to it.
-6. Freed pages are used again; `shrink` gives them back to the disk, which is cheap when little is stored.
+6. Freed pages are reused. `shrink` returns them to the disk, which is cheap when little is stored.
 
-Not thread-safe: the caller brings the lock.
+Not thread-safe: the caller must hold a lock.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ from edgeear.errors import DeviceError, FormatError, UsageError
 
 T = TypeVar("T")
 SLACK_PAGES = 256
-"""Free pages (of 4 KiB) that `shrink` leaves alone: they will be wanted again soon."""
+"""Free pages (of 4 KiB) that `shrink` keeps, because they will soon be needed again."""
 LOG_PAGES = 256
-"""Pages at which the log is emptied. It keeps that room on disk, to be written in when the disk is full."""
+"""Pages at which the log is emptied. The log file keeps that size, so it can be written to when the disk is full."""
 RESERVE_BYTES = 2 << 20
-"""Room to empty the log into: LOG_PAGES, doubled for what a failing attempt adds."""
+"""Room to empty the log into: LOG_PAGES, doubled because a failing attempt adds pages."""
 _DIGITS = 20
 _NO_LIMIT = 4_294_967_294
 _READ_ERRORS = {266, 522, 8458}
-"""SQLite's IOERR_READ, IOERR_SHORT_READ and IOERR_CORRUPTFS: the disk cannot give the bytes back."""
+"""SQLite's IOERR_READ, IOERR_SHORT_READ and IOERR_CORRUPTFS: the disk cannot read the bytes."""
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A damaged file: where it lies now, and what was wrong with it."""
+    """A damaged file: where it is now, and what was wrong with it."""
 
     path: Path
     reason: str
 
 
 class OutboxBusy(DeviceError):
-    """Another process, or another `Outbox` of this one, holds the file."""
+    """Another process, or another `Outbox` of this process, has the file open."""
 
 
 class OutboxFull(DeviceError):
-    """No space left on the disk; what was being written was undone, nothing that was stored is lost."""
+    """No space left on the disk. The write was rolled back; nothing that was stored is lost."""
 
 
 class OutboxDamaged(DeviceError):
-    """The file was found damaged while in use; it was set aside (see `aside`), open again for a fresh one."""
+    """The file proved damaged while in use and was renamed (see `aside`); open the outbox again for a new one."""
 
     def __init__(self, path: Path, aside: SetAside) -> None:
         self.aside = aside
-        super().__init__(f"{path}: {aside.reason}; it is now {aside.path}; open again for a fresh one")
+        super().__init__(f"{path}: {aside.reason}; it was renamed to {aside.path}; open again for a new one")
 
 
 class NewerOutbox(FormatError):
@@ -71,7 +71,7 @@ class NewerOutbox(FormatError):
 
 
 class Database:
-    """See the module's rules. Where the disk fails, methods raise `OutboxFull` or another `DeviceError`."""
+    """See the module's rules. If the disk fails, methods raise `OutboxFull` or another `DeviceError`."""
 
     def __init__(self, path: Path, lock: int) -> None:
         """Use `Database.open`."""
@@ -83,7 +83,7 @@ class Database:
     def open(cls, path: Path, version: int, schema: str) -> tuple[Database, SetAside | None]:
         """Opens or creates `path` with the tables of `schema` (SQL), whose format is `version` (at least 1).
 
-        Also says which damaged file had to make way, if one had to. Raises `OutboxBusy`, `NewerOutbox`,
+        Also returns the damaged file that was renamed, if any. Raises `OutboxBusy`, `NewerOutbox`,
         `OutboxFull`, `DeviceError`.
         """
         path = path.absolute()
@@ -104,7 +104,7 @@ class Database:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """For reading; finish every cursor, since an open one keeps the log from being emptied."""
+        """For reading. Finish every cursor: while one is open the log cannot be emptied."""
         if self._connection is not None:
             return self._connection
         if self._aside is not None and self._lock >= 0:
@@ -117,7 +117,7 @@ class Database:
             return work(self.connection)
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs `work` in one transaction, durable on return; on any exception nothing has changed."""
+        """Runs `work` in one transaction, durable on return. After an exception nothing has changed."""
         with self._guarded():
             try:
                 return self._transaction(work)
@@ -126,7 +126,7 @@ class Database:
                 return self._transaction(work)
 
     def shrink(self) -> None:
-        """Gives free pages back to the disk where they are many. A full disk puts it off."""
+        """Returns free pages to the disk if there are many. Does nothing on a full disk."""
         with self._guarded(), suppress(OutboxFull), _typed(self._path):
             if _number(self.connection, "freelist_count") > SLACK_PAGES:
                 # A script, because `execute` would stop after the first page.
@@ -135,28 +135,28 @@ class Database:
                 self._reserve()
 
     def remembered(self) -> int:
-        """The number beside the database, 0 where there is none."""
+        """The number in the lock file, 0 if there is none."""
         with _typed(self._path):
             digits = os.pread(self._lock, _DIGITS, 0)
         return int(digits) if digits.isdigit() else 0
 
     def remember(self, number: int) -> None:
-        """Keeps `number` beside the database, in one write of one sector. A second copy: failing is no failure."""
+        """Stores `number` in the lock file, in one write of one sector. It is a second copy, so errors are ignored."""
         with suppress(OSError):
             os.pwrite(self._lock, b"%0*d" % (_DIGITS, number), 0)
             os.fsync(self._lock)
 
     def close(self) -> None:
-        """Closes the file and releases the lock; closing twice is allowed."""
+        """Closes the file and releases the lock. May be called twice."""
         self._disconnect()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _start(self, version: int, schema: str) -> None:
-        """Connects, checks the whole file and lays down the tables where it is new."""
-        # The exclusive mode comes before the first read: it needs no shared memory, and keeps readers out behind
-        # whose back the log could grow without end. auto_vacuum comes before the first page is written.
+        """Connects, checks the whole file and creates the tables if it is new."""
+        # The exclusive mode must be set before the first read: it needs no shared memory and keeps out readers, which
+        # would let the log grow without end. auto_vacuum must be set before the first page is written.
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0)
         for setting in (
             "locking_mode=EXCLUSIVE",
@@ -185,13 +185,13 @@ class Database:
                 result = work(db)
                 db.execute("COMMIT")
             except BaseException:
-                with suppress(sqlite3.Error):  # SQLite has rolled back by itself after some errors
+                with suppress(sqlite3.Error):  # after some errors SQLite has already rolled back
                     db.execute("ROLLBACK")
                 raise
         return result
 
     def _relieve(self) -> None:
-        """Empties the log on a full disk, into the room held in reserve."""
+        """Empties the log on a full disk, into the reserved room."""
         os.ftruncate(self._lock, _DIGITS)
         with suppress(OutboxFull), _typed(self._path):
             self._empty_log()
@@ -201,7 +201,7 @@ class Database:
         self.connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
     def _reserve(self) -> None:
-        """Holds the reserve; where the disk has no room for it, the file stays at its size for now."""
+        """Takes the reserve. If the disk has no room for it, the file may not grow for now."""
         limit = _NO_LIMIT
         try:
             os.posix_fallocate(self._lock, 0, RESERVE_BYTES)
@@ -212,7 +212,7 @@ class Database:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Types SQLite's errors, and sets a file aside that proves damaged while in use."""
+        """Turns SQLite's errors into ours, and renames a file that proves damaged while in use."""
         try:
             with _typed(self._path):
                 yield
@@ -223,7 +223,7 @@ class Database:
     def _set_aside(self, reason: str) -> SetAside:
         self._disconnect()
         target = self._path.with_name(self._path.name + ".damaged")
-        # The log first: the file alone is found damaged again should we be killed between the two.
+        # The log first: if the process is killed between the two, the file alone is found damaged again.
         for suffix in ("-wal", ""):
             source, goal = (p.with_name(p.name + suffix) for p in (self._path, target))
             goal.unlink(missing_ok=True)
@@ -240,7 +240,7 @@ class Database:
 
 
 class _Damaged(Exception):
-    """Turned into `SetAside` or `OutboxDamaged` before it leaves this file."""
+    """Becomes `SetAside` or `OutboxDamaged` before it leaves this file."""
 
 
 def _number(db: sqlite3.Connection, pragma: str) -> int:
@@ -255,7 +255,7 @@ def _create(db: sqlite3.Connection, version: int, schema: str) -> None:
 
 
 def _probe(path: Path, version: int) -> None:
-    """Read-only, so that the log of a newer version stays as it is too. What cannot be read is judged later."""
+    """Read-only, so that the log of a newer version is not changed either. Unreadable files are handled later."""
     if path.exists():
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db, suppress(sqlite3.DatabaseError):
             _refuse_foreign(db, path, version)
@@ -273,7 +273,7 @@ def _refuse_foreign(db: sqlite3.Connection, path: Path, version: int) -> None:
 def _take_lock(path: Path) -> int:
     descriptor = take_lock(path)
     if descriptor is None:
-        raise OutboxBusy(f"{path} is in use: one process at a time may hold it; stop the other one first")
+        raise OutboxBusy(f"{path} is in use: only one process at a time may open it; stop the other one first")
     return descriptor
 
 
@@ -286,7 +286,7 @@ def _typed(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DeviceError(f"{path}: {error.strerror}; check the disk and the permissions") from error
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
-        raise  # our own mistake
+        raise  # a bug of ours
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or code in _READ_ERRORS:

@@ -3,14 +3,14 @@
 Rules of this file:
 
 1. Every change of the table changes the `Tally` beside it, so that no bound and no counter scans the table.
-2. Room is made in the order of `CLASSES`, the oldest of a class first, but never for a lesser class: then the
-   newcomer is dropped itself. What is dropped is counted by class.
-3. An id is made of (boot, seq), see `item_id`; so ids rise and are never used twice, with no counter to keep on disk.
+2. When room is needed, items are dropped in the order of `CLASSES`, the oldest of a class first. A new item never
+   pushes out an item of a later class; it is dropped itself. Drops are counted by class.
+3. An id is made of (boot, seq), see `item_id`. So ids rise and are never used twice, without a counter on disk.
 4. Rows lie in the file by class, then id: dropping the oldest of a class frees whole pages, which a full disk needs.
-   With the classes mixed it would leave holes that no later row fits into.
-5. A row carries a CRC-32 of its contents: SQLite checks the structure of its pages, not what they hold.
+   With the classes mixed, dropping would leave gaps too small for later rows.
+5. A row has a CRC-32 of its contents: SQLite checks the structure of its pages, not their contents.
 
-Functions over a connection inside the caller's transaction; the caller throws the `Tally` away with it.
+The functions work inside the caller's transaction. If it is rolled back, the caller discards the `Tally`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLASSES: tuple[Class, ...] = get_args(Class)
 """In the order in which they are dropped."""
 _FRAME = CLASSES.index("frame")
 ITEM_BYTES = 96
-"""Charged for each item besides its contents: the row, its indexes and their share of unused page."""
+"""Added to the size of each item for the row, its indexes and their share of unused pages."""
 _SEQ_BITS, _ID_BITS = 30, 61
 SCHEMA = """
 CREATE TABLE item (
@@ -46,15 +46,15 @@ CREATE TABLE item (
 ) STRICT
 
 CREATE INDEX item_created ON item (created)""".strip()
-"""`key` is class and id in one number (`_key`)."""
+"""`key` is class and id in one number (`_key`); `seal` is a CRC-32."""
 
 
 @dataclass(frozen=True)
 class OutboxPolicy:
     """Bounds. `max_bytes` covers topics, properties, payloads and `ITEM_BYTES` for each item.
 
-    Pictures have a bound of their own, `frame_bytes`: a few hundred would else push all telemetry out. Items made
-    before the clock was set (`ledger.CLOCK_SET`) have no known age, and only the other bounds drop them.
+    Frames have a bound of their own, `frame_bytes`: otherwise a few hundred would push out all telemetry. The age of
+    items made before the clock was set (`ledger.CLOCK_SET`) is unknown, so only the other bounds drop them.
     """
 
     max_bytes: int = 64 << 20
@@ -65,12 +65,12 @@ class OutboxPolicy:
 
     def __post_init__(self) -> None:
         if min(self.max_bytes, self.max_count, self.max_age_s, self.frame_bytes) <= 0:
-            raise UsageError(f"{self}: bounds must be above 0")
+            raise UsageError(f"{self}: each bound must be above 0")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One message. `properties` is what its putter gave (JSON values), `created` its time in seconds."""
+    """One message. `properties`: JSON values, as passed to `put`. `created`: unix seconds."""
 
     id: int
     cls: Class
@@ -82,7 +82,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Draft:
-    """A row to be. `rank` is the place of its class in `CLASSES`, `properties` is JSON."""
+    """A row to insert. `rank` is the place of its class in `CLASSES`, `properties` is JSON."""
 
     id: int
     rank: int
@@ -97,20 +97,20 @@ class Draft:
 
     @property
     def seal(self) -> int:
-        """CRC-32 of everything but the time."""
+        """CRC-32 of everything except the time."""
         head = json.dumps([self.id, self.rank, self.topic, self.properties]).encode()
         return zlib.crc32(self.payload, zlib.crc32(head))
 
     def check(self, policy: OutboxPolicy) -> None:
-        """Raises `ItemTooLarge` where this could never be stored."""
+        """Raises `ItemTooLarge` if this can never be stored."""
         limit = min(policy.max_bytes, policy.frame_bytes) if self.rank == _FRAME else policy.max_bytes
         if self.size > limit:
-            raise ItemTooLarge(f"{CLASSES[self.rank]} of {self.size} bytes, the bound is {limit}; send less at once")
+            raise ItemTooLarge(f"{CLASSES[self.rank]} of {self.size} bytes, the limit is {limit}; send less at once")
 
 
 @dataclass
 class Tally:
-    """Counts by rank. `depth` and `bytes` are counted once at open; `dropped` and `sent` are kept on disk."""
+    """Counts by rank. `depth` and `bytes` are counted once when the outbox opens; `dropped` and `sent` are on disk."""
 
     depth: list[int]
     bytes: list[int]
@@ -131,7 +131,7 @@ class Tally:
         return Tally(self.depth[:], self.bytes[:], self.dropped[:], self.sent)
 
     def save(self, db: sqlite3.Connection, before: Tally) -> None:
-        """Writes what is kept on disk and differs from `before`."""
+        """Writes the counts that are kept on disk and differ from `before`."""
         for name, value, old in zip(CLASSES, self.dropped, before.dropped, strict=True):
             if value != old:
                 write_tally(db, f"dropped {name}", value)
@@ -139,17 +139,17 @@ class Tally:
             write_tally(db, "sent", self.sent)
 
     def droppable(self, rank: int) -> tuple[int, int]:
-        """How many items, of how many bytes, may make room for an item of `rank`."""
+        """How many items, of how many bytes in all, may be dropped for an item of `rank`."""
         return sum(self.depth[: rank + 1]), sum(self.bytes[: rank + 1])
 
 
 def item_id(boot: int, seq: int) -> int:
-    """Rises with (boot, seq): room for 2^31 boots and 2^30 messages in each, 34 years at one a second."""
+    """Rises with (boot, seq). Fits 2^31 boots and 2^30 messages in each, 34 years at one a second."""
     return boot << _SEQ_BITS | seq
 
 
 def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Draft) -> bool:
-    """Makes room where a bound asks for it, and inserts. False: the bounds dropped the newcomer."""
+    """Drops what the bounds require, then inserts. False: the bounds dropped the new item itself."""
     rank = draft.rank
     items, held = tally.droppable(rank)
     count = sum(tally.depth) + 1 - policy.max_count
@@ -170,20 +170,20 @@ def insert(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, draft: Dr
 
 def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, size: int) -> None:
     """Drops the oldest of each class in turn until `count` items and `size` bytes are gone, or none is left."""
-    victims: list[int] = []
+    oldest: list[int] = []
     for rank in ranks:
         if count <= 0 and size <= 0:
             break
         bounds = _key(rank, 0), _key(rank, -1 + (1 << _ID_BITS))
         with closing(db.execute("SELECT id, size FROM item WHERE key BETWEEN ? AND ? ORDER BY key", bounds)) as rows:
             while (count > 0 or size > 0) and (row := rows.fetchone()):
-                victims.append(row[0])
+                oldest.append(row[0])
                 count, size = count - 1, size - row[1]
-    drop(db, tally, victims)
+    drop(db, tally, oldest)
 
 
 def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> tuple[list[Item], list[int]]:
-    """Whole items above `after` in order, and the ids among them whose seal does not fit."""
+    """Items above `after` in order, and the ids of those whose checksum is wrong."""
     items: list[Item] = []
     bad: list[int] = []
     columns = "key, id, created, size, seal, topic, properties, payload"
@@ -202,7 +202,7 @@ def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> t
 
 
 def send(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> None:
-    """Removes items as sent; ids that are gone are passed over."""
+    """Removes items as sent; unknown ids are ignored."""
     tally.sent += len(_remove(db, tally, ids))
 
 
@@ -213,7 +213,7 @@ def drop(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> None:
 
 
 def expire(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, now: float, limit: int) -> int:
-    """Drops up to `limit` items that are too old; how many."""
+    """Drops up to `limit` items that are too old; returns how many."""
     query = "SELECT id FROM item WHERE created >= ? AND created < ? LIMIT ?"
     ids = [row[0] for row in db.execute(query, (CLOCK_SET, now - policy.max_age_s, limit)).fetchall()]
     drop(db, tally, ids)
@@ -221,7 +221,7 @@ def expire(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, now: floa
 
 
 def _remove(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> list[int]:
-    """The ranks of those that were there."""
+    """Returns the ranks of the items that were there."""
     if not ids:
         return []
     query = "DELETE FROM item WHERE id IN (SELECT value FROM json_each(?)) RETURNING key >> ?, size"

@@ -1,14 +1,14 @@
-"""The ledger: which commands were begun, and what was answered, so that each is applied once.
+"""The ledger: which commands were begun and what was answered, so that each is applied once.
 
 Rules of this file:
 
-1. A command is begun before it changes anything. Where the process dies before `finish`, `recall` says that it
-   was begun and has no answer: the caller knows that it may have been applied.
-2. `finish` records the very response that is put into the outbox, in the same transaction (the caller's).
+1. A command is recorded as begun before it changes anything. If the process dies before `finish`, `recall` returns an
+   entry without an answer: the command may have been applied.
+2. `finish` records the response that is put into the outbox, in the same transaction (the caller's).
 3. The ledger is bounded by count, bytes and age; the oldest entries go first. A command older than that is
-   unknown again, which the expiry of commands must rule out.
+   unknown again, so commands must expire earlier.
 
-Functions over a connection inside a transaction; totals are kept by triggers, so that no bound scans a table.
+The functions work inside a transaction. Triggers keep the totals, so that no bound scans a table.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 from edgeear.errors import UsageError
 
 CLOCK_SET = 1_577_836_800.0
-"""2020-01-01. A board without a battery clock wakes before this: the age of what it made then is unknown."""
+"""2020-01-01. A board without a battery-backed clock starts before this: the age of what it makes then is unknown."""
 ENTRY_BYTES = 160
-"""Charged for each entry besides its contents: the row, its indexes and their share of unused page."""
+"""Added to the size of each entry for the row, its indexes and their share of unused pages."""
 COUNT, BYTES = "ledger count", "ledger bytes"
 SCHEMA = """
 CREATE TABLE tally (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID
@@ -56,7 +56,7 @@ CREATE TRIGGER ledger_removed AFTER DELETE ON ledger BEGIN
 
 
 class ItemTooLarge(UsageError):
-    """One item is larger than the bound of all; nothing was stored."""
+    """One item is larger than the limit for all items together; nothing was stored."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class LedgerPolicy:
 
     def __post_init__(self) -> None:
         if min(self.max_count, self.max_bytes, self.max_age_s) <= 0:
-            raise UsageError(f"{self}: bounds must be above 0")
+            raise UsageError(f"{self}: each bound must be above 0")
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A command that was begun at `begun`. `payload` is None where it did not finish, else the response given."""
+    """A command that was begun at `begun`. `payload`: the response, None if it did not finish."""
 
     command_id: str
     begun: float
@@ -88,12 +88,12 @@ class Recorded:
 
 
 def overdue(created: float, now: float, max_age_s: float) -> bool:
-    """Whether something made at `created` is too old at `now`; never where the clock was not set then."""
+    """Whether something made at `created` is too old at `now`; False if the clock was not set then."""
     return CLOCK_SET <= created < now - max_age_s
 
 
 def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> Recorded | None:
-    """What is known of the command; None where nothing is, or it is older than the policy's age."""
+    """The entry of a command; None if it has none, or the entry is older than the policy's age."""
     query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
     for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
         if not overdue(begun, now, policy.max_age_s):
@@ -102,10 +102,10 @@ def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: f
 
 
 def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> None:
-    """Notes that the command starts. Beginning again what did not finish is allowed."""
+    """Records that the command starts. A command that did not finish may begin again."""
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
-        raise UsageError(f"command {command_id!r} is finished already: recall it before beginning it")
+        raise UsageError(f"command {command_id!r} is finished already: call recall before begin")
     if known is None:
         _record(db, policy, command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None)
 
@@ -119,20 +119,20 @@ def finish(
     payload: bytes,
     properties: Mapping[str, Any],
 ) -> None:
-    """Records the answer; what was not begun, for want of any effect, is recorded whole."""
+    """Records the answer. A command without effect need not have been begun."""
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
-        raise UsageError(f"command {command_id!r} is finished already: each is answered once")
+        raise UsageError(f"command {command_id!r} is finished already: a command is answered once")
     text = json.dumps(properties)
     size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
     if size > policy.max_bytes:
-        raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the bound is {policy.max_bytes}; shorten it")
+        raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the limit is {policy.max_bytes}; shorten it")
     begun = now if known is None else known.begun
     _record(db, policy, command_id, begun, size, topic, text, payload)
 
 
 def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
-    """Forgets what is older than the policy's age."""
+    """Forgets entries older than the policy's age."""
     db.execute("DELETE FROM ledger WHERE begun >= ? AND begun < ?", (CLOCK_SET, now - policy.max_age_s))
 
 
@@ -154,17 +154,17 @@ def _record(
     )
     oldest = "DELETE FROM ledger WHERE number = (SELECT min(number) FROM ledger WHERE command != ?)"
     removed = 1
-    while removed:  # never the entry just made
+    while removed:  # never the new entry
         within = read_tally(db, COUNT) <= policy.max_count and read_tally(db, BYTES) <= policy.max_bytes
         removed = 0 if within else db.execute(oldest, (command_id,)).rowcount
 
 
 def read_tally(db: sqlite3.Connection, name: str) -> int:
-    """A count kept on disk, 0 where it was never written."""
+    """A count kept on disk, 0 if it was never written."""
     rows = db.execute("SELECT value FROM tally WHERE name = ?", (name,)).fetchall()
     return int(rows[0][0]) if rows else 0
 
 
 def write_tally(db: sqlite3.Connection, name: str, value: int) -> None:
-    """Keeps a count on disk."""
+    """Writes a count to disk."""
     db.execute("INSERT OR REPLACE INTO tally VALUES (?, ?)", (name, value))

@@ -1,18 +1,18 @@
-"""The outbox: what a board has to say, kept on disk until a broker has it, and the ledger of its commands.
+"""The outbox: a board's messages, on disk until the broker has them, and the ledger of its commands.
 
 Rules of this file:
 
-1. What `put` returned from is stored durably, and stays until it is acknowledged or a bound drops it. Ids rise
-   and are never used twice; the order of ids is the order of putting.
-2. `(boot, seq)` names a message for good: boots rise with every open, and seq counts 1, 2, ... within one. A put
-   that fails takes no seq; what a consumer finds missing was dropped by a bound, and is counted.
-3. The outbox is bounded by bytes, count and age; `device.mqtt.items` says what a bound drops.
-4. Where the disk is full, room is made in the same order. Where that does not help, the put raises.
-5. Answering a command and recording the answer in the ledger are one transaction.
-6. An item whose checksum fails is dropped and counted: one bad sector must not stop what comes after it.
+1. When `put` returns, the message is stored durably. It stays until it is acknowledged or a bound drops it. Ids rise
+   and are never used twice; their order is the order of the puts.
+2. `(boot, seq)` identifies a message forever: boot rises with every open, and seq counts 1, 2, ... within a boot. A put
+   that fails uses no seq. So a seq that a receiver misses was dropped by a bound, and counted.
+3. The outbox is bounded by bytes, count and age; `device.mqtt.items` decides what is dropped.
+4. When the disk is full, items are dropped in the same order. If that does not help, the put raises.
+5. The answer to a command goes into the outbox and into the ledger in one transaction.
+6. An item with a wrong checksum is dropped and counted: one bad sector must not block later items.
 
-All methods may be called from any thread; each waits for the one before. What a full disk, a failing disk or a
-damaged file raises is a `DeviceError` of `device.mqtt.database`.
+Any thread may call any method; a lock makes them wait for each other. A full disk, a failing disk and a damaged file
+raise a `DeviceError` of `device.mqtt.database`.
 """
 
 from __future__ import annotations
@@ -29,43 +29,29 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from device.mqtt import items, ledger
-from device.mqtt.database import Database, NewerOutbox, OutboxBusy, OutboxDamaged, OutboxFull, SetAside
+from device.mqtt.database import Database, OutboxDamaged, OutboxFull, SetAside
 from device.mqtt.items import CLASSES, Class, Draft, Item, OutboxPolicy, Tally
-from device.mqtt.ledger import ItemTooLarge, LedgerPolicy, Recorded, read_tally, write_tally
+from device.mqtt.ledger import Recorded, read_tally, write_tally
 from edgeear.errors import UsageError
 
-__all__ = [
-    "CLASSES",
-    "Class",
-    "Item",
-    "ItemTooLarge",
-    "LedgerPolicy",
-    "NewerOutbox",
-    "Outbox",
-    "OutboxBusy",
-    "OutboxCounters",
-    "OutboxDamaged",
-    "OutboxFull",
-    "OutboxPolicy",
-    "Recorded",
-    "SetAside",
-]
+__all__ = ["Outbox", "OutboxCounters", "OutboxDamaged", "OutboxFull", "OutboxPolicy"]
 
 T = TypeVar("T")
 Make = Callable[[int], bytes]
-"""Makes a payload from its seq. It runs while the outbox is held, so it must not call the outbox."""
+"""Makes a payload from its seq. It runs while the lock is held, so it must not call the outbox."""
 FORMAT = 1
 SETTINGS = "CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID"
 BATCH_BYTES = 4 << 20
 _EXPIRY_BATCH = 5_000
 _LEAST_SPARE = 1 << 16
 _ANSWER = CLASSES.index("response")
-"""On a full disk, what the ledger and the settings write is worth as much as a response."""
+"""On a full disk the ledger and the settings may push out what a response may."""
 
 
 @dataclass(frozen=True)
 class OutboxCounters:
-    """`depth` items wait, of `bytes` in all, the oldest made at `oldest`. `dropped` and `sent` outlive restarts."""
+    """`depth` items wait, of `bytes` in all, the oldest made at `oldest` (unix seconds). `dropped` and `sent` survive
+    restarts."""
 
     depth: int
     bytes: int
@@ -81,7 +67,7 @@ class Outbox:
         """Use `Outbox.open`."""
         self._database, self._policy = database, policy
         self.recovered_from = recovered_from
-        """The damaged file in whose place this outbox started empty, if there was one."""
+        """The damaged file that this outbox replaces, if there was one."""
         self._lock = threading.Lock()
         self._seq = 0
         self._tally = database.read(Tally.load)
@@ -91,14 +77,14 @@ class Outbox:
 
     @classmethod
     def open(cls, path: Path, policy: OutboxPolicy, now: float) -> Outbox:
-        """Opens or creates the outbox in the file `path` and drops what is too old at `now`, in seconds.
+        """Opens or creates the outbox in the file `path` and drops what is too old at `now` (unix seconds).
 
-        A damaged file is set aside and a fresh one started: `recovered_from` says so. Raises `OutboxBusy` where
-        another process holds it, `NewerOutbox` where a newer version wrote it, `OutboxFull`, `DeviceError`.
+        A damaged file is renamed and a new one started: see `recovered_from`. Raises `OutboxBusy` if another process
+        has it open, `NewerOutbox` if a newer version wrote it, `OutboxFull`, `DeviceError`.
         """
         try:
             return cls._opened(path, policy, now)
-        except OutboxDamaged as damage:  # deeper than the check of the whole file looks
+        except OutboxDamaged as damage:  # the check of the whole file does not find everything
             outbox = cls._opened(path, policy, now)
             outbox.recovered_from = damage.aside
             return outbox
@@ -118,15 +104,15 @@ class Outbox:
     def put(
         self, cls: Class, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
     ) -> int | None:
-        """Stores a message durably and returns its id; None where the bounds dropped it at once.
+        """Stores a message durably and returns its id; None if the bounds dropped it at once.
 
-        `properties` are JSON values. Raises `ItemTooLarge` where it could never fit, `OutboxFull` where the disk
-        has no room; either way nothing has changed.
+        `properties` are JSON values. Raises `ItemTooLarge` if it can never fit, `OutboxFull` if the disk has no room;
+        either way nothing has changed.
         """
         return self._put(cls, topic, make, now, properties or {}, None)
 
     def pending(self, after: int, limit: int, *, max_bytes: int = BATCH_BYTES) -> list[Item]:
-        """Up to `limit` items with ids above `after`, in order, of `max_bytes` in all but at least one."""
+        """Up to `limit` items with ids above `after`, in order: at most `max_bytes` together, but at least one."""
         if limit < 1:
             raise UsageError(f"limit={limit}: ask for at least 1 item")
         with self._lock:
@@ -138,13 +124,13 @@ class Outbox:
                     return found
 
     def acknowledge(self, ids: Sequence[int]) -> None:
-        """Forgets what the broker has, in one transaction. Ids that are gone already are passed over."""
+        """Removes items that the broker has, in one transaction. Unknown ids are ignored."""
         with self._lock:
             self._change(partial(items.send, ids=ids))
             self._shrink()
 
     def counters(self) -> OutboxCounters:
-        """Costs the same at any depth."""
+        """The counts; takes the same time at any depth."""
         query = "SELECT created FROM item ORDER BY id LIMIT 1"
         with self._lock:
             rows = self._database.read(lambda db: db.execute(query).fetchall())
@@ -153,11 +139,11 @@ class Outbox:
         return OutboxCounters(sum(tally.depth), sum(tally.bytes), rows[0][0] if rows else None, dropped, tally.sent)
 
     def expire(self, now: float) -> int:
-        """Drops what is older than the policy's age, the ledger's entries too. Returns how many items."""
+        """Drops items and ledger entries older than the policy's age. Returns how many items."""
         with self._lock:
             self._database.write(partial(ledger.expire, policy=self._policy.ledger, now=now))
         total, dropped = 0, _EXPIRY_BATCH
-        while dropped == _EXPIRY_BATCH:  # in batches, so that other threads are not kept waiting
+        while dropped == _EXPIRY_BATCH:  # in batches, so that other threads need not wait long
             with self._lock:
                 dropped = self._change(partial(items.expire, policy=self._policy, now=now, limit=_EXPIRY_BATCH))
             total += dropped
@@ -166,12 +152,12 @@ class Outbox:
         return total
 
     def recall(self, command_id: str, now: float) -> Recorded | None:
-        """What became of a command: None where it is new (or forgotten), else when it began and its answer."""
+        """When a command began and its answer; None if it is new, or forgotten."""
         with self._lock:
             return self._database.read(lambda db: ledger.recall(db, self._policy.ledger, command_id, now))
 
     def begin(self, command_id: str, now: float) -> None:
-        """Notes durably that a command starts. `UsageError` where it is finished."""
+        """Records durably that a command starts. Raises `UsageError` if it has finished."""
         with self._lock:
             self._with_room(_ANSWER, 0, lambda db, _: ledger.begin(db, self._policy.ledger, command_id, now))
 
@@ -184,24 +170,24 @@ class Outbox:
         now: float,
         properties: Mapping[str, Any] | None = None,
     ) -> int | None:
-        """Puts the answer of a command as `put` does, and records it. `UsageError` where it is finished."""
+        """Puts the answer of a command as `put` does, and records it. Raises `UsageError` if it has finished."""
         return self._put(cls, topic, make, now, properties or {}, command_id)
 
     def get(self, key: str) -> str | None:
-        """A setting, None where it was never set."""
+        """A setting, None if it was never set."""
         query = "SELECT value FROM setting WHERE key = ?"
         with self._lock:
             rows = self._database.read(lambda db: db.execute(query, (key,)).fetchall())
         return str(rows[0][0]) if rows else None
 
     def set(self, key: str, value: str) -> None:
-        """Keeps a setting durably."""
+        """Stores a setting durably."""
         query = "INSERT OR REPLACE INTO setting VALUES (?, ?)"
         with self._lock:
             self._with_room(_ANSWER, len(value), lambda db, _: db.execute(query, (key, value)).close())
 
     def close(self) -> None:
-        """Closes the file and lets another process open it; closing twice is allowed."""
+        """Closes the file, so that another process can open it. May be called twice."""
         with self._lock:
             self._database.close()
 
@@ -213,10 +199,10 @@ class Outbox:
     ) -> None:
         self.close()
 
-    # What follows is called with the lock held
+    # The caller holds the lock
 
     def _change(self, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
-        """One transaction; the counts in memory follow once it is durable."""
+        """One transaction; the counts in memory change only after it is durable."""
 
         def run(db: sqlite3.Connection) -> tuple[T, Tally]:
             tally = self._tally.copy()
@@ -228,7 +214,7 @@ class Outbox:
         return result
 
     def _shrink(self) -> None:
-        """Only when empty: nothing has to be moved then, which spares the flash."""
+        """Only when empty: then nothing has to be moved, which saves writes to flash."""
         if not any(self._tally.depth):
             self._database.shrink()
 
@@ -253,7 +239,7 @@ class Outbox:
         return number if kept else None
 
     def _with_room(self, rank: int, size: int, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
-        """Runs `work`; on a full disk again with more and more dropped before it, up to the class of `rank`."""
+        """Runs `work`; on a full disk again, each time with more items dropped first, up to the class of `rank`."""
         spare = 0
 
         def run(db: sqlite3.Connection, tally: Tally) -> T:

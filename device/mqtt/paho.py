@@ -1,4 +1,4 @@
-"""What the link asks of paho-mqtt 2: a client for one connection, its properties, and words for what goes wrong.
+"""What the link asks of paho-mqtt 2: a client for one connection, its properties, and texts for what goes wrong.
 
 The client keeps no window, does not reconnect and acknowledges nothing by itself: `device.mqtt.delivery` and
 `device.mqtt.link` do that.
@@ -24,7 +24,7 @@ CONNECT_S: Final = 10.0
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """Closed when its handshake fails: paho forgets to."""
+    """Closes itself when its handshake fails, because paho does not."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
@@ -37,7 +37,7 @@ class _TlsSocket(ssl.SSLSocket):
 @dataclass(frozen=True)
 class TlsFiles:
     """PEM files. `ca` None: the authorities of the system. `cert` and `key`: the board's own, None where the broker
-    wants none. They are read at each connect, so that renewed files are used without a restart."""
+    asks for none. They are read at each connect, so that renewed files are used without a restart."""
 
     ca: Path | None = None
     cert: Path | None = None
@@ -65,7 +65,7 @@ def make_client(client_id: str, five: bool, username: str | None, password: str 
         reconnect_on_failure=False,
         manual_ack=True,
     )
-    client.max_inflight_messages_set(0)  # the window is ours
+    client.max_inflight_messages_set(0)  # no limit: `Delivery` keeps the window
     client.connect_timeout = CONNECT_S
     client.enable_logger(errors.logger)
     client.username_pw_set(username, password)
@@ -74,7 +74,7 @@ def make_client(client_id: str, five: bool, username: str | None, password: str 
 
 
 def properties_of(packet: int, **values: Any) -> Properties:
-    """Properties of a packet of type `packet` (`PacketTypes`), by their names in paho."""
+    """Properties of a packet of type `packet` (`PacketTypes`), named as in paho."""
     new: Any = Properties  # untyped in paho
     made: Properties = new(packet)
     for name, value in values.items():
@@ -92,7 +92,7 @@ def connect_properties(session_expiry_s: int, receive_maximum: int, maximum_pack
 
 
 def will_properties(content_type: str) -> Properties:
-    """The will is published at once."""
+    """The broker publishes the will without delay."""
     return properties_of(PacketTypes.WILLMESSAGE, ContentType=content_type, WillDelayInterval=0)
 
 
@@ -106,7 +106,7 @@ def publish_properties(content_type: str, expiry_s: int | None, correlation: byt
 
 @functools.lru_cache(maxsize=64)
 def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
-    """Made once; those with correlation data are not kept, because each is another one, of up to 64 KiB."""
+    """Cached. Properties with correlation data are not, because each differs and may have 64 KiB."""
     return _new_properties(content_type, expiry_s)
 
 
@@ -118,7 +118,7 @@ def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
 
 
 def explain(error: Exception, host: str, port: int) -> str:
-    """What an operator should read where a connection could not be made."""
+    """The message for an operator when a connection could not be made."""
     where = f"{host}:{port}"
     match error:
         case socket.gaierror():
@@ -139,12 +139,12 @@ def explain(error: Exception, host: str, port: int) -> str:
 
 
 class LastError(logging.Handler):
-    """Keeps the last error that paho logs: it passes no other word on why a socket failed."""
+    """Keeps the last error that paho logs: nothing else says why a socket failed."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.text = ""
-        self.logger = logging.Logger("paho", logging.ERROR)  # of this connection only, not in the tree of loggers
+        self.logger = logging.Logger("paho", logging.ERROR)  # of this connection only, outside the tree of loggers
         self.logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -155,10 +155,10 @@ class LastError(logging.Handler):
 
 
 def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
-    """Without Nagle's algorithm, which holds small packets back until the one before is acknowledged."""
+    """Switch off Nagle's algorithm, which delays a small packet until the previous one is acknowledged."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def decrypted(sock: Any) -> bool:
-    """Whether TLS holds bytes that poll(2) does not see."""
+    """Whether TLS has decrypted bytes that poll(2) does not report."""
     return bool(sock.pending()) if hasattr(sock, "pending") else False

@@ -1,1 +1,1 @@
-"""A person's side of MQTT: hear boards, watch a fleet, command, label."""
+"""An operator's side of MQTT: watch boards, send commands, label frames."""

@@ -1,12 +1,12 @@
-"""The other end of the line: how an operator's program hears boards and commands them.
+"""An operator's MQTT client: it subscribes to boards, sends commands and waits for responses.
 
 Rules of this file:
 
-1. MQTT 5, one connection, which comes back by itself and subscribes again.
-2. A response is matched by correlation data, never by its order.
-3. What does not come within the time given is a `DeviceError` that says where it was asked. So is at once what the
-   broker will not pass on: no such board, or not ours to command.
-4. With a `session` the broker keeps what comes while nobody listens; otherwise nothing is left behind.
+1. MQTT 5, one connection. It reconnects by itself and subscribes again.
+2. A response is matched by its correlation data, never by its order.
+3. `ask` raises `DeviceError`, which names the board, if no response comes in time; at once if the broker rejects the
+   publish, because there is no such board or no right to command it.
+4. With a `session` the broker keeps messages while the client is away. Without one it keeps nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from edgeear.errors import DeviceError, UsageError
 
 WAIT_S = 10.0
 NOBODY = 0x10
-"""MQTT 5's reason code of a publish that no subscription matches."""
+"""MQTT 5's reason code for a publish that matches no subscription."""
 
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """Where the broker is and who asks."""
+    """Where the broker is, and how to log in."""
 
     host: str
     port: int = 1883
@@ -44,7 +44,7 @@ class BrokerAddress:
 
 
 class Operator:
-    """A connected operator. `on_message(topic, payload)` is called in the network's thread."""
+    """A connected client. `on_message(topic, payload)` is called in the network's thread."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class Operator:
     ) -> None:
         self._address, self._filters, self._on_message, self._session = address, filters, on_message, session
         self._ready, self._refused = threading.Event(), ""
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._waiting: dict[bytes, list[bytes]] = {}
-        self._turned_away: dict[int, str] = {}
+        self._rejected: dict[int, str] = {}
         name = f"edgeear-operator-{session or secrets.token_hex(6)}"
         client = self._client = Client(CallbackAPIVersion.VERSION2, name, protocol=MQTTProtocolVersion.MQTTv5)
-        client.on_connect, client.on_disconnect = self._came_up, self._went_down
-        client.on_message, client.on_subscribe, client.on_publish = self._came_in, self._subscribed, self._published
+        client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_message, client.on_subscribe, client.on_publish = self._on_receive, self._subscribed, self._published
         if address.username is not None:
             client.username_pw_set(address.username, address.password)
         if address.tls is not None:
@@ -69,11 +69,11 @@ class Operator:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker hears us now."""
+        """Whether the broker accepts messages now."""
         return self._ready.is_set() and not self._refused
 
     def ask(self, site: str, device: str, command: messages.Command, wait_s: float = WAIT_S) -> messages.Response:
-        """Send `command` to a board and return its response. Raises `DeviceError` where none comes in time."""
+        """Send `command` to a board and return its response. Raises `DeviceError` if none comes within `wait_s`."""
         if not 0 < wait_s <= topics.DAY:
             raise UsageError(f"wait of {wait_s} s for an answer: give more than 0 and at most {topics.DAY}")
         correlation, answers = secrets.token_bytes(8), list[bytes]()
@@ -87,9 +87,9 @@ class Operator:
         self._waiting[correlation] = answers
         try:
             number = self._client.publish(topic, command.payload(), qos=1, properties=properties).mid
-            with self._news:
-                self._news.wait_for(lambda: bool(answers) or number in self._turned_away, wait_s)
-                reason = self._turned_away.pop(number, "")
+            with self._changed:
+                self._changed.wait_for(lambda: bool(answers) or number in self._rejected, wait_s)
+                reason = self._rejected.pop(number, "")
         finally:
             del self._waiting[correlation]
         if not answers:
@@ -101,7 +101,7 @@ class Operator:
         return response
 
     def open(self, wait_s: float) -> None:
-        """Connect and subscribe. Raises `DeviceError` where the broker is not there, refuses us, or says nothing."""
+        """Connect and subscribe. Raises `DeviceError` if the broker is not reachable, refuses, or does not answer."""
         host, port = self._address.host, self._address.port
         properties = properties_of(PacketTypes.CONNECT, SessionExpiryInterval=topics.DAY if self._session else 0)
         try:
@@ -111,7 +111,7 @@ class Operator:
         self._client.loop_start()
         if not self._ready.wait(wait_s) or self._refused:
             self.close()
-            raise DeviceError(f"{host}:{port}: {self._refused or f'no word from it in {wait_s:g} s: is it a broker?'}")
+            raise DeviceError(f"{host}:{port}: {self._refused or f'no answer within {wait_s:g} s: is it a broker?'}")
 
     def close(self) -> None:
         self._client.disconnect()
@@ -119,10 +119,10 @@ class Operator:
 
     # Called in the network's thread
 
-    def _came_up(self, client: Client, data: Any, flags: ConnectFlags, reason: ReasonCode, extra: Any) -> None:
+    def _on_connect(self, client: Client, data: Any, flags: ConnectFlags, reason: ReasonCode, extra: Any) -> None:
         self._refused = ""
         if reason.is_failure:
-            self._refused = f"the broker refuses us: {reason}; check user, password or certificate"
+            self._refused = f"the broker refuses the connection: {reason}; check user, password or certificate"
         if self._filters and not self._refused:
             client.subscribe([(one, 1) for one in self._filters])
         else:
@@ -131,31 +131,33 @@ class Operator:
     def _subscribed(self, client: Client, data: Any, mid: int, reasons: list[ReasonCode], extra: Any) -> None:
         if any(reason.is_failure for reason in reasons):
             names = ", ".join(self._filters)
-            self._refused = f"the broker does not let us hear {names}: check user or certificate, and the access list"
+            self._refused = (
+                f"the broker refuses subscription to {names}: check user or certificate, and the access list"
+            )
         self._ready.set()
 
-    def _went_down(self, client: Client, data: Any, flags: DisconnectFlags, reason: ReasonCode, extra: Any) -> None:
+    def _on_disconnect(self, client: Client, data: Any, flags: DisconnectFlags, reason: ReasonCode, extra: Any) -> None:
         if not self._refused:
             self._ready.clear()
 
     def _published(self, client: Client, data: Any, mid: int, reason: ReasonCode, extra: Any) -> None:
         if reason.value == NOBODY:
-            told = "was never there, or too long ago: no board of this name listens, check site and device"
+            told = "is unknown to the broker, or was away too long: check site and device"
         elif reason.is_failure:
-            told = f"is not ours to command: the broker says {reason}; check the access list"
+            told = f"did not get the command: the broker refuses it ({reason}); check the access list"
         else:
             return
-        with self._news:
-            self._turned_away[mid] = told
-            self._news.notify_all()
+        with self._changed:
+            self._rejected[mid] = told
+            self._changed.notify_all()
 
-    def _came_in(self, client: Client, data: Any, message: MQTTMessage) -> None:
+    def _on_receive(self, client: Client, data: Any, message: MQTTMessage) -> None:
         correlation = getattr(message.properties, "CorrelationData", None)
         answers = None if correlation is None else self._waiting.get(bytes(correlation))
         if answers is not None:
-            with self._news:
+            with self._changed:
                 answers.append(bytes(message.payload))
-                self._news.notify_all()
+                self._changed.notify_all()
         self._on_message(message.topic, bytes(message.payload))
 
 
@@ -174,7 +176,7 @@ def operator(
     on_message: Callable[[str, bytes], None] = lambda *_: None,
     session: str | None = None,
 ) -> Iterator[Operator]:
-    """A connected operator, who hears what matches `filters`."""
+    """A connected client that receives what matches `filters`."""
     made = Operator(address, filters, on_message, session)
     made.open(WAIT_S)
     try:

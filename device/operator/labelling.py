@@ -1,12 +1,12 @@
-"""Labelling with a file manager: `edgeear requests` saves the frames that a board wants labelled, a person sorts them
-into folders, `edgeear label` sends the folders' names as classes.
+"""Labelling with a file manager: `edgeear requests` saves the frames that a board wants labelled, you sort them into
+folders, and `edgeear label` sends the folders' names as classes.
 
 Rules of this file:
 
-1. A saved frame is `DIR/SESSION-SAMPLE.jpg`: its name says all that a label needs, wherever below DIR it is moved.
-2. A frame that is there already, sorted or not, is not written again. Each file appears whole.
-3. Only frames of the session that runs now are sent: the board has forgotten those of an earlier one.
-4. The folder has a session of its own at the broker, which keeps requests for a day while nobody listens.
+1. A saved frame is `DIR/SESSION-SAMPLE.jpg`: its name identifies the sample, wherever below DIR you move it.
+2. A frame that was saved before, sorted or not, is not written again. A file appears only when it is complete.
+3. Only labels of the board's current session are sent: the board no longer has frames of earlier sessions.
+4. Each folder has its own session at the broker, which keeps requests for a day while no `edgeear requests` runs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class Sorted:
-    """What a folder says: class names by sample number, of the session asked for. `waiting`: frames of it that are in
-    no class; `stale`: frames of other sessions."""
+    """The labels in a folder: class names by sample number, for one session. `waiting`: its frames that are in no class
+    folder; `stale`: frames of other sessions."""
 
     labels: dict[int, str]
     waiting: int
@@ -50,10 +50,10 @@ def collect(
     count: int | None = None,
     saved: Callable[[Path], object] = lambda _: None,
 ) -> int:
-    """Save what `board` (SITE/DEVICE) wants labelled below `folder`, until interrupted, for `seconds`, or until `count`
-    were saved; how many were. Raises `DeviceError`."""
+    """Save the frames that `board` (SITE/DEVICE) wants labelled below `folder`: until interrupted, for `seconds`, or
+    until `count` are saved. Returns how many. Raises `DeviceError`."""
     topic = topics.topic_of(*named(board), topics.LABEL_REQUEST)
-    came: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     until = None if seconds is None else time.monotonic() + seconds
     total = 0
 
@@ -63,17 +63,20 @@ def collect(
             total += 1
             saved(path)
 
-    with suppress(KeyboardInterrupt), operator(address, (topic,), lambda _, payload: came.put(payload), _own(folder)):
+    with (
+        suppress(KeyboardInterrupt),
+        operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
+    ):
         while (count is None or total < count) and (until is None or time.monotonic() < until):
             with suppress(queue.Empty):
-                take(came.get(timeout=LOOK_S))
-    while not came.empty():  # the broker has forgotten these
-        take(came.get())
+                take(inbox.get(timeout=LOOK_S))
+    while not inbox.empty():  # the broker no longer has these
+        take(inbox.get())
     return total
 
 
 def save(folder: Path, payload: bytes) -> Path | None:
-    """Write the frame of a label request; None where it is there already, or this is none. Raises `DeviceError`."""
+    """Write the frame of a label request. None if it was saved before, or the message is none. Raises `DeviceError`."""
     request = messages.parse(messages.LabelRequest, payload)
     if isinstance(request, messages.Refusal):
         return None
@@ -93,8 +96,8 @@ def save(folder: Path, payload: bytes) -> Path | None:
 
 
 def read(folder: Path, session: str) -> Sorted:
-    """The labels that the folders below `folder` give to frames of `session`. Raises `UsageError` for no folder, and
-    for a frame in two classes."""
+    """The labels that the folders below `folder` give to frames of `session`. Raises `UsageError` if there is no such
+    folder, or a frame is in two classes."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; `edgeear requests` makes one")
     labels: dict[int, str] = {}
@@ -106,20 +109,20 @@ def read(folder: Path, session: str) -> Sorted:
         elif path.parent == folder:
             waiting += 1
         elif labels.setdefault(at, label) != label:
-            raise UsageError(f"{path}: sample {at} is in {labels[at]}, too; leave it in one class")
+            raise UsageError(f"{path}: sample {at} is also in {labels[at]}; keep it in one class")
     return Sorted(labels, waiting, stale)
 
 
 def send(us: Operator, board: str, folder: Path, domain: str | None, wait_s: float) -> tuple[messages.Response, Sorted]:
-    """Label what `board` waits for as `folder` says. Raises `UsageError` where nothing of its session is sorted."""
+    """Send the labels in `folder` to `board`. Raises `UsageError` if no frame of its session is in a class folder."""
     site, device = named(board)
     told = us.ask(site, device, messages.Report(id=_identity()), wait_s)
     session = told.result.get("session")
     if told.outcome != "ok" or not isinstance(session, str):
-        raise DeviceError(f"{board} does not name its session ({told.reason}): is its version older than this one's?")
+        raise DeviceError(f"{board} does not report its session ({told.reason}): update its software")
     found = read(folder, session)
     if not found.labels:
-        counts = f"{found.waiting} frames to sort, {found.stale} of earlier sessions, whose frames are gone"
+        counts = f"{found.waiting} frames to sort, {found.stale} of earlier sessions, which the board no longer has"
         raise UsageError(f"{folder}: no frame of {board} in a class folder ({counts}); sort into {folder}/CLASS/")
     facts = {"id": _identity(), "session": session, "labels": found.labels, "domain": domain}
     command = messages.parse_command("label", json.dumps(facts).encode())
@@ -144,7 +147,7 @@ def _frames(folder: Path) -> Iterator[tuple[Path, str, int]]:
 
 
 def _own(folder: Path) -> str:
-    """The session of this folder on this machine."""
+    """The name of the broker's session for this folder on this machine."""
     return hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
 
 

@@ -1,10 +1,10 @@
-"""A fleet as a person would rather look at it: a summary, and a table that fits the terminal.
+"""A fleet on the screen: a summary, and a table that fits the terminal.
 
 Rules of this file:
 
-1. The boards that need a person come first; what does not fit is counted, never silently left out.
-2. Columns are dropped by `keep`, the least important first, until the rest fits; the board's name never is.
-3. No text of a board reaches the terminal with a control code in it (`printable`, `dumped`).
+1. Boards that need attention come first. Boards that do not fit are counted, never left out without a word.
+2. Columns with the lowest `keep` are left out until the rest fits. The board's name always stays.
+3. Text from a board is cleaned of control codes before it reaches the terminal (`printable`, `dumped`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from device.operator.watch import Fleet, Need, Row
 
 GAP = 2
 NAME = 28
-"""Characters shown of a board's name, at most."""
+"""Most characters shown of a board's name."""
 COLOURS = {Need.OFFLINE: "bold red", Need.TROUBLE: "red", Need.LABELS: "yellow", Need.BUSY: "", Need.NONE: ""}
 
 
 @dataclass(frozen=True)
 class Column:
-    """`width` in characters; of two columns the one with the higher `keep` is kept. `show` gives a cell at a time."""
+    """`width` in characters. Columns with a higher `keep` stay longer. `show(row, now)` gives a cell."""
 
     name: str
     width: int
@@ -62,12 +62,12 @@ def _table(shown: Sequence[Row], now: float, width: int) -> Table:
 
 
 def printable(text: str) -> str:
-    """Without control codes, which could move the cursor or colour the terminal."""
+    """`text` without control codes, which could move the cursor or colour the terminal."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def dumped(value: Any, indent: int | None = None) -> str:
-    """JSON that a terminal can show: what is not printable is escaped, other letters stay readable."""
+    """JSON for a terminal: characters that are not printable are escaped, all others stay readable."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
 
@@ -86,7 +86,7 @@ def ago(seconds: float) -> str:
 
 
 def _fitting(left: int) -> list[Column]:
-    """The columns for which there is room; the last, if it is among them, takes what is left over."""
+    """The columns that fit. The last, if it is among them, gets the remaining width."""
     kept = []
     for column in sorted(COLUMNS, key=lambda column: -column.keep):
         if column.width + GAP > left:

@@ -1,12 +1,12 @@
-"""What an operator knows of a fleet: the boards' messages folded into one row each. `edgeear watch` shows them.
+"""What an operator knows of a fleet: one row for each board, updated by its messages. `edgeear watch` shows them.
 
 Rules of this file:
 
-1. A repeated or late message changes nothing: (boot, seq) of the latest of its kind is kept for each board, and what is
-   not newer is passed over. Messages with seq 0 stand outside of that order.
-2. A birth is always believed, also one with a lower boot: that board lost its disk, and its order begins anew. A
-   farewell of an earlier session, which a broker may deliver late, is passed over.
-3. A message that is none of this version's is counted for its board, never shown as if it were.
+1. A repeated or late message changes nothing: for each board and kind of message the latest (boot, seq) is kept, and
+   messages that are not newer are ignored. Messages with seq 0 are outside this order.
+2. A birth is always accepted, even with a lower boot: that board lost its disk, and its order starts again. A farewell
+   of an earlier session, which a broker may deliver late, is ignored.
+3. A message that this version cannot read is counted for its board, and not shown.
 4. Nothing here prints, connects or asks for the time.
 """
 
@@ -24,16 +24,16 @@ LATEST = 8
 """Events kept of the whole fleet."""
 MINUTE = 60.0
 SILENT_S = 180.0
-"""An online board that says nothing for so long, or for three of its telemetry windows, is in trouble."""
+"""An online board that sends nothing for this long, or for three of its telemetry windows, is in trouble."""
 BAD = {"learning-failed", "rolled-back", "rejected", "refused", "dropped"}
-"""Events after which somebody should look, for `BAD_S` seconds."""
+"""A board needs attention for `BAD_S` seconds after one of these events."""
 BAD_S = 3600.0
 
 Place = tuple[int, int]
 
 
 class Need(IntEnum):
-    """How much a board needs a person, the most needy first."""
+    """How much a board needs attention, most urgent first."""
 
     OFFLINE = 0
     TROUBLE = 1
@@ -44,8 +44,8 @@ class Need(IntEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one board; `seen` is the operator's time of its last message, unix seconds. `latest`: the place
-    of the newest message by kind. `strange`: messages of another version, or none at all."""
+    """What is known of one board. `seen`: when its last message came, unix seconds of the operator's clock. `latest`:
+    (boot, seq) of the newest message by kind. `strange`: messages that this version cannot read."""
 
     site: str
     device: str
@@ -70,12 +70,12 @@ class Row:
         return self.telemetry.ood / self.telemetry.frames if self.telemetry and self.telemetry.frames else 0.0
 
     def silent(self, now: float) -> bool:
-        """Whether it should have said something by now."""
+        """Whether it should have sent something by now."""
         window = 0.0 if self.telemetry is None else self.telemetry.to_time - self.telemetry.from_time
         return now - self.seen > max(SILENT_S, 3 * window)
 
     def need(self, now: float) -> Need:
-        """Why a person should look at this board, the gravest reason."""
+        """The most urgent reason to look at this board."""
         seen = self.telemetry
         if self.status is not None and not self.online:
             return Need.OFFLINE
@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Heard:
-    """One message that was new: `kind` is the topic below the board's prefix."""
+    """One new message. `kind` is the topic below the board's prefix."""
 
     site: str
     device: str
@@ -97,7 +97,7 @@ class Heard:
     message: messages.Message
 
     def line(self) -> dict[str, Any]:
-        """As one line of JSON says it."""
+        """The message as a JSON object."""
         facts = self.message.model_dump(mode="json")
         return {"site": self.site, "device": self.device, "kind": self.kind, "message": facts}
 
@@ -122,15 +122,15 @@ class Summary:
 
 @dataclass
 class Fleet:
-    """All boards heard of, by (site, device), and the latest events of any."""
+    """All known boards by (site, device), and the latest events of the fleet."""
 
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
     events: deque[Heard] = field(default_factory=lambda: deque(maxlen=LATEST))
     moments: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
-    """The operator's time of each event of the last minute."""
+    """When each event of the last minute came."""
 
     def take(self, topic: str, payload: bytes, now: float) -> Heard | None:
-        """Fold one message in; what it was, None where it was nothing new or nothing of ours."""
+        """Update the row of a board. Returns the message, None if it is not new or not from a board."""
         address = topics.match(topic)
         if address is None or address.topic not in (topics.STATUS, topics.TELEMETRY, topics.EVENT):
             return None
@@ -167,12 +167,12 @@ class Fleet:
         )
 
     def by_need(self, now: float) -> list[Row]:
-        """All rows, those that need a person first, then by name."""
+        """All rows, the most urgent first, then by name."""
         return sorted(self.rows.values(), key=lambda row: (row.need(now), row.site, row.device))
 
 
 def _taken(row: Row, message: messages.Message) -> Row | None:
-    """The row after a message; None for one that changes nothing."""
+    """The row after a message; None if it changes nothing."""
     match message:
         case messages.Status():
             return _restated(row, message)

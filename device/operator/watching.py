@@ -1,4 +1,4 @@
-"""`edgeear watch` and `edgeear send` at work: the screen, the clock and the broker around watch.py and operator.py."""
+"""What an operator's program does: follow a fleet (`edgeear watch`), read a typed command (`edgeear send`)."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from device.operator.watch import LATEST, Fleet, Heard
 from edgeear.errors import UsageError
 
 PERIOD_S = 0.5
-"""Between two looks of the screen."""
+"""Seconds between two updates of the screen."""
 
 
 def follow(address: BrokerAddress, site: str, seconds: float | None, as_json: bool) -> None:
     """Show a fleet until interrupted, or for `seconds`: a table on a terminal, else a line for each status and event;
-    with `as_json` each message as a line. Raises `DeviceError` where the broker cannot be reached."""
+    with `as_json` a line of JSON for each message. Raises `DeviceError` if the broker cannot be reached."""
     console, fleet = Console(), Fleet()
-    heard: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
     until = None if seconds is None else time.monotonic() + seconds
     with ExitStack() as stack, suppress(KeyboardInterrupt):
-        us = stack.enter_context(operator(address, _filters(site), lambda topic, payload: heard.put((topic, payload))))
+        us = stack.enter_context(operator(address, _filters(site), lambda topic, payload: inbox.put((topic, payload))))
         fancy = console.is_terminal and not as_json
         live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True)) if fancy else None
         while until is None or time.monotonic() < until:
-            if not _printed(_news(fleet, heard, PERIOD_S), as_json, quiet=live is not None):
+            if not _printed(_news(fleet, inbox, PERIOD_S), as_json, quiet=live is not None):
                 return
             if live is not None:
                 live.update(_picture(fleet, time.time(), console, us.connected), refresh=True)
@@ -47,34 +47,34 @@ def follow(address: BrokerAddress, site: str, seconds: float | None, as_json: bo
 
 def _filters(site: str) -> tuple[str, ...]:
     if site != "+":
-        prefix(site, "any")  # it names what is wrong
+        prefix(site, "any")  # raises for a wrong name
     return tuple(f"{messages.PROTOCOL}/{site}/+/{row.name}" for row in (STATUS, TELEMETRY, EVENT))
 
 
 def _picture(fleet: Fleet, now: float, console: Console, connected: bool) -> Group:
     shown = picture(fleet, now, console.width, max(5, console.height - LATEST - 2))
     lines = [Text(_line(event), style="dim", no_wrap=True, overflow="ellipsis") for event in fleet.events]
-    return Group(shown, Text("" if connected else "the broker is gone: waiting for it", style="bold red"), *lines)
+    return Group(shown, Text("" if connected else "the broker is gone: reconnecting", style="bold red"), *lines)
 
 
 def _printed(news: list[Heard], as_json: bool, quiet: bool) -> bool:
-    """Print what is new; False where nobody reads any more, such as `head`."""
+    """Print new messages. False when the reader, such as `head`, has closed the pipe."""
     lines = [dumped(new.line()) if as_json else _line(new) for new in news if as_json or new.kind != TELEMETRY.name]
     try:
         if lines and not quiet:
             print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
         return False
     return True
 
 
-def _news(fleet: Fleet, heard: queue.SimpleQueue[tuple[str, bytes]], wait_s: float) -> list[Heard]:
-    """All that came within `wait_s`, folded in."""
+def _news(fleet: Fleet, inbox: queue.SimpleQueue[tuple[str, bytes]], wait_s: float) -> list[Heard]:
+    """Update the fleet with all messages that come within `wait_s`; the new ones."""
     news, end = [], time.monotonic() + wait_s
     with suppress(queue.Empty):
         while (left := end - time.monotonic()) > 0:
-            if (new := fleet.take(*heard.get(timeout=left), time.time())) is not None:
+            if (new := fleet.take(*inbox.get(timeout=left), time.time())) is not None:
                 news.append(new)
     return news
 
@@ -93,15 +93,15 @@ def _clock(seconds: float) -> str:
 
 
 def command_of(name: str, fields: Sequence[str], identity: str | None) -> messages.Command:
-    """The command that was typed: fields are NAME=VALUE. A value is JSON where the field takes that, else text. Raises
-    `UsageError` naming field, value and limit."""
+    """The command that was typed, with fields as NAME=VALUE. A value is read as JSON where the field accepts that,
+    otherwise as text. Raises `UsageError` that names field, value and limit."""
     typed: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals or not key:
             raise UsageError(f"field {field!r}: give NAME=VALUE, such as domain=winter")
         if key in typed:
-            raise UsageError(f"field {key} is given twice, {typed[key]!r} and {value!r}: give it once")
+            raise UsageError(f"field {key} is given twice, as {typed[key]!r} and {value!r}: give it once")
         typed[key] = value
     own = {"id": identity or f"cli-{messages.new_session()}"}
     read = {key: _value(value) for key, value in typed.items()}

@@ -1,7 +1,7 @@
-"""The embedded broker's own process: tied to its parent's life, then turned into the broker.
+"""The embedded broker's process: it arranges to end with its parent, then becomes the broker.
 
-Started by path, so that nothing of edgeear is loaded: `broker_process.py PARENT PROGRAM`. PARENT is the process that
-must outlive it; PROGRAM is the path of mosquitto, or `iotcore`; standard input is its configuration.
+Started by path, so that edgeear is not imported: `broker_process.py PARENT PROGRAM`. PARENT is the process id of its
+parent; PROGRAM is the path of mosquitto, or `iotcore`; standard input is the configuration.
 PR_SET_PDEATHSIG, prctl(2), survives the exec, but not a change of user.
 """
 
@@ -20,7 +20,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the thread that started this process ends; leave now if its process is gone already."""
+    """Ask to be killed when the thread that started this process ends; exit now if the parent has ended."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:
@@ -28,13 +28,13 @@ def die_with(parent: int) -> None:
 
 
 def allow_many_clients() -> None:
-    """Each client is a file descriptor: take what the system allows."""
+    """Raise the limit of open files as far as the system allows: each client needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def become_iotcore() -> None:
-    """Serve until killed. It reads its configuration by name only, and once, so the file is gone before it serves."""
+    """Serve until killed. iotcore reads its configuration from a file, once; the file is deleted before it serves."""
     from iotcore import IotCoreBroker
 
     logging.getLogger("rumqttd").setLevel(logging.CRITICAL)  # it logs every packet as an error

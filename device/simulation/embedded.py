@@ -1,11 +1,12 @@
 """A broker for one machine and one run: `make demo`, `edgeear simulate --broker embedded`, tests. Not for a fleet.
 
-- mosquitto, where it is installed, as a private process; iotcore (the extra `broker`, a rumqttd) only where it is not,
-  since it lacks some of MQTT 5: docs/decisions/embedded-broker.md has the table.
-- It listens on loopback only, on a port that nobody else gets while it runs, and serves when `embedded_broker` yields.
-- Nothing stays behind: the state is in memory, and the process ends with the one that started it, even a killed one.
-- It does not throttle: 65,535 messages may be in flight, and as many clients come as the system allows. What waits for
-  an absent client is bounded in iotcore: it keeps the last 64 MiB of each subscription, delivered or not.
+- mosquitto as a private process, if it is installed. Otherwise iotcore (the extra `broker`, a rumqttd), which lacks
+  some of MQTT 5: docs/decisions/embedded-broker.md has the table.
+- It listens on loopback only, on a port that no other program gets while it runs, and serves when `embedded_broker`
+  yields.
+- Its state is in memory, and it ends with the process that started it, even if that is killed.
+- It does not throttle: 65,535 messages may be in flight, and as many clients may connect as the system allows. iotcore
+  keeps at most the last 64 MiB of each subscription, delivered or not.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ LOOPBACK = "127.0.0.1"
 START_S = 20.0
 STOP_S = 5.0
 MAX_PAYLOAD = 16 << 20
-"""iotcore wants a bound: twice the largest message that edgeear takes."""
+"""iotcore needs a limit: twice the largest message that edgeear accepts."""
 REMEDY = f"install mosquitto (Debian: apt install mosquitto), or {installation('broker')}, or name a broker's host"
 
-# A change of user would undo the tie to the parent, so mosquitto, started by root, is told to stay root. Its bounds are
-# out of reach rather than 0 for "none", which some releases of 2.0 misread.
+# A change of user would cancel PR_SET_PDEATHSIG, so mosquitto, if started by root, stays root. Its limits are very high
+# instead of 0 for "none", which some releases of 2.0 misread.
 MOSQUITTO = """\
 user root
 listener {port} {host}
@@ -85,8 +86,8 @@ class EmbeddedBroker:
 def embedded_broker(folder: Path | None = None, prefer: Literal["auto"] | Name = "auto") -> Iterator[EmbeddedBroker]:
     """A running broker, ended on leaving. It also ends with the thread that entered.
 
-    What it logs goes to `folder`/broker.log where a folder is named, and is kept there. Raises `UsageError` for an
-    unknown `prefer`, `DeviceError` where the broker is not installed or does not start.
+    It logs to `folder`/broker.log if you name a folder. Raises `UsageError` for an unknown `prefer`, `DeviceError` if
+    the broker is not installed or does not start.
     """
     name = choose(prefer)
     with reserved_port() as port, log_file(folder) as log:
@@ -99,7 +100,7 @@ def embedded_broker(folder: Path | None = None, prefer: Literal["auto"] | Name =
 
 
 def choose(prefer: Literal["auto"] | Name) -> Name:
-    """The broker to run: the preferred one, or by itself the first that is installed."""
+    """The broker to run: the preferred one, or for "auto" the first that is installed."""
     match prefer:
         case "auto":
             wanted: tuple[Name, ...] = ("mosquitto", "iotcore")
@@ -114,9 +115,9 @@ def choose(prefer: Literal["auto"] | Name) -> Name:
 
 
 def program(name: Name) -> str | None:
-    """What `broker_process` is told to become; None where it is not installed."""
+    """The PROGRAM for `broker_process`; None if it is not installed."""
     match name:
-        case "mosquitto":  # Debian puts it where users' shells do not look
+        case "mosquitto":  # Debian installs it outside the PATH of users
             places = (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin")
             return shutil.which("mosquitto", path=os.pathsep.join(places))
         case "iotcore":
@@ -127,9 +128,9 @@ def program(name: Name) -> str | None:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port, kept from everybody who asks for any port.
+    """A free port that the system gives to nobody else.
 
-    A bound socket that does not listen keeps it: Linux lets the broker, which also sets SO_REUSEADDR, listen beside it.
+    A bound socket that does not listen reserves it: Linux still lets the broker, which also sets SO_REUSEADDR, listen.
     """
     with socket.socket() as keeper:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -139,7 +140,7 @@ def reserved_port() -> Iterator[int]:
 
 @contextlib.contextmanager
 def log_file(folder: Path | None) -> Iterator[IO[bytes]]:
-    """The open log: in `folder`, or without a name, gone when closed."""
+    """The open log: `folder`/broker.log, or a temporary file."""
     if folder is None:
         with tempfile.TemporaryFile() as log:
             yield log
@@ -148,13 +149,13 @@ def log_file(folder: Path | None) -> Iterator[IO[bytes]]:
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / "broker.log").open("a+b")
     except OSError as error:
-        raise DeviceError(f"{folder}: cannot hold the broker's log ({error}); name a writable folder") from error
+        raise DeviceError(f"{folder}: cannot write the broker's log ({error}); name a writable folder") from error
     with log:
         yield log
 
 
 def launch(name: Name, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the process, tied to this one, and hand it its configuration."""
+    """Start the broker as a child that ends with this process, and pass its configuration."""
     template = MOSQUITTO if name == "mosquitto" else IOTCORE
     config = template.format(host=LOOPBACK, port=port, payload=MAX_PAYLOAD)
     starter = Path(__file__).with_name("broker_process.py")
@@ -165,13 +166,13 @@ def launch(name: Name, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
         stderr=log,
     )
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once is reported by its log
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # if it ended at once, its log says why
         pipe.write(config.encode())
     return process
 
 
 def await_listening(process: subprocess.Popen[bytes], name: Name, port: int, log: IO[bytes]) -> None:
-    """Return when it accepts connections; `DeviceError` with the end of its log where it ends or takes too long."""
+    """Return when it accepts connections. Raises `DeviceError` with the end of its log if it ends or takes too long."""
     deadline = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
@@ -185,7 +186,7 @@ def await_listening(process: subprocess.Popen[bytes], name: Name, port: int, log
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End it and wait for that. There is nothing to save, so a slow one is killed."""
+    """Terminate it and wait. It has nothing to save, so it is killed if it is slow."""
     process.terminate()
     try:
         process.wait(STOP_S)

@@ -25,20 +25,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from benchmarks.outbox import measure
 from device.mqtt import items as items_module
-from device.mqtt.items import ITEM_BYTES, Tally, item_id
-from device.mqtt.ledger import CLOCK_SET, read_tally
-from device.mqtt.outbox import (
-    CLASSES,
-    Class,
-    ItemTooLarge,
-    LedgerPolicy,
-    NewerOutbox,
-    Outbox,
-    OutboxBusy,
-    OutboxDamaged,
-    OutboxFull,
-    OutboxPolicy,
-)
+from device.mqtt.database import NewerOutbox, OutboxBusy
+from device.mqtt.items import CLASSES, ITEM_BYTES, Class, Tally, item_id
+from device.mqtt.ledger import CLOCK_SET, ItemTooLarge, LedgerPolicy, read_tally
+from device.mqtt.outbox import Outbox, OutboxDamaged, OutboxFull, OutboxPolicy
 from edgeear.errors import DeviceError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,7 +129,7 @@ def test_a_put_that_fails_takes_no_seq_and_leaves_nothing(outbox: Outbox) -> Non
 
     with pytest.raises(ValueError, match="no payload"):
         outbox.put("event", "t", fail, NOW)
-    with pytest.raises(ItemTooLarge, match=f"{EMPTY + (64 << 20)} bytes, the bound is {64 << 20}"):
+    with pytest.raises(ItemTooLarge, match=f"{EMPTY + (64 << 20)} bytes, the limit is {64 << 20}"):
         put(outbox, "event", bytes(64 << 20))
     with pytest.raises(UsageError, match="now=nan"):
         put(outbox, "event", now=float("nan"))
@@ -498,7 +488,7 @@ def test_the_ledger_is_bounded_by_count_bytes_and_age(path: Path) -> None:
         assert known() == [2, 3, 4]
         finish(outbox, "c4", bytes(2700))
         assert known() == [4]
-        with pytest.raises(ItemTooLarge, match=r"answer to 'c5' of .* the bound is 3000"):
+        with pytest.raises(ItemTooLarge, match=r"answer to 'c5' of .* the limit is 3000"):
             finish(outbox, "c5", bytes(3000))
         assert (known(), len(payloads(outbox))) == ([4], 1)
         finish(outbox, "c6", bytes(1000), now=NOW + 50)
