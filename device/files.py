@@ -47,7 +47,9 @@ def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
         raise UsageError("no home directory for the cache: set EDGEEAR_CACHE to a folder") from error
 
 
-def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda: None, *, durable: bool = True) -> None:
+def write_whole(
+    path: Path, content: bytes, saving: Callable[[], None] = lambda: None, *, durable: bool = True, mode: int = 0o644
+) -> None:
     """Replace `path` by `content` in one step: the old file or the new one, never a part.
 
     `saving` is called before the new file appears. Without `durable`, a power cut may damage the file.
@@ -58,7 +60,7 @@ def write_whole(path: Path, content: bytes, saving: Callable[[], None] = lambda:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode)
             if durable:
                 os.fsync(file.fileno())
         saving()

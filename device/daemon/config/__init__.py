@@ -1,1 +1,1 @@
-"""Settings of the daemon, the file that explains them, and the doctor that checks a board."""
+"""The daemon's settings, the file that explains them, and the checks of `edgeear doctor`."""

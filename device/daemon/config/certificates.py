@@ -1,7 +1,7 @@
-"""When a certificate is valid: the one field of X.509 that a doctor must read and the standard library does not show.
+"""When a certificate is valid: a field of X.509 that the standard library does not return for a file.
 
-Rules of this file: DER is walked by its lengths (ITU-T X.690) to `Validity` (RFC 5280, 4.1.2.5), nothing else is looked
-at, nothing is verified. Whatever is no certificate is a `FormatError`.
+Rules of this file: DER is followed by its lengths (ITU-T X.690) to `Validity` (RFC 5280, 4.1.2.5); no other field is
+read and nothing is verified. Anything that is no certificate raises `FormatError`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _SEQUENCE, _VERSION, _UTC, _GENERALIZED = 0x30, 0xA0, 0x17, 0x18
 
 @dataclass(frozen=True)
 class Validity:
-    """Seconds since the epoch."""
+    """First and last moment, in seconds since the epoch."""
 
     start: float
     end: float
 
 
 def validity(pem: str) -> Validity:
-    """Of the first certificate in a PEM file."""
+    """The validity of the first certificate in a PEM file. Raises `FormatError`."""
     block = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pem, re.DOTALL)
     if block is None:
-        raise FormatError("no certificate in it: give a PEM file with BEGIN CERTIFICATE")
+        raise FormatError("it holds no certificate: give a PEM file with BEGIN CERTIFICATE")
     try:
         body = _children(_children(ssl.PEM_cert_to_DER_cert(block[0]))[0][1])[0][1]
         fields = _children(body)
@@ -40,7 +40,7 @@ def validity(pem: str) -> Validity:
 
 
 def _children(data: bytes) -> list[tuple[int, bytes]]:
-    """The elements of a constructed one: tag and content."""
+    """Tag and content of each element of a constructed element."""
     found = []
     while data:
         tag, length, at = data[0], data[1], 2

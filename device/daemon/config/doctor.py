@@ -1,13 +1,13 @@
-"""`edgeear doctor`: what on this machine would keep the daemon from doing its work, and what to do about it.
+"""`edgeear doctor`: what on this machine would stop the daemon from working, and how to fix it.
 
 Rules of this file:
 
-1. One function for each check. It takes facts or a probe and returns findings; probes.py asks the machine.
-2. A finding names what was found, and what to do where that is not well. "problem": the daemon cannot do what the
-   configuration asks for; "warning": it can, but something is missing or will end.
-3. No check raises and none changes anything, but for a temporary file in the state folder. A store that nobody holds is
-   opened as the daemon would open it.
-4. No secret is in any text.
+1. One function for each check. It takes facts or a probe and returns findings; probes.py asks the machine. A source
+   brings its own check.
+2. An exception in a check becomes a warning; the other checks still run.
+3. No check changes anything, except for a temporary file in the state folder. A store that is not in use is opened as
+   the daemon would open it.
+4. No text holds a secret. Each remedy works on the machine that it is given for: it needs no package that is missing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from device.state.store import StoreBusy
 from edgeear.errors import EdgeearError, FormatError
 
 INFERENCE_MB = 200
-"""Measured of the inference process, rounded up."""
+"""Memory of the inference process, measured and rounded up."""
 DISK_MB = 200
-"""What generations take beside the outbox, rounded up."""
+"""Disk space of some generations, without the outbox, rounded up."""
 SLOW_MS = 200.0
 SOON_S = 30 * 86_400.0
 EARLIEST = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
@@ -46,13 +46,13 @@ Findings = Iterator[Finding]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 where there is a problem, else 0."""
+    """1 if there is a problem, else 0."""
     return int(any(finding.verdict == "problem" for finding in findings))
 
 
 def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[], float] = time.time) -> list[Finding]:
-    """Every finding on this machine, in the order of the checks. Takes some seconds: the encoder runs, and the broker
-    is called. `config_path` is the file that `config` came from."""
+    """Every finding on this machine, in the order of the checks. Takes some seconds: it runs the encoder and connects
+    to the broker. `config_path` is the file that `config` came from."""
     now = clock()
     encoder = probes.encoder(config.device.encoder, config.device.threads)
     learning, mqtt, state = config.learning, config.mqtt, config.device.state
@@ -76,18 +76,25 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
 
 
 def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
-    """A doctor that falls ill says so, and goes on."""
+    """The findings of one check; an exception becomes a warning."""
     try:
         return list(check())
     except Exception as error:
-        return [Finding(name, "warning", f"could not be checked ({type(error).__name__}: {error})", "report this")]
+        return [
+            Finding(
+                name,
+                "warning",
+                f"the check failed ({type(error).__name__}: {error})",
+                "report this as a bug of edgeear",
+            )
+        ]
 
 
 # ------------------------------------------------------------------------------------------------- machine
 
 
 def check_cpu(cpuinfo: str, machine: str) -> Findings:
-    """The instructions that make the encoder fast, by `/proc/cpuinfo` and the name of the architecture."""
+    """Whether the CPU has the instructions that make the encoder fast, from `/proc/cpuinfo` and its architecture."""
     line = re.search(r"(?m)^(?:flags|Features)\s*:(.*)$", cpuinfo)
     flags = set(line[1].split()) if line else set()
     if machine in ("x86_64", "AMD64"):
@@ -97,14 +104,16 @@ def check_cpu(cpuinfo: str, machine: str) -> Findings:
     elif machine.startswith("arm"):
         wanted = {"neon": "NEON"}
     else:
-        yield Finding("cpu", "warning", f"{machine}: not a machine that edgeear is measured on", "watch the latency")
+        yield Finding(
+            "cpu", "warning", f"{machine}: edgeear was not measured on it", "watch latency_ms in the telemetry"
+        )
         return
     missing = [name for flag, name in wanted.items() if flag not in flags]
     if not flags:
-        yield Finding("cpu", "warning", f"{machine}: its features are not told", "watch the latency")
+        yield Finding("cpu", "warning", f"{machine}: its features are unknown", "watch latency_ms in the telemetry")
     elif missing:
         yield Finding(
-            "cpu", "warning", f"{machine} without {', '.join(missing)}", "expect slow frames: lower source.fps"
+            "cpu", "warning", f"{machine} without {', '.join(missing)}", "expect slow frames; lower source.fps"
         )
     else:
         yield Finding("cpu", "ok", f"{machine} with {', '.join(wanted.values())}")
@@ -115,64 +124,66 @@ def check_cores(cores: int, threads: int, learning: bool) -> Findings:
     if threads > cores:
         yield Finding("cores", "warning", f"{cores} for {threads} threads", f"set device.threads to {cores} at most")
     elif learning and cores < 2:
-        yield Finding("cores", "warning", "1: learning and predictions share it", "expect slow frames while it learns")
+        yield Finding("cores", "warning", "1: learning and predictions share it", "expect slow frames during learning")
     else:
         yield Finding("cores", "ok", str(cores))
 
 
 def check_memory(available_mb: float | None, learning_mb: int) -> Findings:
-    """What predictions need, and learning with its limit of `learning_mb` (0: it is off)."""
+    """Whether there is memory for predictions, and for learning up to its limit of `learning_mb` (0: it is off)."""
     need = INFERENCE_MB + learning_mb
     if available_mb is None:
-        yield Finding("memory", "warning", "not told by this system", f"see that {need} MB are free")
+        yield Finding("memory", "warning", "the system does not report it", f"make sure that {need} MB are free")
     elif available_mb < INFERENCE_MB:
         text = f"{available_mb:.0f} MB available, predictions need {INFERENCE_MB}"
-        yield Finding("memory", "problem", text, "stop other programs or take a larger board")
+        yield Finding("memory", "problem", text, "stop other programs, or use a larger board")
     elif available_mb < need:
-        text = f"{available_mb:.0f} MB available, with learning up to {need} are needed"
+        text = f"{available_mb:.0f} MB available, learning may need {need}"
         yield Finding("memory", "warning", text, "add swap, or set learning.enabled = false")
     else:
         yield Finding("memory", "ok", f"{available_mb:.0f} MB available")
 
 
 def check_clock(now: float, synchronised: bool | None) -> Findings:
-    """Certificates, message expiry and the order of events hang on the clock."""
+    """Whether the clock is right: certificates, message expiry and the order of events depend on it."""
     when = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
     if not EARLIEST <= now < LATEST:
-        yield Finding("clock", "problem", f"it says {when}", "set it, and let NTP keep it (chrony, systemd-timesyncd)")
+        yield Finding(
+            "clock", "problem", f"it says {when}", "set it, and keep it right with NTP (chrony, systemd-timesyncd)"
+        )
     elif synchronised:
         yield Finding("clock", "ok", f"{when}, synchronised")
     else:
-        what = "whether it is synchronised is not told" if synchronised is None else "not synchronised"
-        yield Finding("clock", "warning", f"{when}, {what}", "let NTP keep it (chrony, systemd-timesyncd)")
+        what = "it is unknown whether it is synchronised" if synchronised is None else "not synchronised"
+        yield Finding("clock", "warning", f"{when}, {what}", "keep it right with NTP (chrony, systemd-timesyncd)")
 
 
 # ---------------------------------------------------------------------------------------------------- disk
 
 
 def check_state(state: Path, writable: Callable[[Path], str | None]) -> Findings:
-    """The state folder, or where it would be made: `writable` says what is wrong, or None."""
+    """Whether this user may write to the state folder, or create it; `writable` returns what is wrong, or None."""
     if state.exists() and not state.is_dir():
-        yield Finding("state", "problem", f"{state} is not a folder", "name another one in device.state")
+        yield Finding("state", "problem", f"{state} is not a folder", "set device.state to a folder")
         return
     why = writable(state)
     if why is not None:
-        yield Finding("state", "problem", f"{state}: {why}", "give it to this user or change device.state")
+        yield Finding("state", "problem", f"{state}: {why}", "change its owner to this user, or change device.state")
     elif state.exists() and stat.S_IMODE(state.stat().st_mode) & 0o022:
-        yield Finding("state", "warning", f"{state}: other users may change it", f"chmod go-w {state}")
+        yield Finding("state", "warning", f"{state}: other users may write to it", f"chmod go-w {state}")
     else:
-        yield Finding("state", "ok", f"{state}{'' if state.exists() else ', made at the first start'}")
+        yield Finding("state", "ok", f"{state}{'' if state.exists() else ', to be created at the first start'}")
 
 
 def check_disk(free_mb: float, outbox_mb: int) -> Findings:
-    """Room for the outbox at its bound and some generations."""
+    """Whether there is room for a full outbox and some generations."""
     need = outbox_mb + DISK_MB
     if free_mb >= need:
         yield Finding("disk", "ok", f"{free_mb:.0f} MB free")
     else:
         text = f"{free_mb:.0f} MB free, up to {need} may be needed"
         verdict: Verdict = "problem" if free_mb < DISK_MB / 4 else "warning"
-        yield Finding("disk", verdict, text, "free some, or lower outbox.max_mb")
+        yield Finding("disk", verdict, text, "free some space, or lower outbox.max_mb")
 
 
 def check_encoder_file(encoder: EncoderFacts) -> Findings:
@@ -189,11 +200,11 @@ def check_encoder_file(encoder: EncoderFacts) -> Findings:
 
 
 def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None) -> Findings:
-    """Whether the store can be read and was learned on the encoder with this `digest`."""
+    """Whether the store can be read, and was learned on the encoder with this `digest`."""
     try:
         facts = open_store()
     except StoreBusy:
-        yield Finding("store", "ok", "in use by a running daemon, which checked it")
+        yield Finding("store", "ok", "in use by a running daemon, which has checked it")
         return
     except EdgeearError as error:
         yield Finding("store", "problem", str(error), "restore it from a backup, or move it away and learn again")
@@ -202,9 +213,9 @@ def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None)
         yield Finding("store", "ok", "nothing is learned yet")
         return
     if facts.damage is not None:
-        yield Finding("store", "warning", f"{facts.damage}: an older generation serves", "check the disk")
+        yield Finding("store", "warning", f"{facts.damage}: an older generation is used", "check the disk")
     if digest is not None and facts.encoder is not None and digest != facts.encoder:
-        text = f"learned on encoder {facts.encoder[:12]}, configured is {digest[:12]}"
+        text = f"learned on encoder {facts.encoder[:12]}, but the configured one is {digest[:12]}"
         yield Finding("store", "problem", text, "set device.encoder to the old file, or move device.state away")
     else:
         on = "" if facts.live == facts.confirmed else ", on probation"
@@ -212,20 +223,25 @@ def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None)
 
 
 def check_outbox(path: Path) -> Findings:
-    """The outbox's file, as far as it can be judged without holding it."""
+    """Whether the outbox's file can be used. It is not opened as a database, so a running daemon is not disturbed."""
     if not path.exists():
-        yield Finding("outbox", "ok", "empty, made at the first start")
+        yield Finding("outbox", "ok", "empty, to be created at the first start")
         return
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        yield Finding("outbox", "problem", f"{path}: {error.strerror}", "give it to this user")
+        yield Finding("outbox", "problem", f"{path}: {error.strerror}", "change its owner to this user")
         return
     if not os.access(path, os.W_OK):
-        yield Finding("outbox", "problem", f"{path}: cannot be written", "give it to this user")
+        yield Finding("outbox", "problem", f"{path}: cannot be written to", "change its owner to this user")
     elif head not in (b"", b"SQLite format 3\0"):
-        yield Finding("outbox", "warning", f"{path}: damaged, it will be set aside", "keep a copy if it matters")
+        yield Finding(
+            "outbox",
+            "warning",
+            f"{path}: damaged, will be renamed and replaced",
+            "keep a copy if you need its messages",
+        )
     else:
         yield Finding("outbox", "ok", f"{path.stat().st_size / 2**20:.1f} MB")
 
@@ -234,7 +250,7 @@ def check_outbox(path: Path) -> Findings:
 
 
 def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
-    """The packages of the `learn` extra."""
+    """Whether the packages of the `learn` extra are installed, if they are needed."""
     missing = [name for name in ("torch", "onnx") if not installed(name)] if enabled else []
     if missing:
         remedy = f"{installation('learn')}, or set learning.enabled = false"
@@ -244,7 +260,7 @@ def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
 
 
 def check_secrets(config: Config, config_path: Path | None) -> Findings:
-    """That nobody else reads the key of the board, or a password in the file."""
+    """Whether other users can read the board's key, or the password in the file."""
     files = [] if config.mqtt.key is None else [(config.mqtt.key, "mqtt.key")]
     if config_path is not None and config.mqtt.password is not None:
         files.append((config_path, "the file with mqtt.password"))
@@ -253,11 +269,15 @@ def check_secrets(config: Config, config_path: Path | None) -> Findings:
         try:
             mode = stat.S_IMODE(path.stat().st_mode)
         except OSError as error:
-            yield Finding("secrets", "problem", f"{what} {path}: {error.strerror}", "put it there for this user")
+            yield Finding(
+                "secrets", "problem", f"{what} {path}: {error.strerror}", "put the file there, readable by this user"
+            )
             bad += 1
             continue
         if not os.access(path, os.R_OK):
-            yield Finding("secrets", "problem", f"{what} {path}: this user may not read it", "give it to this user")
+            yield Finding(
+                "secrets", "problem", f"{what} {path}: this user may not read it", "change its owner to this user"
+            )
         elif mode & 0o007:
             yield Finding("secrets", "problem", f"{what} {path}: every user may read it", f"chmod 600 {path}")
         elif mode & 0o070:
@@ -266,28 +286,33 @@ def check_secrets(config: Config, config_path: Path | None) -> Findings:
             continue
         bad += 1
     if not bad:
-        yield Finding("secrets", "ok", "private" if files else "none in use")
+        yield Finding("secrets", "ok", "readable by this user only" if files else "none in use")
 
 
 # -------------------------------------------------------------------------------------------------- broker
 
 
 def check_certificate(cert: Path | None, now: float) -> Findings:
-    """The board's own certificate; the broker shows its own, see `check_broker`."""
+    """Whether the board's own certificate is valid. For the broker's see `check_broker`."""
     if cert is None:
         return
     try:
         period = validity(cert.read_text(encoding="ascii", errors="replace"))
     except OSError as error:
-        yield Finding("certificate", "problem", f"{cert}: {error.strerror}", "put it there, or change mqtt.cert")
+        yield Finding("certificate", "problem", f"{cert}: {error.strerror}", "put the file there, or change mqtt.cert")
     except FormatError as error:
-        yield Finding("certificate", "problem", f"{cert}: {error}", "get it again from who signs this site's boards")
+        yield Finding(
+            "certificate",
+            "problem",
+            f"{cert}: {error}",
+            "get it again from the authority that signs the certificates of this site",
+        )
     else:
         yield _judged("certificate", str(cert), period, now)
 
 
 def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: float) -> Findings:
-    """Whether the broker answers, and with a certificate that will do. No MQTT is spoken."""
+    """Whether the broker answers, and with a valid certificate. Nothing is sent over MQTT."""
     if not mqtt.enabled:
         yield Finding("broker", "ok", "off")
         return
@@ -300,7 +325,9 @@ def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: 
         if found.certificate is not None:
             yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
         elif mqtt.password is not None:
-            yield Finding("broker", "warning", f"{where} answers; the password goes there in clear", "use TLS: mqtt.ca")
+            yield Finding(
+                "broker", "warning", f"{where} answers; the password is sent in clear text", "use TLS: set mqtt.ca"
+            )
         else:
             yield Finding("broker", "ok", f"{where} answers")
 
@@ -308,7 +335,7 @@ def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: 
 def _judged(check: str, what: str, period: Validity, now: float) -> Finding:
     start, end = (f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d}" for t in (period.start, period.end))
     if now < period.start:
-        return Finding(check, "problem", f"{what} is valid from {start} only", "set this machine's clock")
+        return Finding(check, "problem", f"{what} is not valid before {start}", "set this machine's clock")
     if now >= period.end:
         return Finding(check, "problem", f"{what} expired on {end}", "renew it")
     if period.end - now < SOON_S:
@@ -322,13 +349,13 @@ _NOT_YET, _EXPIRED, _OTHER_NAME, _OTHER_ADDRESS = 9, 10, 62, 64  # X509_V_ERR_ o
 def _broker_remedy(error: OSError) -> str:
     code = getattr(error, "verify_code", None)
     if code in (_NOT_YET, _EXPIRED):
-        return "renew the broker's certificate, unless this machine's clock is wrong"
+        return "check this machine's clock; if it is right, renew the broker's certificate"
     if code in (_OTHER_NAME, _OTHER_ADDRESS):
         return "set mqtt.host to the name in the broker's certificate"
     if code is not None:
-        return "set mqtt.ca to the authority that signed the broker"
+        return "set mqtt.ca to the authority that signed the broker's certificate"
     if isinstance(error, ssl.SSLError):
         return "check mqtt.port (8883 is usual), mqtt.cert and mqtt.key"
     if isinstance(error, socket.gaierror):
-        return "correct mqtt.host or the name server"
+        return "correct mqtt.host, or fix the name server"
     return "start the broker, open the firewall, or correct mqtt.host and mqtt.port"

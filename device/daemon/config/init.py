@@ -15,7 +15,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 from device.daemon.config.settings import PREFIX, sections
 from device.daemon.section import Section
+from device.files import write_whole
 from edgeear.errors import DeviceError, UsageError
 
 _INTRODUCTION = f"""\
@@ -48,18 +48,8 @@ def write_config(path: Path, force: bool = False) -> None:
     """
     if not force and os.path.lexists(path):
         raise UsageError(f"{path} exists: use --force to replace it")
-    content = commented_toml(_host_name())
     try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_whole(path, commented_toml(_host_name()).encode(), mode=0o600)
     except OSError as error:
         raise DeviceError(f"{path}: {error.strerror}; name a file in a folder that you may write to") from error
 

@@ -1,4 +1,4 @@
-"""What the doctor asks the machine: each function looks at one thing and judges nothing."""
+"""What the doctor asks the machine: each function reads one fact; doctor.py decides what it means."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EncoderFacts:
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """`encoder` is the digest that the live generation was learned on; `damage` what the store fell back from."""
+    """`encoder` is the digest that the live generation was learned on; `damage` is why the store uses an older one."""
 
     live: int | None
     confirmed: int | None
@@ -52,13 +52,13 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class Broker:
-    """One that answers; `certificate` where TLS is spoken."""
+    """A broker that answers; `certificate` is None without TLS."""
 
     certificate: Validity | None
 
 
 def read(path: str) -> str:
-    """A file's text; empty where there is none."""
+    """A file's text; empty if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -66,12 +66,12 @@ def read(path: str) -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def memory_mb(meminfo: str | None = None, limit: str | None = None, used: str | None = None) -> float | None:
-    """Available now, by `/proc/meminfo` and the limit of the control group; None where nobody says."""
+    """Memory available now, from `/proc/meminfo` and the control group's limit; None if neither reports it."""
     found = re.search(r"(?m)^MemAvailable:\s*(\d+) kB", read("/proc/meminfo") if meminfo is None else meminfo)
     bound = (read("/sys/fs/cgroup/memory.max") if limit is None else limit).strip()
     taken = (read("/sys/fs/cgroup/memory.current") if used is None else used).strip()
@@ -82,17 +82,17 @@ def memory_mb(meminfo: str | None = None, limit: str | None = None, used: str | 
 
 
 def clock_synchronised() -> bool | None:
-    """What the kernel says (adjtimex); None where it says nothing."""
+    """Whether the kernel says that the clock is synchronised (adjtimex); None if it does not say."""
     try:
         adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
     except (OSError, AttributeError):
         return None
-    state: int = adjtimex(ctypes.create_string_buffer(1024))  # struct timex, all zero: only look
+    state: int = adjtimex(ctypes.create_string_buffer(1024))  # struct timex, all zero: read only
     return None if state < 0 else state != _UNSYNCHRONISED
 
 
 def writable(folder: Path) -> str | None:
-    """What keeps this user from writing into `folder` or, before it is made, into what will hold it; else None."""
+    """Why this user cannot write to `folder`, or to its nearest parent if it does not exist; None if it can."""
     while not folder.exists():
         folder = folder.absolute().parent
     try:
@@ -103,14 +103,14 @@ def writable(folder: Path) -> str | None:
 
 
 def free_mb(folder: Path) -> float:
-    """On the disk that holds `folder` or will."""
+    """Free space on the disk of `folder`, or of its nearest parent if it does not exist."""
     while not folder.exists():
         folder = folder.absolute().parent
     return shutil.disk_usage(folder).free / 2**20
 
 
 def installed(package: str) -> bool:
-    """Whether it can be imported, without doing so."""
+    """Whether `package` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -148,7 +148,7 @@ def _no_encoder() -> Problem:
 
 
 def store(folder: Path) -> StoreFacts | None:
-    """None where there is no store. Raises what `Store.open` and reading it raise."""
+    """None if there is no store. Raises what `Store.open` and reading it raise."""
     if not (folder / CURRENT).is_file():
         return None
     with Store.open(folder) as opened:
@@ -160,12 +160,12 @@ def store(folder: Path) -> StoreFacts | None:
 
 
 def connect(host: str, port: int) -> None:
-    """Reach a TCP port. Raises `OSError`."""
+    """Connect to a TCP port and close the connection. Raises `OSError`."""
     socket.create_connection((host, port), TIMEOUT_S).close()
 
 
 def broker(mqtt: MqttSection) -> Broker:
-    """Reach the broker, over TLS where that is configured. Raises `OSError`, `ssl.SSLError` among them."""
+    """Connect to the broker, over TLS if configured. Raises `OSError`, of which `ssl.SSLError` is one."""
     with socket.create_connection((mqtt.host, mqtt.port), TIMEOUT_S) as plain:
         if not mqtt.secure:
             return Broker(None)

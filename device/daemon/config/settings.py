@@ -191,7 +191,7 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Conf
     try:
         config = Config(**_merged(table, own))
     except ValidationError as error:
-        faults += [line for detail in error.errors(include_url=False) for line in _told(detail, own)]
+        faults += [line for detail in error.errors(include_url=False) for line in _faults(detail, own)]
     if faults:
         where = "the environment" if path is None else str(path)
         raise UsageError("\n  ".join([f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]))
@@ -232,10 +232,10 @@ def _unknown_variables(own: Mapping[str, str]) -> Iterator[str]:
     for name in own:
         section = name.removeprefix(PREFIX).partition("__")[0].lower()
         if section not in sections():
-            yield f"{name}: no such section, {_meant(section, list(sections()))}"
+            yield f"{name}: no such section, {_suggestion(section, list(sections()))}"
 
 
-def _told(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:
+def _faults(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:
     """The faults in one of pydantic's errors."""
     where = ".".join(str(part) for part in detail["loc"][:2])
     context = detail.get("ctx", {})
@@ -248,14 +248,14 @@ def _told(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:
     known = sections()
     if detail["type"] == "extra_forbidden":
         names = list(known[section].model_fields) if section in known else list(known)
-        yield f"{where}{origin}: no such {'key' if key else 'section'}, {_meant(key or section, names)}"
+        yield f"{where}{origin}: no such {'key' if key else 'section'}, {_suggestion(key or section, names)}"
     elif not key:
-        yield f"{where}{origin}: must be a table, write [{section}] and its keys below it"
+        yield f"{where}{origin}: must be a table; write [{section}] and its keys below it"
     else:
         yield f"{where} = {_shown(section, key, detail)}{origin}: {_limit(detail)}, {_remedy(section, key)}"
 
 
-def _meant(name: str, known: list[str]) -> str:
+def _suggestion(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
 
