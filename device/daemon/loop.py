@@ -36,7 +36,7 @@ from device.daemon import machine
 from device.daemon.commands import Commands
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
-from device.daemon.outgoing import Outgoing, Uplink, outbox_facts
+from device.daemon.publisher import Publisher, Uplink, outbox_facts
 from device.daemon.telemetry import Window
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxDamaged
@@ -99,7 +99,7 @@ class Daemon:
     ) -> None:
         self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
         self.commands = Commands(board, outbox, labels, self.session, settings, self.describe)
-        self.out = Outgoing(outbox, address, self.session, clock)
+        self.out = Publisher(outbox, address, self.session, clock)
         self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
         self.source: Source | None = None
         self._trouble_at: int | None = None
@@ -275,11 +275,11 @@ class Daemon:
         now = self._clock()
         recorded = self.outbox.recall(command.id, now)
         if recorded is not None and recorded.payload is not None:
-            self.out.answer_again(inbound, recorded.payload)
+            self.out.respond_again(inbound, recorded.payload)
             return
         self.outbox.begin(command.id, now)
         outcome = self.commands.apply(command, again=recorded is not None)
-        self.out.answer(inbound, command.id, outcome)
+        self.out.respond(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
         self.tell(*outcome.events)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from device.board import events
-from device.daemon.outgoing import Outgoing
+from device.daemon.publisher import Publisher
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from edgeear.attribution import Attribution
@@ -60,7 +60,7 @@ def test_a_board_and_the_wire_know_the_same_kinds() -> None:
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
 def test_every_event_is_a_valid_message(event: events.Event, tmp_path_factory: pytest.TempPathFactory) -> None:
     with Outbox.open(tmp_path_factory.mktemp("outbox") / "outbox.db", OutboxPolicy(), 1.0) as outbox:
-        Outgoing(outbox, ("site", "device"), messages.new_session(), lambda: 12.5).event(event, 2)
+        Publisher(outbox, ("site", "device"), messages.new_session(), lambda: 12.5).event(event, 2)
         (stored,) = outbox.pending(0, 5)
     message = messages.parse(messages.Event, stored.payload)
     assert isinstance(message, messages.Event)
