@@ -26,8 +26,8 @@ import numpy as np
 
 from adaptors.progress import Progress
 from device.board.events import (
+    BoardEvent,
     Confirmed,
-    Event,
     Forgotten,
     Grown,
     LabelsWanted,
@@ -109,16 +109,8 @@ class BoardPolicy:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What one frame led to."""
-
-    prediction: Prediction
-    events: tuple[Event, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Seen:
-    """A frame, its sample number and the answer that it got."""
+    """A frame, its sample number and what the board predicted for it."""
 
     number: int
     frame: U8
@@ -156,7 +148,7 @@ class Board:
         store: Store | None = None,
         seed: int = 0,
         on_progress: Progress = lambda *_: None,
-        on_event: Callable[[Event], None] = lambda _: None,
+        on_event: Callable[[BoardEvent], None] = lambda _: None,
         learner: Learner | None = None,
     ) -> None:
         self.live, self.engine = live, OrtEngine(encoder)
@@ -173,7 +165,7 @@ class Board:
         self._waiting: _Waiting | None = None
         self._job: Job | None = None
         self._probation: list[bool] = []
-        self._events: list[Event] = []
+        self._events: list[BoardEvent] = []
         if store is not None and store.confirmed is None:
             generations.publish_confirmed(store, live.confirmed, clock(), "before anything was learned")
 
@@ -205,7 +197,7 @@ class Board:
         """When the board stops waiting for labels, in seconds; None where it waits for none."""
         return None if self._waiting is None else self._waiting.since + self.policy.patience
 
-    def step(self, frame: U8) -> Step:
+    def step(self, frame: U8) -> tuple[Prediction, tuple[BoardEvent, ...]]:
         """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
         self.at += 1
         self._events = []
@@ -218,15 +210,15 @@ class Board:
         if self.phase == "collecting":
             self._collect()
         self._advance()
-        return Step(prediction, tuple(self._events))
+        return prediction, tuple(self._events)
 
-    def poll(self) -> tuple[Event, ...]:
+    def poll(self) -> tuple[BoardEvent, ...]:
         """Do what needs no frame: take labels that came, end the wait for them, take the learner's outcome."""
         self._events = []
         self._advance()
         return tuple(self._events)
 
-    def adapt_now(self, name: str | None = None) -> tuple[Event, ...]:
+    def adapt_now(self, name: str | None = None) -> tuple[BoardEvent, ...]:
         """Learn from the frames at hand, known domain or not, as `name` if given. While labels are awaited: from those
         that came. Raises UsageError while paused and for too few frames, too."""
         self._events = []
@@ -244,19 +236,19 @@ class Board:
         self._advance()
         return tuple(self._events)
 
-    def rollback(self) -> tuple[Event, ...]:
+    def rollback(self) -> tuple[BoardEvent, ...]:
         """Undo the generation on probation."""
         self._events = []
         self._settle("foreign", None)
         return tuple(self._events)
 
-    def confirm(self) -> tuple[Event, ...]:
+    def confirm(self) -> tuple[BoardEvent, ...]:
         """Make the generation on probation permanent before its time."""
         self._events = []
         self._settle("good", None)
         return tuple(self._events)
 
-    def pause(self, paused: bool) -> tuple[Event, ...]:
+    def pause(self, paused: bool) -> tuple[BoardEvent, ...]:
         """Stop learning, or resume: predictions and probation go on. What was collected, or is being learned, is
         dropped; a shift that still holds at the end of the pause is declared then."""
         self._events = []
@@ -269,7 +261,7 @@ class Board:
         self.paused = paused
         return tuple(self._events)
 
-    def offer(self, candidate: Candidate, note: str) -> tuple[Event, ...]:
+    def offer(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an admitted candidate from anywhere on probation; `note` is kept with its generation. Collected frames
         are dropped.
 
@@ -279,7 +271,7 @@ class Board:
         self._enter("offer", candidate, note)
         return tuple(self._events)
 
-    def replace(self, candidate: Candidate, note: str) -> tuple[Event, ...]:
+    def replace(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an operator's admitted change for good, without a way back: a domain or class forgotten, or domains
         merged. A job at work is started again over it; no older generation is kept. Raises UsageError for another
         generation's candidate."""
@@ -441,7 +433,7 @@ class Board:
         except DeviceError as error:  # a restart falls back to what was confirmed before
             self._tell(LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: BoardEvent) -> None:
         self._events.append(event)
         self._on_event(event)
 

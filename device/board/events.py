@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-1. `Event` is closed. Whoever reacts to events matches on the class; nobody compares texts.
+1. `BoardEvent` is closed. Whoever reacts to events matches on the class; nobody compares texts.
 2. `kind` is the kind of the MQTT event (device/mqtt/messages.py). A test holds both sets equal.
 3. `text` is the sentence for people. `data` holds the same facts for programs, as flat JSON within the bounds of the
    `data` of an MQTT event.
@@ -322,7 +322,7 @@ class Stopped(_Happened):
         return self.why
 
 
-Event = (
+BoardEvent = (
     Started
     | Shifted
     | Recognised

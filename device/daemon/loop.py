@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from device.board.board import Board, Seen
 from device.board.events import (
     ENDED,
-    Event,
+    BoardEvent,
     FrameRefused,
     LabelsWanted,
     LearningFailed,
@@ -159,7 +159,7 @@ class Daemon:
         """Do not learn, and say why."""
         self.tell(*self.board.pause(True), Paused(*self.board.moment, why))
 
-    def tell(self, *events: Event) -> None:
+    def tell(self, *events: BoardEvent) -> None:
         """Log and publish events."""
         for event in events:
             LOG.info("%s: %s", event.kind, event.text)
@@ -211,7 +211,7 @@ class Daemon:
     def _serve(self, frame: Frame) -> None:
         begun = self._timer()
         try:
-            step = self.board.step(frame.pixels)
+            prediction, events = self.board.step(frame.pixels)
         except DataError as error:
             self.counts.unusable += 1
             self.tell(FrameRefused(*self.board.moment, frame.ref, str(error)))
@@ -221,12 +221,12 @@ class Daemon:
             return
         seconds = self._timer() - begun
         self.counts.frames += 1
-        self._window.add(step.prediction, seconds)
+        self._window.add(prediction, seconds)
         if self.metrics is not None:
-            self.metrics.answered(step.prediction, seconds)
+            self.metrics.answered(prediction, seconds)
         if self.commands.settings.predictions:
-            self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
-        self.tell(*step.events)
+            self.out.prediction(prediction, frame, self.board.at, self.board.system.generation)
+        self.tell(*events)
 
     def _poll(self) -> None:
         try:

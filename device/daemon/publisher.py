@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from device.board.board import Seen
-from device.board.events import Event, bounded
+from device.board.events import BoardEvent, bounded
 from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
@@ -60,7 +60,7 @@ class Publisher:
         self._site, self._device = address
         self._clock, self._stamp = clock, messages.Stamper(session, outbox.boot)
 
-    def event(self, event: Event, generation: int) -> None:
+    def event(self, event: BoardEvent, generation: int) -> None:
         """Publish an event of the board, or of the daemon."""
         facts = {"kind": event.kind, "text": bounded(event.text, MAX_TEXT), "at": event.at, "data": event.data}
         self._put(topics.EVENT, messages.Event, {**facts, "generation": generation})
