@@ -1,10 +1,10 @@
-"""One board's life, one frame at a time: the step function that the daemon and the simulation share.
+"""A board, one frame at a time: the step function that the daemon and the simulation share.
 
 Rules of this file (phases.py has the table of phases):
 
 1. Every frame gets its prediction first, from the serving generation, whatever else is going on.
-2. What was seen since the onset of a shift is collected, up to a bound, and labelled within a budget. Where a known
-   domain explains all of it together, that domain is back: no label is asked for and no search is spent.
+2. The board collects frames from the onset of a shift on, up to a bound, and asks for labels within a budget. Where a
+   known domain explains all of them together, that domain is back: the board asks for no labels and learns nothing.
 3. The board waits `patience` seconds for labels, then learns from those that came. A learner works at its own pace;
    `poll` and every step ask for its outcome. An outcome for a generation that no longer serves is refused.
 4. A new generation is on probation, whether it was learned here or offered: if the stream looks foreign to it, too, it
@@ -60,19 +60,19 @@ from edgeear.types import F32, U8, Encoder
 from edgeear.unlabelled import UnlabelledPolicy
 
 ATTRIBUTED = 32
-"""Frames since the onset of a shift that say what it is about."""
+"""The latest frames since the onset of a shift, used for its attribution."""
 
 
 class Labeller(Protocol):
     """Who knows the truth: a person, a slower model, or the ground truth in a simulation."""
 
     def label(self, at: Sequence[int]) -> Sequence[str | None]:
-        """Class names for the frames seen at these sample numbers; None where the labeller does not know (yet).
+        """Class names for the frames with these sample numbers; None where the labeller does not know one (yet).
 
-        Asked again and again for the same numbers while the board has patience; never waits."""
+        The board asks for the same numbers again and again until its patience ends. Never waits."""
 
     def domain(self, at: Sequence[int]) -> str:
-        """What to call the domain that these frames are from."""
+        """The name of the domain of these frames."""
 
 
 class Clock(Protocol):
@@ -82,10 +82,10 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class BoardPolicy:
-    """`labels`: asked for per shift; `memory`: frames kept before a shift is declared; `probation`: samples served on
-    probation; `foreign`: share of out-of-distribution verdicts on probation that means rollback; `patience`: seconds
-    that labels may take, 0 to take what is there at once; `views`: how each labelled frame is shown to training;
-    `adapt`: for the built-in learner; `unlabelled`: how to adapt when no labels come, None for not at all."""
+    """`labels`: most labels for a shift; `memory`: frames kept before a shift is declared; `probation`: frames that
+    probation lasts; `foreign`: share of out-of-distribution frames on probation above which the board rolls back;
+    `patience`: seconds to wait for labels, 0 to take those that are there at once; `views`: how each frame is shown to
+    training; `adapt`: for the built-in learner; `unlabelled`: how to adapt when no labels come, None for not at all."""
 
     labels: int = 140
     memory: int = 256
@@ -119,7 +119,7 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """Frames that wait for labels since `since` (seconds), and what an operator wants their domain called."""
+    """Frames that wait for labels since `since` (seconds), and the operator's name for their domain."""
 
     seen: tuple[Seen, ...]
     since: float
@@ -131,8 +131,8 @@ class _Waiting:
 
 
 class Board:
-    """A board: a live system, a detector state and a buffer. `step`, `poll` and an operator's verbs are the only ways
-    anything happens; call them from one thread. The verbs raise UsageError where the phase does not allow them.
+    """A board: a live system, a detector state and a buffer. Only `step`, `poll` and an operator's verbs change it.
+    Call them from one thread. The verbs raise UsageError where the phase does not allow them.
 
     `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's. `store` None keeps nothing
     on disk."""
@@ -185,11 +185,11 @@ class Board:
 
     @property
     def waiting(self) -> bool:
-        """Whether labels or a learner are waited for: `poll` has something to ask."""
+        """Whether the board waits for labels or a learner: call `poll`."""
         return self._waiting is not None or self._job is not None
 
     def wanted(self) -> tuple[Seen, ...]:
-        """The frames whose labels are waited for."""
+        """The frames whose labels the board waits for."""
         return () if self._waiting is None else self._waiting.seen
 
     @property
@@ -198,7 +198,7 @@ class Board:
         return None if self._waiting is None else self._waiting.since + self.policy.patience
 
     def step(self, frame: U8) -> tuple[Prediction, tuple[BoardEvent, ...]]:
-        """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
+        """Predict for one `frame (height, width, 3)`, then do what the stream asks for."""
         self.at += 1
         self._events = []
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
@@ -213,21 +213,21 @@ class Board:
         return prediction, tuple(self._events)
 
     def poll(self) -> tuple[BoardEvent, ...]:
-        """Do what needs no frame: take labels that came, end the wait for them, take the learner's outcome."""
+        """Do what needs no frame: take labels that came, end the wait for labels, take the learner's outcome."""
         self._events = []
         self._advance()
         return tuple(self._events)
 
     def adapt_now(self, name: str | None = None) -> tuple[BoardEvent, ...]:
-        """Learn from the frames at hand, known domain or not, as `name` if given. While labels are awaited: from those
-        that came. Raises UsageError while paused and for too few frames, too."""
+        """Learn now from the collected frames, of a known domain or not, as `name` if given. While the board waits for
+        labels, it uses those that came. Also raises UsageError while paused and for too few frames."""
         self._events = []
         if self.paused:
             raise UsageError("learning is paused: resume it first")
         phase = after(self.phase, "adapt")
         held = len(self.wanted() or self._recent)
         if held < MINIMUM:
-            raise UsageError(f"{held} frames at hand, at least {MINIMUM} needed: show the board more")
+            raise UsageError(f"{held} frames collected, at least {MINIMUM} needed: show the board more")
         if self._waiting is None:
             self._await("adapt", name)
         else:
@@ -243,14 +243,14 @@ class Board:
         return tuple(self._events)
 
     def confirm(self) -> tuple[BoardEvent, ...]:
-        """Make the generation on probation permanent before its time."""
+        """Make the generation on probation permanent now."""
         self._events = []
         self._settle("good", None)
         return tuple(self._events)
 
     def pause(self, paused: bool) -> tuple[BoardEvent, ...]:
-        """Stop learning, or resume: predictions and probation go on. What was collected, or is being learned, is
-        dropped; a shift that still holds at the end of the pause is declared then."""
+        """Stop learning, or resume. Predictions and probation go on. Pausing ends a wait for labels and a running job.
+        A shift that still holds at the end of the pause is declared then."""
         self._events = []
         if paused and not self.paused:
             self.phase = after(self.phase, "pause")
@@ -273,7 +273,7 @@ class Board:
 
     def replace(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an operator's admitted change for good, without a way back: a domain or class forgotten, or domains
-        merged. A job at work is started again over it; no older generation is kept. Raises UsageError for another
+        merged. A running job is started again over it; no older generation is kept. Raises UsageError for another
         generation's candidate."""
         self._events = []
         phase, live = after(self.phase, "replace"), confirm(commit(self.live, candidate))
@@ -288,7 +288,7 @@ class Board:
         return tuple(self._events)
 
     def close(self) -> None:
-        """End the learner's job, if any. The board must not be used after."""
+        """End the learner's job, if any. Do not use the board after this."""
         self._learner.cancel()
 
     def _declare(self, shift: Shift | None) -> None:
@@ -316,7 +316,7 @@ class Board:
         self._start_afresh()
 
     def _await(self, signal: Signal, name: str | None) -> None:
-        """The frames at hand are those to learn from."""
+        """Wait for labels of the collected frames."""
         self.phase = after(self.phase, signal)
         self._waiting = _Waiting(tuple(self._recent), self._clock(), name)
         self._start_afresh()
@@ -341,7 +341,7 @@ class Board:
     def _take_labels(self, waiting: _Waiting) -> None:
         labels, now = self._labeller.label(waiting.numbers), self._clock()
         known = [(s.frame, label) for s, label in zip(waiting.seen, labels, strict=True) if label is not None]
-        if now < waiting.since:  # the clock was set back: the wait starts again, instead of lasting for years
+        if now < waiting.since:  # the clock was set back: the wait starts again
             self._waiting = replace(waiting, since=now)
         if len(known) >= min(self.policy.labels, len(waiting.seen)) or now - waiting.since >= self.policy.patience:
             self._waiting = None

@@ -405,7 +405,7 @@ def test_an_operator_ends_the_wait_and_names_the_domain() -> None:
 def test_an_operator_has_a_domain_learned_that_nobody_noticed() -> None:
     later = Later()
     rig = Rig(start=fakes.grown(0), learner=later)
-    with pytest.raises(UsageError, match="0 frames at hand"):
+    with pytest.raises(UsageError, match="0 frames collected"):
         rig.board.adapt_now()
     rig.show(0, 30)
     rig.board.adapt_now("d0")
