@@ -25,23 +25,8 @@ from typing import Literal, Protocol, assert_never
 import numpy as np
 
 from adaptors.progress import Progress
-from device.board.events import (
-    BoardEvent,
-    Confirmed,
-    Forgotten,
-    Grown,
-    LabelsWanted,
-    LearningFailed,
-    NotAdmitted,
-    Paused,
-    Recognised,
-    Resumed,
-    RolledBack,
-    Searching,
-    Shifted,
-    Started,
-    TooFewLabels,
-)
+from device.board import events
+from device.board.events import BoardEvent
 from device.board.learner import Failed, InlineLearner, Job, LabelledJob, Learner, Outcome, UnlabelledJob
 from device.board.phases import Phase, Signal, after
 from device.encoder.engine import OrtEngine
@@ -255,9 +240,9 @@ class Board:
         if paused and not self.paused:
             self.phase = after(self.phase, "pause")
             self._drop_work()
-            self._tell(Paused(*self.moment))
+            self._tell(events.Paused(*self.moment))
         elif self.paused and not paused:
-            self._tell(Resumed(*self.moment))
+            self._tell(events.Resumed(*self.moment))
         self.paused = paused
         return tuple(self._events)
 
@@ -282,7 +267,7 @@ class Board:
         self.phase, self.live, job = phase, live, self._job
         self._drop_work()
         self._start_afresh()
-        self._tell(Forgotten(*self.moment, note, self.system.generation))
+        self._tell(events.Forgotten(*self.moment, note, self.system.generation))
         if job is not None:
             self._start(replace(job, system=self.system))
         return tuple(self._events)
@@ -295,14 +280,14 @@ class Board:
         self.phase = after(self.phase, "shift")
         if shift is None:
             self._recent = deque([self._recent[-1]], maxlen=self._recent.maxlen)
-            self._tell(Started(*self.moment))
+            self._tell(events.Started(*self.moment))
             return
         onset = likely_onset(shift, [(s.number, s.prediction.p) for s in self._recent], self.system.policy.shift)
         self._recent = deque((s for s in self._recent if s.number > onset), maxlen=self._recent.maxlen)
         h = _codes(list(self._recent)[-ATTRIBUTED:])
         nearest = int(np.bincount(self.system.router.route(h)).argmax())
         moved = attribute(self.system.space, self.system.domains[nearest].memory, h)
-        self._tell(Shifted(*self.moment, onset, moved))
+        self._tell(events.Shifted(*self.moment, onset, moved))
 
     def _collect(self) -> None:
         if len(self._recent) < self.policy.labels:
@@ -312,7 +297,7 @@ class Board:
             self._await("enough", None)
             return
         self.phase = after(self.phase, "known")
-        self._tell(Recognised(*self.moment, back.domain, len(self._recent)))
+        self._tell(events.Recognised(*self.moment, back.domain, len(self._recent)))
         self._start_afresh()
 
     def _await(self, signal: Signal, name: str | None) -> None:
@@ -322,7 +307,7 @@ class Board:
         self._start_afresh()
         if self.policy.patience > 0:
             numbers = self._waiting.numbers
-            self._tell(LabelsWanted(*self.moment, numbers[0], numbers[-1], self.policy.patience))
+            self._tell(events.LabelsWanted(*self.moment, numbers[0], numbers[-1], self.policy.patience))
 
     def _start_afresh(self) -> None:
         self._recent.clear()
@@ -351,7 +336,7 @@ class Board:
         blind = self.policy.unlabelled if self.system.domains else None
         if len(known) < MINIMUM and blind is None:
             self.phase = after(self.phase, "too few")
-            self._tell(TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
+            self._tell(events.TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
             return
         self.phase = after(self.phase, "labels")
         name, views = waiting.name or self._labeller.domain(waiting.numbers), self.policy.views
@@ -365,7 +350,7 @@ class Board:
         self._start(job)
 
     def _start(self, job: Job) -> None:
-        self._tell(Searching(*self.moment, job.name, len(job.frames), isinstance(job, LabelledJob)))
+        self._tell(events.Searching(*self.moment, job.name, len(job.frames), isinstance(job, LabelledJob)))
         try:
             self._learner.start(job)
         except BaseException:
@@ -378,7 +363,7 @@ class Board:
         match outcome:
             case Rejected():
                 self.phase = after(self.phase, "rejected")
-                self._tell(NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
+                self._tell(events.NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
             case Failed():
                 self._fail(job, outcome.reason)
             case Candidate() if outcome.base is not self.system:
@@ -394,7 +379,7 @@ class Board:
 
     def _fail(self, job: Job, reason: str) -> None:
         self.phase = after(self.phase, "failed")
-        self._tell(LearningFailed(*self.moment, job.name, reason))
+        self._tell(events.LearningFailed(*self.moment, job.name, reason))
 
     def _enter(self, signal: Signal, candidate: Candidate, note: str) -> None:
         """Store a candidate, then serve it on probation. Raises what `offer` does, and has changed nothing then."""
@@ -408,7 +393,7 @@ class Board:
         self._drop_work()
         self._start_afresh()
         why, classes = str(new.growth.get("explanation", note)), len(new.head.classes)
-        self._tell(Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
+        self._tell(events.Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
 
     def _watch(self, prediction: Prediction) -> None:
         self._probation.append(prediction.ood)
@@ -423,15 +408,15 @@ class Board:
         self._state = self._state.restart()
         if signal == "foreign":
             self.live, keep = rollback(self.live), generations.roll_back
-            self._tell(RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
+            self._tell(events.RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
         else:
             self.live, keep = confirm(self.live), generations.confirm
-            self._tell(Confirmed(*self.moment, self.system.generation, share))
+            self._tell(events.Confirmed(*self.moment, self.system.generation, share))
         try:
             if self._store is not None:
                 keep(self._store)
         except DeviceError as error:  # a restart falls back to what was confirmed before
-            self._tell(LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
+            self._tell(events.LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
 
     def _tell(self, event: BoardEvent) -> None:
         self._events.append(event)
