@@ -74,7 +74,11 @@ def detector(memory: DomainMemory) -> Detector:
     covariance = memory.gram / memory.n - (means * counts).T @ means / memory.n
     ratio, variance = 0.02 + 0.3 * m / (m + memory.n), np.diag(covariance)
     floor = 1e-3 * max(float(variance.mean()), TINY**2)
-    lower = np.linalg.cholesky((1 - ratio) * covariance + np.diag(ratio * variance + floor))
+    shrunk = (1 - ratio) * covariance + np.diag(ratio * variance + floor)
+    try:
+        lower = np.linalg.cholesky(shrunk)
+    except np.linalg.LinAlgError:  # all samples are nearly equal: rounding leaves a negative eigenvalue
+        lower = np.linalg.cholesky(shrunk + (2 * abs(float(np.linalg.eigvalsh(shrunk)[0])) + TINY**2) * np.eye(m))
     whitener = np.linalg.inv(lower).T
     directions = sums[:, m if m < memory.dimensions else 0 :]
     prototypes = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), TINY)

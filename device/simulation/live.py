@@ -1,12 +1,13 @@
-"""The live view of a simulation: a status block on a terminal, plain lines elsewhere, nothing when quiet.
+"""The live view of a simulation, a status block on a terminal and plain lines elsewhere; and the summary of a run.
 
 Rules of this file:
 
-1. It only shows: no call changes the run, and none waits.
-2. Time comes from the clock that is passed in. No thread: the screen changes only inside a call.
-3. On a terminal it redraws at most once per `period`; elsewhere it prints progress at most once per
-   `plain_period`, and events at once.
-4. Off a terminal it writes no control code, and nowhere does it pass one on from a name or a message.
+1. It only shows: no call changes the run or waits.
+2. Time comes from the clock that is passed in. There is no thread: the screen changes only inside a call.
+3. On a terminal it redraws at most once per `period`. Elsewhere it prints events at once and progress at most once per
+   `plain_period`, so a step that is over sooner prints nothing.
+4. Control codes in names and messages are replaced. Off a terminal none is written at all.
+5. Samples are numbered from 1.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class LiveView:
         fancy = console.is_terminal and not console.is_dumb_terminal
         self._mode: Literal["quiet", "live", "plain"] = "quiet" if quiet else "live" if fancy else "plain"
         self._period = period if fancy else plain_period
-        self._shown: float | None = None
-        self._started = clock()
+        self.at = 0
+        """Number of the sample that is being served, from 1; 0 before the first."""
+        self._started = self._shown = clock()
         self._sample: _Sample | None = None
         self._phase: _Phase | None = None
         self._history: deque[float] = deque(maxlen=_HISTORY)
@@ -90,15 +92,14 @@ class LiveView:
             self._live = None
 
     def sample(self, at: int, domain: str, novelty: float, p: float | None, route: str) -> None:
-        """One sample was served: its index, its true domain, and what the system made of it."""
-        self._sample = _Sample(at, domain, novelty, p, route)
+        """Sample number `at` was served: its true domain, and what the system made of it."""
+        self.at, self._sample = at, _Sample(at, domain, novelty, p, route)
         self._history.append(novelty)
-        self._refresh(last=at + 1 >= self._total)
+        self._refresh(last=at >= self._total)
 
     def event(self, kind: str, text: str) -> None:
         """Something that stays on the screen: a shift, a head picked, a generation committed."""
-        at = "-" if self._sample is None else str(self._sample.at)
-        line = f"{at:>7}  {_clean(kind):<10} {_clean(text)}"
+        line = f"{self.at or '-':>7}  {_clean(kind):<10} {_clean(text)}"
         if self._mode != "quiet":
             self._line(line, "bold" if kind == "shift" else "")
             self._refresh()
@@ -108,19 +109,26 @@ class LiveView:
         fresh = self._phase is None or self._phase.name != name or done < self._phase.done
         started = self._clock() if fresh or self._phase is None else self._phase.started
         self._phase = _Phase(name, done, total, started)
-        self._refresh(last=fresh or done >= total)
+        if self._mode == "plain":  # a new phase restarts the period, and only a phase with a line gets one for its end
+            self._shown = started if fresh else self._shown
+            self._refresh(last=done >= total and self._shown > started)
+        else:
+            self._refresh(last=fresh or done >= total)
         if done >= total:
             self._phase = None
 
     def table(self, record: RunRecord) -> None:
-        """The summary of a finished run."""
+        """The summary of a run."""
         if self._mode != "quiet":
-            self._console.print(_figures(record), _domains_table(record), sep="\n", highlight=False)
+            remarks = [Text(f"  {_clean(remark)}") for remark in record.remarks()]
+            self._console.print(
+                _worth_table(record), *remarks, _figures(record), _domains_table(record), sep="\n", highlight=False
+            )
 
     def _refresh(self, last: bool = False) -> None:
         """Redraw or print if the period is over, or if this is the `last` word on something."""
         now = self._clock()
-        if self._mode == "quiet" or not (last or self._shown is None or now - self._shown >= self._period):
+        if self._mode == "quiet" or not (last or now - self._shown >= self._period):
             return
         self._shown = now
         if self._live is not None:
@@ -142,9 +150,8 @@ class LiveView:
         )
 
     def _phase_line(self, phase: _Phase) -> str:
-        at = "-" if self._sample is None else str(self._sample.at)
         left = self._left(phase.done, phase.total, phase.started)
-        return f"{at:>7}  {_clean(phase.name)}: {phase.done} of {phase.total}{left}"
+        return f"{self.at or '-':>7}  {_clean(phase.name)}: {phase.done} of {phase.total}{left}"
 
     def _left(self, done: int, total: int, started: float) -> str:
         """What is left at the pace since `started`, in words; nothing before there is a pace."""
@@ -156,7 +163,7 @@ class LiveView:
     def _block(self) -> RenderableType:
         """What a terminal shows: the stream's bar, the latest sample, and the phase that runs."""
         now = self._sample
-        done = 0 if now is None else min(now.at + 1, self._total)
+        done = 0 if now is None else min(now.at, self._total)
         bars = Table.grid(padding=(0, 2))
         bars.add_row(*self._bar("stream", done, self._total, self._started))
         if self._phase is not None:
@@ -201,12 +208,34 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _worth_table(record: RunRecord) -> Table:
+    worth = record.worth()
+    note = "without: the head of the first domain answers every domain; labels: different images; learning: seconds"
+    table = Table(title=Text(_clean(record.title)), caption=note, box=box.SIMPLE, title_justify="left")
+    table.caption_justify = "left"
+    table.add_column("what edgeear was worth", overflow="fold")
+    for name in ("without", "with", "gain", "labels", "learning"):
+        table.add_column(name, justify="right")
+    for row in worth:
+        gain = "-" if row.gain is None else f"{100 * row.gain:+.1f}"
+        labels = "-" if row.labels is None else f"{row.labels:,}"
+        figures = (_percent(row.without), _percent(row.after), gain, labels, _spent(row.seconds))
+        table.add_row(Text(_clean(row.domain)), *figures)
+    table.add_section()
+    before, after = mean(row.without for row in worth), mean(row.after for row in worth)
+    labels = f"{sum(row.labels or 0 for row in worth):,}" if record.facts else "-"
+    gain = "-" if before is None or after is None else f"{100 * (after - before):+.1f}"
+    seconds = _spent(sum(row.seconds or 0.0 for row in worth)) if record.facts else "-"
+    table.add_row("all, mean or sum", _percent(before), _percent(after), gain, labels, seconds)
+    return table
+
+
 def _figures(record: RunRecord) -> Table:
     steps = [shift for shift in record.shift if not shift.false_alarm]
     alarms = len(record.shift) - len(steps)
     delay = mean(shift.delay_samples for shift in steps if shift.detected)
     found = f"{sum(shift.detected for shift in steps)} of {len(steps)}, false alarms {alarms}"
-    table = Table(title=Text(_clean(record.title)), box=box.SIMPLE, show_header=False, title_justify="left")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_row("final accuracy", _percent(record.final_accuracy))
     table.add_row("with an oracle's routes", _percent(record.oracle_route_accuracy))
     table.add_row("backward transfer (BWT)", _percent(record.bwt))
@@ -219,10 +248,9 @@ def _figures(record: RunRecord) -> Table:
 def _domains_table(record: RunRecord) -> Table:
     table = Table(box=box.SIMPLE)
     table.add_column("domain", overflow="fold")
-    for name in ("accuracy", "routed right", "forgetting", "head", "search", "training"):
+    for name in ("routed right", "forgetting", "head", "search", "training"):
         table.add_column(name, justify="right")
     grown = {growth.domain: growth for growth in record.growth}
-    last = record.accuracy_matrix[-1] if record.accuracy_matrix else ()
     for index, name in enumerate(record.domains):
         routed = record.routing_accuracy[index][index] if record.routing_accuracy else None
         lost = record.forgetting[index] if record.forgetting else None
@@ -230,10 +258,13 @@ def _domains_table(record: RunRecord) -> Table:
         size, times = ("-", ("-", "-"))
         if head is not None:
             size = f"{head.bytes / 1024:.1f} KiB"
-            times = (f"{head.search_s:.1f} s", f"{head.train_s:.1f} s")
-        accuracy = _percent(last[index] if last else None)
-        table.add_row(Text(_clean(name)), accuracy, _percent(routed), _percent(lost), size, *times)
+            times = (_spent(head.search_s), _spent(head.train_s))
+        table.add_row(Text(_clean(name)), _percent(routed), _percent(lost), size, *times)
     return table
+
+
+def _spent(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
 
 
 def _percent(value: float | None) -> str:

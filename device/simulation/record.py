@@ -2,10 +2,11 @@
 
 Rules of this file:
 
-1. Percentages are fractions of one, times seconds unless the name says `ms`, positions sample indices.
-2. What was not measured is None, `null` in JSON. A NaN or infinite measure is no measurement: it becomes None.
-3. Every list and every text is bounded, so that no run makes a record that a browser cannot open.
-4. A record agrees with itself: matrices fit the domains, and a series has one entry for each position.
+1. Percentages are fractions of one, times are seconds unless the name says `ms`, and positions are sample numbers:
+   the first sample of a run is number 1.
+2. What was not measured is None, `null` in JSON. A NaN or infinite measure becomes None.
+3. Every list and every text is bounded, so that a browser can open the report of any run.
+4. A record is consistent: matrices fit the domains, and a series has one entry for each position.
 5. Same record, same JSON: keys keep their order and nothing is added from outside.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Final, Literal, Self, SupportsFloat
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -23,15 +25,18 @@ from edgeear.errors import FormatError, UsageError
 RECORD_VERSION: Final = 1
 ABSTAIN = "abstain"
 """The route of an input that no head serves; no domain may have this name."""
+FEW_TESTS = 30
+"""Test sets of fewer images are named as such: one image more or less moves the accuracy by over 3 points."""
 MAX_DOMAINS = 256
 MAX_POINTS = 4096
 MAX_CANDIDATES = 500
 MAX_EVENTS = 4096
+MAX_THUMBNAILS = 6
 MAX_SPEC_CHARACTERS = 65_536
 
 
 class RecordError(FormatError):
-    """A file that is no record of a run, or one of another version."""
+    """The file is not a record of a run, or it has another version."""
 
 
 def _measured(value: object) -> object:
@@ -46,6 +51,7 @@ Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(max_length=2000)]
+Jpeg = Annotated[str, Field(max_length=16_384, pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
 
 
 class _Part(BaseModel):
@@ -61,7 +67,7 @@ class EncoderInfo(_Part):
 
 
 class OodPair(_Part):
-    """How well the known domain alone tells the unknown one; OOD is the positive class."""
+    """How well the detector of the known domain alone finds images of the unknown one; OOD is the positive class."""
 
     known: Name
     unknown: Name
@@ -70,9 +76,10 @@ class OodPair(_Part):
 
 
 class ShiftRecord(_Part):
-    """One step of the stream, or one alarm without a step (`false_alarm`, where `to` repeats `from`).
+    """One change of domain in the stream, or an alarm without one (`false_alarm`, where `to` repeats `from`).
 
-    `onset` is where the stream really left, `at` where that was declared, each None where it did not happen.
+    `onset` is the last sample of the old domain, `at` the sample at which the shift was declared; each is None if it
+    did not happen.
     """
 
     from_: Name = Field(alias="from")
@@ -93,7 +100,7 @@ class ShiftRecord(_Part):
 
 
 class Stream(_Part):
-    """What the detector saw, thinned: one entry per kept sample, `at` rising. See `evenly`."""
+    """What the detector saw, thinned by `evenly`: one entry for each kept sample, `at` rising."""
 
     at: tuple[Count, ...] = Field(default=(), max_length=MAX_POINTS)
     novelty: tuple[Measure, ...] = Field(default=(), max_length=MAX_POINTS)
@@ -125,7 +132,9 @@ class CandidatePoint(_Part):
 
 
 class Growth(_Part):
-    """One head that was grown: what it is, why it was picked, what it costs."""
+    """One head that was grown: what it is, why it was picked, what it costs.
+
+    `total_s`: from the labels to the admitted head, encoding included; None if this run did not grow it."""
 
     domain: Name
     spec: dict[str, JsonValue]
@@ -136,6 +145,7 @@ class Growth(_Part):
     latency_ms_predicted: Measure = None
     search_s: Seconds
     train_s: Seconds
+    total_s: Seconds | None = None
     specs_scored: Count
     validation_accuracy: Fraction = None
     candidates: tuple[CandidatePoint, ...] = Field(default=(), max_length=MAX_CANDIDATES)
@@ -158,6 +168,43 @@ class Event(_Part):
     text: Text
 
 
+class DomainFacts(_Part):
+    """The data of one domain: `frames` streamed of `images` different images; `labelled` frames of `labels` different
+    images that its head was learned from; classes that were streamed and got no label; the number of test images; a few
+    images as JPEG in base64."""
+
+    domain: Name
+    frames: Count
+    images: Count
+    labelled: Count
+    labels: Count
+    unlabelled: tuple[Name, ...] = Field(default=(), max_length=10_000)
+    tests: Count
+    thumbnails: tuple[Jpeg, ...] = Field(default=(), max_length=MAX_THUMBNAILS)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Accuracy on one domain `without` edgeear (only the first domain was ever learned) and `after` the run, both as
+    fractions, and what that took: images labelled, seconds of learning. None where it is unknown."""
+
+    domain: str
+    without: float | None
+    after: float | None
+    labels: int | None
+    seconds: float | None
+    tests: int | None
+
+    @property
+    def gain(self) -> float | None:
+        return None if self.without is None or self.after is None else self.after - self.without
+
+    @property
+    def few(self) -> bool:
+        """Whether the test set is too small to trust a difference of a few points."""
+        return self.tests is not None and self.tests < FEW_TESTS
+
+
 Row = Annotated[tuple[Fraction, ...], Field(max_length=MAX_DOMAINS + 1)]
 Matrix = Annotated[tuple[Row, ...], Field(max_length=MAX_DOMAINS)]
 
@@ -167,7 +214,8 @@ class RunRecord(_Part):
 
     `routing_accuracy` is `(domains, domains)` or `(domains, domains + 1)`: rows are true domains and the last
     extra column, where present, is "abstain". `forgetting` has one entry per domain. `created` is in seconds
-    since 1970, UTC. `timings` are seconds by phase.
+    since 1970, UTC. `timings` are seconds by phase. `stopped_at`: the last sample of a run that you interrupted; the
+    rows of later domains are None then. `facts` has one entry per domain, or none in an older record.
     """
 
     version: Literal[1] = RECORD_VERSION
@@ -184,6 +232,8 @@ class RunRecord(_Part):
     forgetting: tuple[Measure, ...] = Field(default=(), max_length=MAX_DOMAINS)
     oracle_route_accuracy: Fraction = None
     ood: tuple[OodPair, ...] = Field(default=(), max_length=MAX_DOMAINS * MAX_DOMAINS)
+    facts: tuple[DomainFacts, ...] = Field(default=(), max_length=MAX_DOMAINS)
+    stopped_at: Count | None = None
     shift: tuple[ShiftRecord, ...] = Field(default=(), max_length=MAX_EVENTS)
     stream: Stream = Stream()
     growth: tuple[Growth, ...] = Field(default=(), max_length=MAX_DOMAINS)
@@ -201,13 +251,15 @@ class RunRecord(_Part):
         _check_shape("routing_accuracy", self.routing_accuracy, count, (count, count + 1))
         if len(self.forgetting) not in (0, count):
             raise ValueError(f"forgetting has {len(self.forgetting)} entries for {count} domains")
+        if self.facts and tuple(fact.domain for fact in self.facts) != self.domains:
+            raise ValueError(f"facts are not one for each of the domains {list(self.domains)}")
         unknown = sorted(self._named() - set(self.domains))
         if unknown:
             raise ValueError(f"{unknown[:5]} are not among the domains {list(self.domains)}")
         return self
 
     def _named(self) -> set[str]:
-        """Every domain that a part of the record speaks of."""
+        """Every domain that a part of the record names."""
         return {
             *self.stream.domain,
             *(route for route in self.stream.route if route != ABSTAIN),
@@ -215,6 +267,33 @@ class RunRecord(_Part):
             *(name for pair in self.ood for name in (pair.known, pair.unknown)),
             *(name for shift in self.shift for name in (shift.from_, shift.to)),
         }
+
+    def worth(self) -> tuple[Worth, ...]:
+        """Each domain's accuracy without and with edgeear: the first row of the accuracy matrix, where one head serves
+        every domain, and the last measured one."""
+        nothing = (None,) * len(self.domains)
+        measured = [row for row in self.accuracy_matrix if any(value is not None for value in row)] or [nothing]
+        seconds = {growth.domain: growth.total_s for growth in self.growth}
+        labels = {fact.domain: fact.labels for fact in self.facts}
+        tests = {fact.domain: fact.tests for fact in self.facts}
+        return tuple(
+            Worth(name, before, after, labels.get(name), seconds.get(name), tests.get(name))
+            for name, before, after in zip(self.domains, measured[0], measured[-1], strict=True)
+        )
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences on what limits the figures: small test sets, repeated frames, classes that got no label."""
+        told = []
+        for fact in self.facts:
+            if fact.tests < FEW_TESTS:
+                few = f"{fact.domain} has {fact.tests} test images, fewer than {FEW_TESTS}"
+                told.append(f"{few}: differences of a few points may be chance.")
+            if fact.frames > fact.images:
+                again = f"{fact.domain} has {fact.images} different training images for {fact.frames} frames"
+                told.append(f"{again}: they were shown repeatedly; a repeated image counts as one label.")
+            if fact.labels and fact.unlabelled:
+                told.append(f"{fact.domain}: no image of these classes got a label: {', '.join(fact.unlabelled)}.")
+        return tuple(told)
 
     def to_json(self) -> str:
         """One JSON object, indented, ending in a line break."""

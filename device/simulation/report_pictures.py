@@ -2,10 +2,10 @@
 
 Rules of this file:
 
-1. matplotlib is needed only while drawing and never imported at import time; its settings are all stated here, so the
-   same record gives the same bytes on every machine.
-2. No text of a record is handed to matplotlib, which would need a font for it: a picture gets its names afterwards, as
-   escaped SVG text.
+1. matplotlib is imported only while drawing; all its settings are stated here, so the same record gives the same bytes
+   on every machine.
+2. No text of a record goes through matplotlib, which would need a font for it: names are put in afterwards, as escaped
+   SVG text.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def text(words: str) -> str:
-    """Escaped, with characters that no page may hold (controls) made visible as a replacement."""
-    return escape("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in words))
+def printable(words: str) -> str:
+    """`words` with U+FFFD for each control character, which no page may hold."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in words)
 
 
 def picture(target: str, label: str, size: tuple[float, float], draw: Callable[[Figure], list[str]]) -> str:
@@ -86,8 +86,8 @@ def _inline(svg: str, target: str, label: str, names: Sequence[str]) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{target}-", svg)
     svg = re.sub(r"#010[12][0-9a-f]{2}", lambda match: f"var(--{_VARIABLES.get(match[0], 'ink')})", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"@@(\d+)@@", lambda match: text(names[int(match[1])]), svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{text(label)}"', 1)
+    svg = re.sub(r"@@(\d+)@@", lambda match: escape(printable(names[int(match[1])])), svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(label))}"', 1)
 
 
 def draw_stream(figure: Figure, record: RunRecord) -> list[str]:
@@ -159,18 +159,32 @@ def draw_search(figure: Figure, growth: Growth) -> list[str]:
     axes.scatter(*_columns(front), s=26, color=_INK, linewidths=0, zorder=2)
     axes.scatter(*_columns(best), s=190, marker="*", color=_ACCENT, zorder=3)
     if scored:  # a log axis without a point has no limits
+        ticks = _size_ticks([size for _, (size, _) in scored])
         axes.set_xscale("log")
-        _label_log(axes.xaxis)
+        axes.set_xlim(ticks[0], ticks[-1])
+        _label_log(axes.xaxis, ticks)
     axes.set_xlabel("parameters")
     axes.set_ylabel("proxy score")
     return []
 
 
-def _label_log(axis: Axis) -> None:
-    """Plain numbers on a log axis, where matplotlib would write powers in its mathematical notation."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+def _size_ticks(sizes: Sequence[int]) -> list[float]:
+    """At least two and at most seven ticks around `sizes`: 1, 2 and 5 times powers of ten, or powers alone."""
+    low, high = min(sizes) * 0.9, max(sizes) * 1.1
+    for steps in ((1, 2, 5), (1,)):
+        grid = [step * 10.0**power for power in range(-1, 20) for step in steps]
+        start, end = max(t for t in grid if t <= low), min(t for t in grid if t >= high)
+        ticks = [tick for tick in grid if start <= tick <= end]
+        if len(ticks) <= 7:
+            break
+    return ticks
 
-    axis.set_major_locator(LogLocator(numticks=6))
+
+def _label_log(axis: Axis, ticks: Sequence[float] = ()) -> None:
+    """Plain numbers on a log axis, where matplotlib would write powers in its mathematical notation."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
 

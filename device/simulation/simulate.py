@@ -2,26 +2,33 @@
 
 Rules of this file:
 
-1. Every frame is decoded and goes through `Board.step` alone, in order, as on a board. Only the clock is made up.
+1. Every frame is decoded and goes through `Board.step` alone, in order, as on a board. Only the clock is simulated.
 2. Labels come from the ground truth, within the label budget of a shift, and from nowhere else.
-3. Test images are never streamed. Their features are computed once; accuracy is taken at the end of every domain, on
+3. Test images are never streamed. Their features are computed once; accuracy is measured at the end of every domain, on
    all domains, through the router.
 4. A missed shift, a rejected head and a frame that does not decode are results: they are recorded and the run goes on.
-5. What can be refused is refused before the first frame: folders, names, packages.
+5. What can be refused is refused before the first frame: folders, names, packages, a store of something else.
+6. Ctrl-C ends a run early, with a record of what was done. A run with a store goes on from the confirmed generation:
+   the domains up to the last learned one are not streamed again.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
+import signal
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -40,6 +47,8 @@ from device.simulation.live import LiveView
 from device.simulation.record import (
     ABSTAIN,
     MAX_EVENTS,
+    MAX_THUMBNAILS,
+    DomainFacts,
     EncoderInfo,
     Event,
     Growth,
@@ -50,6 +59,7 @@ from device.simulation.record import (
     mean,
 )
 from device.simulation.report import write_report
+from device.state import generations
 from device.state.store import Store
 from edgeear import __version__, metrics
 from edgeear.errors import DeviceError, UsageError
@@ -61,6 +71,12 @@ from edgeear.unlabelled import UnlabelledPolicy
 
 FIRST_LABELS = 200
 """Labels of the first domain when nobody labels later ones; as many frames are then collected after a shift."""
+BEYOND_LABELS = 250
+"""Frames of a domain that are streamed by default beyond those that get a label."""
+SLOWEST_SHIFT = 80
+"""Frames until a shift was declared, at most, in runs with few labels."""
+THUMBNAILS, THUMBNAIL = 96, (96, 96)
+"""Small pictures in a record, of all domains together, and their size in pixels."""
 CANDIDATE = ("parameters", "bytes", "latency_ms", "score", "chosen", "front")
 GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_predicted", "specs_scored")
 """Figures that a grown domain carries and the record takes as they are."""
@@ -70,10 +86,10 @@ GROWTH = ("spec", "explanation", "parameters", "bytes", "macs", "latency_ms_pred
 class SimulateOptions:
     """What to stream and what to write.
 
-    `labels` at most per shift, 0 for a labelled first domain and nobody who labels after it; `samples` streamed of
-    each domain, `tests` of its test images at most; `specs` scored by each search; `fps` frames a second of the made-up
-    clock; `latency` the model of a profiled board. `report`, `json` and `store` None: not written, or thrown
-    away at the end. Raises `UsageError` for numbers out of range.
+    `labels` at most per shift, 0 for a labelled first domain and no labels after it; `samples` streamed of each domain,
+    None for the labels and `BEYOND_LABELS` more; `tests` of its test images at most; `specs` scored by each search;
+    `fps` frames a second of the simulated clock; `latency` the model of a profiled board. `report`, `json` and `store`
+    None: not written, or removed at the end. Raises `UsageError` for numbers out of range.
     """
 
     data: Path
@@ -83,7 +99,7 @@ class SimulateOptions:
     store: Path | None = None
     title: str = "edgeear simulation"
     labels: int = 200
-    samples: int = 450
+    samples: int | None = None
     tests: int = 100
     specs: int = 300
     seed: int = 0
@@ -94,10 +110,15 @@ class SimulateOptions:
     def __post_init__(self) -> None:
         least_labels = 5 if self.labels else 0
         for name, least in (("labels", least_labels), ("samples", 1), ("tests", 1), ("specs", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not self.fps > 0:
             raise UsageError(f"fps is {self.fps}: it must be above 0")
+
+    @property
+    def frames(self) -> int:
+        """Frames streamed of each domain."""
+        return (self.labels or FIRST_LABELS) + BEYOND_LABELS if self.samples is None else self.samples
 
 
 def simulate(
@@ -113,23 +134,24 @@ def simulate(
 ) -> RunRecord:
     """Stream the data set and write what the options name; `name` is what the record calls the encoder.
 
-    `policy` replaces the board's rules other than labels, search and budget; `system` the empty system to start from.
-    Raises `UsageError`, `DataError` and `DeviceError` for what cannot be read or written, `EmptyBudget` where no
-    head fits the budget.
+    `policy` replaces the board's rules other than labels, search and budget; `system` the empty system to start from,
+    unless the store holds one. Ctrl-C once streaming began ends the run early: `stopped_at` of the record says where.
+    Raises `UsageError`, `DataError`, `FormatError` and `DeviceError` for what cannot be read or written, `EmptyBudget`
+    if no head fits the budget.
     """
     data = read_folder(options.data, options.order)
     blank = _blank(options, data, encoder, name, now())
     _prepare(options)
     with ExitStack() as stack:
         folder = options.store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeear-")))
-        store = stack.enter_context(_fresh_store(folder))
-        total = sum(len(_streamed(data, domain, options)) for domain in data.domains)
+        store = stack.enter_context(Store.open(folder))
+        learned = _learned(store, folder, data, encoder)
+        start = learned or system or System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
+        first = 1 + max((data.domains.index(known) for known in start.names), default=-1)
+        total = options.frames * (len(data.domains) - first)
         view = LiveView(console or Console(stderr=True), data.domains, total, clock=time.monotonic, quiet=quiet)
         stack.enter_context(view)
-        for warning in data.warnings:
-            view.event("data", warning)
-        start = system or System(encoder.digest, HypervectorSpace(pooled_taps(encoder)))
-        run = _Run(options, data, encoder, view, store, start, policy or BoardPolicy())
+        run = _Run(options, data, encoder, view, store, start, policy or BoardPolicy(), first)
         run.stream()
         record = run.record(blank)
     if options.json is not None:
@@ -140,18 +162,21 @@ def simulate(
 
 
 class GroundTruth:
-    """`device.board.board.Labeller`: the labels of at most `budget` of the newest frames that it is asked for, or of
-    `FIRST_LABELS` frames once and none ever after where the budget is 0."""
+    """A `Labeller`: it labels at most `budget` of the newest frames that it is asked for. With a budget of 0 it labels
+    `FIRST_LABELS` frames once and none after."""
 
     def __init__(self, budget: int) -> None:
         self.budget, self._once = budget, FIRST_LABELS if budget == 0 else 0
         self.seen: list[tuple[str, str]] = []
         """Domain and class of each sample; sample numbers start at 1."""
+        self.labelled: set[int] = set()
+        """Numbers of the samples that got a label, for whoever empties it."""
 
     def label(self, at: Sequence[int]) -> list[str | None]:
         # The oldest frames since the onset are the ones that may still show the domain before.
         free = len(at) - (self.budget or self._once)
         self._once = 0
+        self.labelled.update(at[max(free, 0) :])
         return [None if i < free else self.seen[number - 1][1] for i, number in enumerate(at)]
 
     def domain(self, at: Sequence[int]) -> str:
@@ -186,8 +211,12 @@ class _Run:
         store: Store,
         system: System,
         policy: BoardPolicy,
+        first: int,
     ) -> None:
         self.options, self.data, self.encoder, self.view = options, data, encoder, view
+        self.store, self.first, self.asked_to_stop = store, first, threading.Event()
+        self.stopped: System | None = None
+        """The confirmed generation at the time when you stopped the run; None while it goes on."""
         self.truth, self.watch = GroundTruth(options.labels), _Stopwatch()
         self.board = Board(
             Live(system, system),
@@ -206,36 +235,76 @@ class _Run:
         self.shifts: list[ShiftRecord] = []
         self.trace: list[tuple[float, float, str]] = []
         self.times: dict[str, dict[str, float]] = {}
+        self.labelled: dict[str, set[int]] = {}
+        """Numbers of the samples whose labels were spent on a domain."""
+        self.images: list[str] = []
+        """The file of each sample, relative to the data set."""
+        for warning in (*data.warnings, *_shortage(options, data, self.board.policy)):
+            self._note("data", warning)
         self.exam = Exam(data, encoder, system.space, options.tests, options.seed, view.phase)
         for warning in self.exam.warnings:
             self._note("skipped", warning)
         self.watch.lap("test images")
 
+    @property
+    def system(self) -> System:
+        """What the record describes. If you stop a run, a generation on probation is dropped."""
+        return self.board.system if self.stopped is None else self.stopped
+
     def stream(self) -> None:
-        """Show the board every domain, and take the accuracies after each."""
-        for index, domain in enumerate(self.data.domains):
-            self.starts.append(len(self.truth.seen))
-            for item in _streamed(self.data, domain, self.options):
-                self._show(domain, item)
-            self.rows.append(self.exam.accuracies(self.board.system, self.board.engine))
-            self.watch.lap("evaluation")
-            self._close_segment(index)
+        """Show the board every domain that it has not learned, and measure the accuracies after each."""
+        names = self.data.domains
+        if self.first:
+            todo = f"going on with {names[self.first]}" if self.first < len(names) else "no domain is left to stream"
+            self._note("resumed", f"generation {self.store.confirmed} knows {', '.join(self.system.names)}: {todo}")
+        for index in range(self.first):  # older heads are frozen, so an earlier state is a part of the present one
+            self.starts.append(0)
+            known = tuple(d for d in self.system.domains if d.name in names[: index + 1])
+            self._measure(replace(self.system, domains=known))
+        try:
+            with _ctrl_c() as self.asked_to_stop:
+                for index in range(self.first, len(names)):
+                    self.starts.append(len(self.truth.seen))
+                    for item in _streamed(self.data, names[index], self.options):
+                        self._show(names[index], item)
+                    self._measure(self.system)
+                    self._close_segment(index)
+        except KeyboardInterrupt:
+            self.stopped = generations.load(self.store)
+            self._note("stopped", self._kept())
+            if len(self.rows) < len(names):
+                self._measure(self.system)
+
+    def _measure(self, system: System) -> None:
+        self.rows.append(self.exam.accuracies(system, self.board.engine))
+        self.watch.lap("evaluation")
+
+    def _kept(self) -> str:
+        """What is left of a run that you stopped."""
+        if self.options.store is None:
+            return "stopped by you; without --store nothing that was learned is kept"
+        known = ", ".join(self.system.names) or "nothing was learned yet"
+        kept = f"{self.options.store} keeps generation {self.store.confirmed} ({known})"
+        return f"stopped by you; {kept}: the same command goes on from there"
 
     def _show(self, domain: str, item: Item) -> None:
+        self._stop_if_asked()
         try:
             frame = decode(item.path, self.encoder.input_size)
         except UndecodableInput as error:
             self._note("skipped", str(error))
             return
         self.truth.seen.append((domain, self.data.classes[item.label]))
-        prediction, _ = self.board.step(frame)
+        self.images.append(item.relative)
+        self.view.at = len(self.truth.seen)
+        prediction = self.board.step(frame).prediction
         self.watch.lap("stream")
         route = prediction.route or ABSTAIN
         self.trace.append((prediction.novelty, prediction.p, route))
-        self.view.sample(len(self.trace) - 1, domain, *_shown(prediction), route)
+        self.view.sample(self.view.at, domain, *_shown(prediction), route)
 
     def _close_segment(self, index: int) -> None:
-        """A step of the stream that nobody noticed is a result too."""
+        """Record a change of domain that was not noticed."""
         names = self.data.domains
         noticed = any(shift.detected and shift.to == names[index] for shift in self.shifts)
         if index and not noticed:
@@ -244,14 +313,16 @@ class _Run:
             self.shifts.append(missed)
             self._note("missed", f"the step from {names[index - 1]} to {names[index]} was not noticed")
 
-    def _event(self, event: events.BoardEvent) -> None:
+    def _event(self, event: events.Event) -> None:
         match event:
             case events.Shifted():
                 self._shift(event.at)
             case events.Searching():
                 self.watch.growth = {}
+                self.labelled[event.domain] = self.labelled.get(event.domain, set()) | self.truth.labelled
+                self.truth.labelled = set()
             case events.Grown():
-                self.times[event.domain] = self.watch.growth
+                self.times[event.domain] = dict(self.watch.growth)
         self._note(event.kind, event.text)
 
     def _shift(self, at: int) -> None:
@@ -275,6 +346,11 @@ class _Run:
     def _progress(self, phase: str, done: int, total: int) -> None:
         self.watch.lap(phase)
         self.view.phase(phase, done, total)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.asked_to_stop.is_set():
+            raise KeyboardInterrupt
 
     def _note(self, kind: str, text: str) -> None:
         if len(self.events) < MAX_EVENTS:
@@ -283,16 +359,19 @@ class _Run:
 
     def record(self, blank: RunRecord) -> RunRecord:
         """The record of the finished run; `blank` holds what was known before it."""
-        system, engine = self.board.system, self.board.engine
-        learned = np.array([[np.nan if x is None else x for x in row] for row in self.rows])
+        system, engine, count = self.system, self.board.engine, len(self.data.domains)
+        learned = np.array([[np.nan if x is None else x for x in row] for row in self.rows])[:, : len(self.rows)]
+        rest = count - len(self.rows)
         fields = {
-            "accuracy_matrix": tuple(self.rows),
+            "accuracy_matrix": [*self.rows, *[(None,) * count] * rest],
             "routing_accuracy": self.exam.routing(system, engine),
             "final_accuracy": mean(self.rows[-1]),
             "bwt": metrics.bwt(learned),
-            "forgetting": metrics.forgetting(learned),
+            "forgetting": [*metrics.forgetting(learned), *[None] * rest],
             "oracle_route_accuracy": self.exam.oracle(system, engine),
             "ood": self.exam.ood(system),
+            "facts": [self._facts(domain) for domain in self.data.domains],
+            "stopped_at": None if self.stopped is None else len(self.trace),
             "shift": self.shifts,
             "stream": self._thinned(),
             "growth": [_growth(d.name, d.growth, self.times.get(d.name, {})) for d in system.domains],
@@ -301,15 +380,50 @@ class _Run:
         }
         return RunRecord.model_validate(dict(blank) | fields)
 
+    def _facts(self, domain: str) -> DomainFacts:
+        numbers = [number for number, (seen, _) in enumerate(self.truth.seen, start=1) if seen == domain]
+        labelled = sorted(self.labelled.get(domain, set()))
+        classes = [{self.truth.seen[number - 1][1] for number in group} for group in (numbers, labelled)]
+        return DomainFacts(
+            domain=domain,
+            frames=len(numbers),
+            images=len({self.images[number - 1] for number in numbers}),
+            labelled=len(labelled),
+            labels=len({self.images[number - 1] for number in labelled}),
+            unlabelled=tuple(sorted(classes[0] - classes[1])),
+            tests=len(self.exam.sets[domain].h),
+            thumbnails=_thumbnails(_streamed(self.data, domain, self.options), len(self.data.domains)),
+        )
+
     def _thinned(self) -> Stream:
         kept = evenly(len(self.trace))
         return Stream(
-            at=kept,
+            at=tuple(i + 1 for i in kept),
             novelty=tuple(self.trace[i][0] for i in kept),
             p=tuple(self.trace[i][1] for i in kept),
             route=tuple(self.trace[i][2] for i in kept),
             domain=tuple(self.truth.seen[i][0] for i in kept),
         )
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that it never interrupts a change of the store. A second one raises
+    KeyboardInterrupt at once. Outside the main thread, which alone may handle signals, nothing sets it."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def stop(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _board_policy(options: SimulateOptions, policy: BoardPolicy) -> BoardPolicy:
@@ -324,9 +438,43 @@ def _streamed(data: FolderData, domain: str, options: SimulateOptions) -> list[I
     """The training images of a domain in a seeded order, some shown again where there are fewer than `samples`."""
     items = split(data.items[domain])[0]
     rng = np.random.default_rng([options.seed, data.domains.index(domain)])
-    order = [int(place) for place in rng.permutation(len(items))[: options.samples]]
-    order += [int(place) for place in rng.integers(len(items), size=options.samples - len(order))]
+    order = [int(place) for place in rng.permutation(len(items))[: options.frames]]
+    order += [int(place) for place in rng.integers(len(items), size=options.frames - len(order))]
     return [items[place] for place in order]
+
+
+def _shortage(options: SimulateOptions, data: FolderData, policy: BoardPolicy) -> list[str]:
+    """What is too little for the figures to mean much, or for a shift to be found: value, limit, remedy."""
+    told = []
+    needed = policy.labels + policy.probation + SLOWEST_SHIFT
+    if len(data.domains) > 1 and options.frames < needed:
+        why = f"{policy.labels} to label, {policy.probation} on probation and up to {SLOWEST_SHIFT} to notice a shift"
+        told.append(
+            f"{options.frames} frames of each domain are fewer than {needed} ({why}): a shift may be missed; "
+            f"give --samples {needed} or fewer --labels"
+        )
+    for domain in data.domains:
+        found = len(split(data.items[domain])[0])
+        if found < options.frames:
+            told.append(
+                f"{domain} has {found} training images for {options.frames} frames: they are shown repeatedly; "
+                "add images or lower --samples"
+            )
+    if len(data.classes) < 2:
+        told.append(f"{data.classes[0]} is the only class, so every answer is right: add a second class folder")
+    return told
+
+
+def _thumbnails(items: Sequence[Item], domains: int) -> list[str]:
+    """The first image of each class as JPEG in base64: at most `THUMBNAILS` over all `domains`."""
+    most, found = min(MAX_THUMBNAILS, THUMBNAILS // domains), dict[int, str]()
+    for item in items:
+        if len(found) < most and item.label not in found:
+            with suppress(UndecodableInput):
+                buffer = io.BytesIO()
+                Image.fromarray(decode(item.path, THUMBNAIL)).save(buffer, "JPEG", quality=70)
+                found[item.label] = base64.b64encode(buffer.getvalue()).decode()
+    return list(found.values())
 
 
 def _shown(prediction: Prediction) -> tuple[float, float | None]:
@@ -342,6 +490,7 @@ def _growth(domain: str, growth: Mapping[str, object], times: Mapping[str, float
             **{key: growth[key] for key in GROWTH},
             "search_s": times.get("search", 0.0),
             "train_s": times.get("train", 0.0),
+            "total_s": sum(times.values()) if times else None,
             "candidates": [{key: point[key] for key in CANDIDATE} for point in points],
         }
     )
@@ -366,9 +515,10 @@ def _blank(options: SimulateOptions, data: FolderData, encoder: Encoder, name: s
 
 
 def _prepare(options: SimulateOptions) -> None:
-    """Everything that would spoil the end of a run, tried before its start."""
-    if options.report is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"the report needs matplotlib: {installation('report')}, or ask for --json only")
+    """Try everything that would spoil the end of a run before its start."""
+    for package in ("matplotlib", "jinja2") if options.report is not None else ():
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"the report needs {package}: {installation('report')}, or ask for --json only")
     for path in (options.report, options.json):
         if path is not None and path.is_dir():
             raise UsageError(f"{path} is a folder: name a file in it")
@@ -383,12 +533,19 @@ def _make_folder(folder: Path) -> None:
         raise DeviceError(f"{folder}: cannot be made ({error.strerror}): name a file in a writable folder") from error
 
 
-def _fresh_store(folder: Path) -> Store:
-    store = Store.open(folder)
-    if store.generations():
-        store.close()
-        raise UsageError(f"{folder} already holds generations, and a simulation starts from none: name a new folder")
-    return store
+def _learned(store: Store, folder: Path, data: FolderData, encoder: Encoder) -> System | None:
+    """What an earlier run left in the store, if anything. Raises `UsageError` for a domain that this run does not
+    stream, `FormatError` for another encoder."""
+    system = generations.load(store)
+    if system is None:
+        return None
+    generations.require_encoder(system, encoder.digest)
+    if unknown := sorted(set(system.names) - set(data.domains)):
+        raise UsageError(
+            f"{folder} knows {', '.join(unknown)}, which {data.root} does not stream: "
+            "name all its domains with --order, or give a new folder"
+        )
+    return system
 
 
 def _write(path: Path, text: str) -> None:

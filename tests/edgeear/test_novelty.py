@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import erf
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_degenerate_memories_still_score() -> None:
     assert np.isfinite(held.values).all()
     with pytest.raises(DataError, match="0 samples"):
         detector(learn(h[:0], np.zeros(0, np.int64), CLASSES, M))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_samples_score_after_their_sums_were_rounded(seed: int) -> None:
+    h = np.repeat(np.random.default_rng(seed).normal(3, 1, (1, 96)).astype(np.float32), 10, axis=0)
+    memory = learn(h, np.zeros(10, np.int64), CLASSES, 64)
+    sums, gram = memory.class_sums.astype(np.float32), memory.gram.astype(np.float32)
+    stored = replace(memory, class_sums=sums.astype(np.float64), gram=gram.astype(np.float64))
+    scores = detector(stored).leverage(h * np.array([[1]] * 9 + [[2]], np.float32))
+    assert np.isfinite(scores).all() and scores[-1] > scores[0]
 
 
 def test_calibration_is_out_of_fold() -> None:

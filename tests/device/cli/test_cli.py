@@ -141,6 +141,13 @@ def test_a_broken_encoder_fails_its_check_with_a_remedy(
     assert "cannot serve as an encoder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [(), ("simulate",), ("eval",), ("encoder", "check"), ("store", "list"), ("run",)])
+def test_help_shows_flags_without_a_value(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert code(*words, "--help") == 0
+    told = capsys.readouterr().out
+    assert "--help" in told and "bool" not in told
+
+
 def test_simulate_writes_what_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

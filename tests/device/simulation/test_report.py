@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +116,30 @@ def example_growth(domain: str, rng: np.random.Generator) -> Growth:
             for index, (size, score) in enumerate(zip(sizes, scores, strict=True))
         ],
     )  # fmt: skip
+
+
+def with_facts() -> RunRecord:
+    """The example with what a simulation adds: the data of each domain, thumbnails, labels and seconds spent."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((96, 96, 3), 90, np.uint8)).save(buffer, "JPEG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    facts = [
+        {
+            "domain": name,
+            "frames": 450,
+            "images": 450,
+            "labelled": 200,
+            "labels": 200,
+            "tests": 100,
+            "thumbnails": [picture] * 6,
+        }
+        for name in DOMAINS
+    ]
+    facts[3] |= {"images": 40, "labels": 31, "tests": 12, "unlabelled": ["guitar", "horse"]}
+    raw = json.loads(example().to_json())
+    return RunRecord.model_validate(
+        raw | {"facts": facts, "growth": [growth | {"total_s": 30.5} for growth in raw["growth"]]}
+    )
 
 
 def bare(**fields: object) -> RunRecord:
@@ -268,6 +294,26 @@ def test_mean_skips_what_was_not_measured() -> None:
     assert (mean([0.5, None, 1.0]), mean([None]), mean([])) == (0.75, None, None)
 
 
+def test_worth_is_the_last_row_of_the_matrix_against_the_first() -> None:
+    worth = with_facts().worth()
+    assert [row.without for row in worth] == [0.98, None, None, None]
+    assert [row.after for row in worth] == pytest.approx([0.965, 0.94, 0.915, 0.89])
+    assert [(row.labels, row.seconds) for row in worth] == [(200, 30.5)] * 3 + [(31, 30.5)]
+    stopped = bare(domains=["a", "b"], accuracy_matrix=[[0.5, 0.25], [None, None]]).worth()
+    assert [(row.without, row.after, row.gain) for row in stopped] == [(0.5, 0.5, 0.0), (0.25, 0.25, 0.0)]
+    assert [(row.labels, row.seconds) for row in bare().worth()] == [(None, None)]
+
+
+def test_facts_fit_the_domains_and_thumbnails_are_base64() -> None:
+    fact = {"domain": "photo", "frames": 1, "images": 1, "labelled": 0, "labels": 0, "tests": 1}
+    assert bare(facts=[fact]).facts[0].domain == "photo"
+    with pytest.raises(ValidationError, match="one for each"):
+        bare(facts=[fact | {"domain": "art"}])
+    for wrong in ('"><img src=x>', "A" * 16_388):
+        with pytest.raises(ValidationError, match="thumbnails"):
+            bare(facts=[fact | {"thumbnails": [wrong]}])
+
+
 # --- the page ---------------------------------------------------------------------------------------------
 
 
@@ -286,6 +332,31 @@ def test_page_has_every_section_and_the_numbers(html: str) -> None:
         "seed 11", "2026-02-02 02:40:00 UTC", "300 of 4096 shown", "Cortex-A76", "giraffe", "Best mixed proxy",
     ):  # fmt: skip
         assert number in text, number
+
+
+def test_page_begins_with_what_edgeear_was_worth() -> None:
+    html = render(with_facts())
+    page = parse(html)
+    assert (page.wrong, page.open) == ([], [])
+    assert html.index("What edgeear was worth") < html.index("Headline figures")
+    for words in (
+        "With edgeear the classifier is right on 92.8 %", "This took 631 labels and 2 min 02 s of learning",
+        "sketch has 12 test images, fewer than 30", "sketch has 40 different training images for 450 frames",
+        "no image of these classes got a label: guitar, horse",
+    ):  # fmt: skip
+        assert words in page.text, words
+    pictures = [reference for reference in page.references if not reference.startswith("#")]
+    assert len(pictures) == 24 and all(picture.startswith("data:image/jpeg;base64,") for picture in pictures)
+    assert html.count(' alt="frame ') == 24 and len(html) < 1_000_000
+
+
+def test_size_axis_has_several_ticks_whatever_the_sizes(html: str) -> None:
+    picture = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)[1]
+    ticks = re.findall(r">(\d{1,3}(?:,\d{3})+)</text>", picture)
+    assert len(ticks) >= 3
+    points = [{"parameters": size, "score": 1.0} for size in (48_000, 48_500)]
+    narrow = render(bare(growth=[{**GROWN, "candidates": points}]))
+    assert ">20,000</text>" in narrow and ">50,000</text>" in narrow and ">100,000</text>" in narrow
 
 
 def test_page_is_well_formed_and_accessible(html: str) -> None:
@@ -423,7 +494,7 @@ def test_report_that_cannot_be_written_names_the_path(tmp_path: Path) -> None:
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"edgeear\[report\]"):
+    with pytest.raises(UsageError, match=r"\.\[report\]"):
         render(example())
 
 
@@ -444,7 +515,7 @@ def browser() -> str:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_browser_shows_the_page(browser: str, tmp_path: Path, theme: str) -> None:
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    write_report(example(), page)
+    write_report(with_facts(), page)
     dark = ("--blink-settings=preferredColorScheme=0",) if theme == "dark" else ()
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = [browser, *BROWSER_FLAGS, *dark, profile, f"--screenshot={shot}", page.as_uri()]
@@ -457,6 +528,23 @@ def test_browser_shows_the_page(browser: str, tmp_path: Path, theme: str) -> Non
     packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     assert len(np.unique(packed)) > 300
     assert (pixels[3, 3].mean() < 60) == (theme == "dark")
+
+
+@pytest.mark.parametrize("names", [DOMAINS, tuple(f"{name} under_the_northern_roof" for name in DOMAINS)])
+def test_phone_needs_no_sideways_scrolling(browser: str, tmp_path: Path, names: tuple[str, ...]) -> None:
+    """An outer page measures ours in a frame of 390 px: a browser window cannot be as narrow as that."""
+    outer, record = tmp_path / "phone.html", with_facts() if names == DOMAINS else example(names)
+    outer.write_text(
+        f'<!DOCTYPE html><iframe width="390" height="900" frameborder="0" srcdoc="{escape(render(record))}"></iframe>'
+        "<script>onload = () => { const inner = frames[0].document.documentElement;"
+        "document.title = inner.clientWidth + ' ' + inner.scrollWidth }</script>",
+        encoding="utf-8",
+    )
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [browser, *BROWSER_FLAGS, profile, "--dump-dom", outer.as_uri()]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    assert "<title>390 390</title>" in ran.stdout, re.findall("<title>.*?</title>", ran.stdout)
 
 
 def test_browser_would_tell_of_a_console_message(browser: str, tmp_path: Path) -> None:
@@ -488,13 +576,13 @@ def test_plain_mode_prints_lines_now_and_then() -> None:
     screen, out = console(terminal=False)
     clock = Clock()
     with LiveView(screen, DOMAINS, 100, clock=clock, plain_period=5.0) as view:
-        for at in range(100):
+        for at in range(1, 101):
             clock.now = float(at)
             view.sample(at, "photo", 0.25, 0.5, "photo")
     lines = out.getvalue().splitlines()
-    assert len(lines) == 21  # every 5 s, and the last sample
-    assert lines[1] == "      5  of 100: domain photo, novelty 0.25, p 0.5, route photo"
-    assert lines[-1].split()[0] == "99"
+    assert len(lines) == 20  # every 5 s; the last sample is one of them
+    assert lines[0] == "      5  of 100: domain photo, novelty 0.25, p 0.5, route photo"
+    assert lines[-1].split()[0] == "100"
 
 
 def test_plain_mode_prints_events_at_once_and_phases_with_the_time_left() -> None:
@@ -506,11 +594,13 @@ def test_plain_mode_prints_events_at_once_and_phases_with_the_time_left() -> Non
         for done in range(11):
             clock.now += 2.0
             view.phase("search", done, 10)
+        for done in range(300):
+            view.phase("encode", done + 1, 300)
     text = out.getvalue()
     assert "7  shift      left photo\n" in text
-    assert "search: 0 of 10\n" in text and "search: 10 of 10\n" in text
-    assert "search: 3 of 10, 14 s left\n" in text
-    assert text.count("search: ") == 5  # the first, each 5 s, the last
+    assert "search: 3 of 10, 14 s left\n" in text and "search: 10 of 10\n" in text
+    assert text.count("search: ") == 4  # each 5 s, and the last
+    assert "encode" not in text  # over before it was worth a line
     assert "\x1b" not in text
 
 
@@ -520,6 +610,11 @@ def test_table_shows_the_figures_in_plain_text() -> None:
     text = out.getvalue()
     for words in ("92.3 %", "94.2 %", "-1.0 %", "3 of 3, false alarms 1", "23.0", "sketch", "82.2 KiB", "20.4 s"):
         assert words in text
+    assert text.index("what edgeear was worth") < text.index("final accuracy")
+    out.truncate(0)
+    LiveView(screen, DOMAINS, 1, clock=Clock()).table(with_facts())
+    for words in ("98.0 %", "92.8 %", "631", "122.0 s", "sketch has 12 test images"):
+        assert words in out.getvalue(), words
     assert "\x1b" not in text
 
 
@@ -544,13 +639,13 @@ def test_terminal_is_redrawn_at_most_once_a_period() -> None:
     screen, out = console(terminal=True)
     clock = Clock()
     with LiveView(screen, DOMAINS, 1000, clock=clock, period=0.1) as view:
-        view.sample(0, "photo", 0.1, 0.5, "photo")
+        view.sample(1, "photo", 0.1, 0.5, "photo")
         before = out.tell()
-        for at in range(1, 500):
+        for at in range(2, 501):
             view.sample(at, "photo", 0.1, 0.5, "photo")
         assert out.tell() == before
         clock.now = 0.2
-        view.sample(500, "cartoon", 0.7, 0.01, "abstain")
+        view.sample(501, "cartoon", 0.7, 0.01, "abstain")
         view.phase("training", 5, 10)
         drawn = out.getvalue()[before:]
     assert all(words in drawn for words in ("501 of 1,000", "cartoon", "abstain", "training", "5 of 10"))
@@ -560,11 +655,11 @@ def test_view_ends_and_lets_the_error_through() -> None:
     screen, out = console(terminal=True)
     view = LiveView(screen, DOMAINS, 10, clock=Clock())
     with pytest.raises(RuntimeError, match="broken run"), view:
-        view.sample(0, "photo", float("nan"), 0.5, "photo")
+        view.sample(1, "photo", float("nan"), 0.5, "photo")
         raise RuntimeError("broken run")
     assert out.getvalue().rstrip().endswith("\x1b[2K") or "\x1b[?25h" in out.getvalue()  # the cursor is back
     end = out.tell()
-    view.sample(1, "photo", 0.1, 0.5, "photo")
+    view.sample(2, "photo", 0.1, 0.5, "photo")
     assert out.tell() == end
 
 
@@ -573,8 +668,8 @@ def test_view_ends_and_lets_the_error_through() -> None:
 def test_no_name_reaches_the_terminal_as_a_control_code(name: str, novelty: float, terminal: bool) -> None:
     screen, out = console(terminal)
     hostile = name + "\x1b[2J\x07\r[bold]"
-    with LiveView(screen, [hostile], 9, clock=Clock()) as view:
-        view.sample(0, hostile, novelty, 0.5, hostile)
+    with LiveView(screen, [hostile], 1, clock=Clock()) as view:
+        view.sample(1, hostile, novelty, 0.5, hostile)
         view.event(hostile, hostile)
         view.phase(hostile, 1, 2)
     assert "\x1b[2J" not in out.getvalue() and "\x07" not in out.getvalue()

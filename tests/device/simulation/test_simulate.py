@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +17,19 @@ from rich.console import Console
 
 from device.board.board import BoardPolicy
 from device.simulation.record import ABSTAIN, RunRecord
+from device.simulation.report import render
 from device.simulation.simulate import GroundTruth, SimulateOptions, simulate
 from device.state.codec import from_files
 from device.state.store import Store
-from edgeear.errors import DataError, DeviceError, UsageError
+from edgeear.errors import DataError, DeviceError, FormatError, UsageError
 from edgeear.samples import Samples
 from edgeear.system import Rejected
+from tests.device.simulation.test_report import parse
 from tests.support import fakes
 
 POLICY = BoardPolicy(probation=15, memory=60)
 PER_CLASS = 50
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def write(root: Path, domains: Sequence[tuple[str, int]], per_class: int = PER_CLASS) -> Path:
@@ -41,9 +48,9 @@ def options(data: Path, **changes: object) -> SimulateOptions:
     return replace(small, **changes)  # type: ignore[arg-type]
 
 
-def ran(given: SimulateOptions) -> RunRecord:
+def ran(given: SimulateOptions, quiet: bool = True) -> RunRecord:
     start = fakes.empty()
-    return simulate(given, fakes.FakeEncoder(), quiet=True, policy=POLICY, system=start, now=lambda: 1e9)
+    return simulate(given, fakes.FakeEncoder(), quiet=quiet, policy=POLICY, system=start, now=lambda: 1e9)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def test_matrices_and_growth_cover_every_domain(run: Run) -> None:
 
 def test_the_stream_is_recorded_sample_by_sample(run: Run) -> None:
     stream = run.record.stream
-    assert stream.at == tuple(range(330 - skipped(run)))
+    assert stream.at == tuple(range(1, 331 - skipped(run)))
     assert stream.domain[0] == "red" and stream.domain[-1] == "green"
     assert stream.route[0] == ABSTAIN and stream.novelty[0] is None
 
@@ -184,10 +191,105 @@ def test_what_cannot_work_is_refused_at_once(
         ran(options(data, **changes))
 
 
-def test_a_used_store_is_refused(tmp_path: Path, run: Run) -> None:
+def test_a_store_of_other_domains_or_another_encoder_is_refused(tmp_path: Path, run: Run) -> None:
     data = write(tmp_path, (("red", 0),), 5)
-    with pytest.raises(UsageError, match="already holds generations"):
+    with pytest.raises(UsageError, match=r"knows blue, green.*--order"):
         ran(options(data, store=run.folder / "store"))
+    given = options(run.folder / "data", store=run.folder / "store")
+    other = fakes.FakeEncoder()
+    other.digest = "0" * 64
+    with pytest.raises(FormatError, match=r"learned on encoder"):
+        simulate(given, other, quiet=True, policy=POLICY, system=fakes.empty())
+
+
+def test_a_finished_store_has_nothing_left_to_stream(run: Run, tmp_path: Path) -> None:
+    given = options(run.folder / "data", order=run.record.domains, store=tmp_path / "store")
+    shutil.copytree(run.folder / "store", tmp_path / "store")
+    again = ran(given)
+    assert again.accuracy_matrix == run.record.accuracy_matrix and again.stream.at == ()
+    assert [event.text for event in again.events if event.kind == "resumed"] == [
+        "generation 4 knows red, blue, green: no domain is left to stream"
+    ]
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from tests.device.simulation.test_simulate import options, ran
+
+record = ran(options(Path(sys.argv[1]), order=("red", "green"), store=Path(sys.argv[2])), quiet=False)
+Path(sys.argv[2]).with_suffix(".json").write_text(record.to_json())
+"""
+
+
+def test_ctrl_c_keeps_what_was_confirmed_and_the_store_goes_on(tmp_path: Path) -> None:
+    data, store = write(tmp_path / "data", (("red", 0), ("green", 1))), tmp_path / "store"
+    command = [sys.executable, "-c", STOPPED, str(data), str(store)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "confirmed" in line:
+                running.send_signal(signal.SIGINT)
+                break
+        told = running.stderr.read()
+    assert running.returncode == 0, told
+    assert f"{store} keeps generation 2 (red): the same command goes on from there" in told
+    stopped = RunRecord.from_json(store.with_suffix(".json").read_text())
+    assert stopped.stopped_at == len(stopped.stream.at) < 220
+    assert stopped.accuracy_matrix[0][0] is not None and stopped.accuracy_matrix[1] == (None, None)
+    assert "stopped after sample" in render(stopped)
+    record = ran(options(data, order=("red", "green"), store=store))
+    assert "generation 2 knows red: going on with green" in [event.text for event in record.events]
+    assert [growth.domain for growth in record.growth] == ["red", "green"]
+    assert record.accuracy_matrix[0] == stopped.accuracy_matrix[0] and record.stopped_at is None
+    assert set(record.stream.domain) == {"green"} and record.stream.at[0] == 1
+
+
+def test_a_stop_without_a_store_says_that_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("device.simulation.simulate.Board.step", stop)
+    record = ran(options(write(tmp_path, (("red", 0),), 5)))
+    assert record.stopped_at == 0 and "without --store nothing" in record.events[-1].text
+
+
+def test_small_data_is_named_as_such(tmp_path: Path) -> None:
+    record = ran(options(write(tmp_path, (("red", 0), ("green", 1)), 8), samples=60))
+    facts = {fact.domain: fact for fact in record.facts}
+    assert facts["red"].frames == 60 > facts["red"].images and facts["red"].labelled == 40 > facts["red"].labels > 0
+    told = parse(render(record)).text
+    for words in (
+        f"red has {facts['red'].images} different training images for 60 frames",
+        f"red has {facts['red'].tests} test images, fewer than 30",
+    ):
+        assert words in " ".join(record.remarks()) and words in told
+    warned = [event.text for event in record.events if event.kind == "data"]
+    assert any("60 frames of each domain are fewer than 135" in text and "--samples 135" in text for text in warned)
+    assert any("training images for 60 frames" in text for text in warned)
+
+
+@pytest.mark.parametrize("images", [1, 12])
+def test_one_class_or_one_image_makes_a_report(tmp_path: Path, images: int) -> None:
+    frames = fakes.frames(0, fakes.CLASSES[:1], fakes.labels_of(images) * 0, seed=5)
+    (tmp_path / "data/red/only").mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"data/red/only/{number}.png")
+    record = ran(options(tmp_path / "data", labels=10, samples=60, report=tmp_path / "r.html"))
+    assert any("only is the only class" in event.text for event in record.events)
+    assert "fewer than 30" in (tmp_path / "r.html").read_text()
+
+
+def test_classes_that_got_no_label_are_listed(tmp_path: Path) -> None:
+    record = ran(options(write(tmp_path, (("red", 0),), 30), labels=5, samples=60))
+    (fact,) = record.facts
+    assert fact.labels == 5 and fact.unlabelled
+    assert f"no image of these classes got a label: {', '.join(fact.unlabelled)}" in " ".join(record.remarks())
+
+
+def test_frames_follow_the_labels_unless_you_say_how_many(tmp_path: Path) -> None:
+    assert [options(tmp_path, labels=labels, samples=None).frames for labels in (200, 30, 0)] == [450, 280, 450]
+    assert options(tmp_path, samples=60).frames == 60
 
 
 def test_a_domain_with_a_reserved_name_is_refused(tmp_path: Path) -> None:
