@@ -241,6 +241,30 @@ def test_a_domain_that_is_back_is_recognised_and_not_grown_twice() -> None:
     assert rig.kinds[-1] == "recognised"
 
 
+def test_a_learner_that_cannot_start_raises_and_the_board_serves_on() -> None:
+    class Broken(Later):
+        def start(self, job: Job) -> None:
+            raise DeviceError("no process can be started")
+
+    rig = Rig(start=fakes.grown(0), learner=Broken())
+    before = rig.board.system
+    rig.show(0, 30)
+    with pytest.raises(DeviceError, match="no process"):
+        rig.board.adapt_now("d0")
+    assert str(rig.board.phase) == "serving" and not rig.board.waiting
+    assert len(rig.show(0, 5)) == 5 and rig.board.system is before
+
+
+@pytest.mark.parametrize("labels", [(), ("rows",), ("rows",) * 3], ids=len)
+def test_a_job_has_frames_and_a_label_for_each(labels: tuple[str, ...]) -> None:
+    frames = tuple(fakes.frames(0, fakes.CLASSES, fakes.labels_of(2), 1))
+    with pytest.raises(UsageError, match=f"{len(labels)} labels for 2 frames of a job: give one for each"):
+        LabelledJob(fakes.empty(), "d0", frames, labels)
+    for kind, extra in ((LabelledJob, ()), (UnlabelledJob, UnlabelledPolicy())):
+        with pytest.raises(UsageError, match="job for 'd0' has 0 frames"):
+            kind(fakes.empty(), "d0", (), extra)  # type: ignore[arg-type]
+
+
 # ----------------------------------------------------------------------------------- learning elsewhere, and waiting
 
 
