@@ -2,11 +2,11 @@
 
 Rules of this file:
 
-1. `device.mqtt.delivery` decides what is sent, and when. This file does it, and tells it what comes back.
-2. Whatever goes wrong ends the connection with a text that an operator can act on.
+1. The `Delivery` decides what is sent, and when. This file sends it, and passes on what comes back.
+2. Any failure ends the connection with a text that tells the operator what to check.
 3. Subscriptions ask for no retained message: a retained command would come again at each connect.
-4. Nothing is done when there is nothing to do: the thread sleeps in poll(2) until the socket, `Link.wake`, the time
-   that the delivery names or a quarter of the keep-alive.
+4. An idle connection does nothing: the thread sleeps in poll(2) until the socket, the waker, `Delivery.until` or a
+   quarter of the keep-alive.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ UNSUPPORTED: Final = 0x84
 PROTOCOL_ERROR: Final = 0x82
 SILENT: Final = 0x8D
 NOT_OUR_FAULT: Final = {0x00, 0x89, 0x8B, 0x8E, 0x97, 0x98, 0x9C, 0x9D, 0x9F, 0xA0}
-"""Why a broker disconnects whatever we sent: shut down, busy, session taken over, quota, administrator, moved, ..."""
+"""Reasons that do not depend on what we sent: shut down, busy, session taken over, quota, administrator, moved, ..."""
 REMEDIES: Final = {
     0x84: "; MQTT 3.1.1 is tried next",
     0x85: "; check that the broker accepts this client id",

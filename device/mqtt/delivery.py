@@ -199,7 +199,7 @@ class Delivery:
         self._fresh = True
 
     def acknowledge(self, token: Token) -> None:
-        """A command is dealt with for good. Harmless where an older connection brought it, and when repeated."""
+        """A command is dealt with. Does nothing if an older connection brought it, or if repeated."""
         self._acks.append(token)
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None) -> bool:
@@ -211,7 +211,7 @@ class Delivery:
         return True
 
     def request_redelivery(self) -> None:
-        """End the connection: the broker sends what was not acknowledged again after the next connect."""
+        """End the connection: after the next connect the broker sends again what was not acknowledged."""
         self._redeliver = True
 
     def stop(self, drain_until: float, leave_until: float) -> None:
@@ -223,7 +223,7 @@ class Delivery:
     def accepted(self, now: float, receive_maximum: int = 65_535, maximum_packet: int = MAX_PACKET) -> None:
         """The broker accepted a new connection with these limits of its own."""
         self._reset(now, min(self._inflight, receive_maximum), maximum_packet)
-        self.connected, self._fresh = True, True
+        self.connected, self._fresh, self._redeliver = True, True, False
         self._connection += 1
         self._tally["connects"] += 1
         self._actions += Subscribe(), self._say("online")

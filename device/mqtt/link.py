@@ -1,15 +1,15 @@
-"""The link of a board to its broker: connects, says who it is, empties the outbox, receives commands; for years.
+"""The link of a board to its broker: connects, announces the board, empties the outbox, receives commands.
 
 Rules of this file:
 
-1. One thread does all that touches the network. It joins a `Connection` (the network) and the `Delivery` (what is sent,
-   and when). Other threads only leave something with the `Delivery` and wake this thread.
-2. Each connection is a fresh `Connection` with a fresh MQTT client: nothing of the last one is sent again by it. The
-   outbox is the only retransmitter, and an item leaves it only after the broker's PUBACK.
-3. Whatever goes wrong ends the connection with a text, is reported once by `on_change(False, text)`, and is followed
-   by another try after an exponential back-off with full jitter: a delay drawn uniformly from [0, min(most, least *
+1. One thread does all that touches the network, through a `Connection`. The `Delivery` decides what is sent, and when.
+   Other threads only leave something with the `Delivery` and wake the link's thread.
+2. Each connection is a fresh `Connection` with a fresh MQTT client: it repeats nothing of the last one. Only the
+   outbox retransmits, and an item leaves it only after the broker's PUBACK.
+3. Any failure ends the connection. `on_change(False, text)` reports it once, and the next try follows after an
+   exponential back-off with full jitter: a delay drawn uniformly from [0, min(most, least *
    2^tries)] (Brooker, "Exponential Backoff And Jitter", 2015). Only a connection that lasted `reconnect_max_s` resets
-   the back-off; thus two boards with one name do not take turns at full speed.
+   the back-off, so that two boards with the same name do not disconnect each other at full speed.
 4. A broker that does not know MQTT 5 gets 3.1.1 at once; the next reconnect asks for MQTT 5 again.
 """
 
@@ -39,7 +39,7 @@ __all__ = ["Inbound", "Link", "LinkCounters", "LinkPolicy", "TlsFiles"]
 @dataclass(frozen=True)
 class Inbound:
     """A command from the broker. `name` of topic `.../command/infer` is "infer". `expires`: unix seconds, None for
-    never. `dup`: it may have been delivered before. `token`: pass the whole to `Link.acknowledge`."""
+    never. `dup`: it may have been delivered before. `token`: for `Link.acknowledge`."""
 
     name: str
     kind: Literal["command"]
@@ -53,7 +53,7 @@ class Inbound:
 
 class Link:
     """Keeps a board connected. `start` once, `stop` once. The link's thread calls `on_command`, `on_frame`, `on_change`
-    and `status`, which must only enqueue or note.
+    and `status`, which must return at once.
 
     `status(state)` gives the payload of the birth ("online") and of the will and farewell ("offline"). `on_frame`
     matters only where the policy asks for frames. `rng` draws the back-off. `clock` gives unix seconds.
@@ -84,7 +84,7 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker has accepted us and has not gone since."""
+        """Whether the connection to the broker is up."""
         return self._reported is not None and self._reported[0]
 
     def start(self) -> None:
@@ -97,19 +97,19 @@ class Link:
         self._wake_up()
 
     def acknowledge(self, inbound: Inbound) -> None:
-        """`inbound` is dealt with for good: the broker may forget it. Harmless when it came by an older connection;
-        the broker then sends it again, with `dup`."""
+        """`inbound` is dealt with: the broker may forget it. Does nothing if an older connection brought it; the broker
+        then sends it again, with `dup`."""
         if inbound.token is not None:
             self._delivery.acknowledge(inbound.token)
             self._wake_up()
 
     def request_redelivery(self) -> None:
-        """Let the broker send what was not acknowledged once more, which it does after a reconnect."""
+        """Reconnect, so that the broker sends again what was not acknowledged."""
         self._delivery.request_redelivery()
         self._wake_up()
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
-        """Send once, QoS 0, past the outbox. False: not connected, or the network does not keep up; it is lost."""
+        """Send once with QoS 0, past the outbox. False, and lost, if not connected or the network does not keep up."""
         taken = self._delivery.publish_now(topic, payload, correlation)
         self._wake_up()
         return taken
@@ -130,7 +130,7 @@ class Link:
             self._thread.join(timeout + 1.0)
 
     def _wake_up(self) -> None:
-        with contextlib.suppress(OSError):  # full: the thread wakes anyway; closed: the link has ended
+        with contextlib.suppress(OSError):  # full: the thread wakes anyway; closed: it has ended
             self._wake_writer.send(b"\0")
 
     def _close(self) -> None:
@@ -164,7 +164,7 @@ class Link:
                 connection.perform(action)
         except DeviceError as error:
             self._report(False, str(error))
-        except Exception as error:  # of a callback or a bug: it must not leave a board without its link for years
+        except Exception as error:  # a bug, ours or of a callback: the link must go on
             logging.getLogger(__name__).exception("the link failed and starts again")
             why = f"internal error {type(error).__name__}: {error}"
             delivery.disconnected(why, blame=False)
