@@ -1,27 +1,20 @@
-"""What the groups of commands share: options, the check for optional packages, progress bars, and results in files."""
+"""What the groups of commands share: options, the check for optional packages, and results in files."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from adaptors.progress import Progress
+from device.cli.progress import progress
 from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-"""Progress: phase, done, total."""
 
 
 class Size(StrEnum):
@@ -83,26 +76,8 @@ def default_encoder() -> Path:
     need(LEARN)
     from device.encoder.export import default_encoder_path
 
-    with bars(quiet=False) as show:
+    with progress(quiet=False) as show:
         return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
-
-
-@contextmanager
-def bars(quiet: bool) -> Iterator[Progress]:
-    """Progress bars on stderr, one a phase; gives the function that moves them."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(escape(phase), total=total)
-            progress.update(tasks[phase], completed=done, total=total)
-
-        yield show
 
 
 def check_target(path: Path) -> None:

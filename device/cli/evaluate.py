@@ -21,7 +21,6 @@ from device.cli.common import (
     Quiet,
     Seed,
     Size,
-    bars,
     check_target,
     default_encoder,
     dumped,
@@ -30,11 +29,15 @@ from device.cli.common import (
     save,
     today,
 )
+from device.cli.progress import progress
 from edgeear.errors import UsageError
 
 app = typer.Typer()
 bench = typer.Typer(no_args_is_help=True, help="Measure: run time, search, novelty. Writes one JSON object.")
 app.add_typer(bench, name="bench")
+
+
+KEPT = "the features computed so far are cached, and the same command continues from there"
 
 
 class Prefer(StrEnum):
@@ -74,27 +77,27 @@ def evaluate(
 ) -> None:
     """Run the continual protocol on a folder of domains: learn each in turn, measure all after each."""
     need(LEARN if encoder is None else TRAIN)
-    from device.evaluation.profile import read_latency
-    from device.evaluation.protocol import evaluate as run
-    from device.evaluation.run import EvalOptions
-
     check_target(json)
-    options = EvalOptions(
-        data=data,
-        order=names(order),
-        shots=shots,
-        seed=seed,
-        spatial=spatial,
-        encoder=encoder,
-        budget=budget.value,
-        specs=specs,
-        prefer=prefer.value,
-        halving=halving,
-        classes_per_step=classes_per_step,
-        date=today(),
-        latency=read_latency(profile),
-    )
-    with bars(quiet) as show:
+    with progress(quiet, KEPT) as show:
+        from device.evaluation.profile import read_latency
+        from device.evaluation.protocol import evaluate as run
+        from device.evaluation.run import EvalOptions
+
+        options = EvalOptions(
+            data=data,
+            order=names(order),
+            shots=shots,
+            seed=seed,
+            spatial=spatial,
+            encoder=encoder,
+            budget=budget.value,
+            specs=specs,
+            prefer=prefer.value,
+            halving=halving,
+            classes_per_step=classes_per_step,
+            date=today(),
+            latency=read_latency(profile),
+        )
         result = run(options, show)
     save(json, result.to_json())
     typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
@@ -120,7 +123,7 @@ def profile_board(
     check_target(target)
     taps = OnnxEncoder(encoder or default_encoder()).taps
     shapes = {tap.name: tap.shape for tap in taps if tap.name != "logits"}
-    with bars(quiet) as show:
+    with progress(quiet) as show:
         found = profile(shapes, heads, seed, on_progress=show)
     save(target, to_json(found))
     close, error = found.within_20_percent, found.median_error
@@ -177,7 +180,7 @@ def bench_nas(
     options = NasOptions(
         data, domain, heads, tables, only_table, fidelity, specs, encoder, BUDGETS[budget], latency, seed, today()
     )
-    with bars(quiet) as show:
+    with progress(quiet, KEPT) as show:
         result = run(options, show)
     save(json, dumped(result))
     typer.echo(str(json))
@@ -200,7 +203,7 @@ def bench_ood(
 
     check_target(json)
     options = OodOptions(data=data, order=names(order), shots=shots, seed=seed, encoder=encoder, date=today())
-    with bars(quiet) as show:
+    with progress(quiet, KEPT) as show:
         result = run(options, show)
     save(json, result.to_json())
     typer.echo(str(json))

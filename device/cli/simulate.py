@@ -18,7 +18,6 @@ from device.cli.common import (
     Quiet,
     Seed,
     Size,
-    bars,
     check_target,
     default_encoder,
     dumped,
@@ -26,6 +25,7 @@ from device.cli.common import (
     need,
     save,
 )
+from device.cli.progress import progress
 from edgeear.errors import UsageError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _digits(seed: int, quiet: bool) -> Path:
     from device.files import cache_dir
     from device.images.digits import write_demo_data
 
-    with bars(quiet) as show:
+    with progress(quiet) as show:
         return write_demo_data(cache_dir(), seed, show)
 
 
@@ -175,7 +175,7 @@ def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | Non
     options = FleetOptions(data=data, encoder=encoder, **how)
     if target is not None:
         check_target(target)
-    with bars(quiet) as show:
+    with progress(quiet) as show:
         urgent = WorkerPolicy(specs=options.specs, nice=0, idle=False, spare_core=False)
         learner = ProcessLearner(encoder, urgent, on_progress=lambda phase, *at: show(f"factory: {phase}", *at))
         found = run_fleet(options, OnnxEncoder(encoder), learner, show=show)

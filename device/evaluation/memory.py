@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,11 @@ def inference_memory(encoder: Path | None, system: System, frames: Sequence[Path
     try:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            return pool.submit(_serve, encoder, system, tuple(frames)).result(), None
+            # The child inherits the blocked signal: on Ctrl-C it prints no traceback of its own.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            serving = pool.submit(_serve, encoder, system, tuple(frames))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return serving.result(), None
     except (BrokenProcessPool, OSError) as error:
         return None, f"the process that should serve did not ({error})"
 
