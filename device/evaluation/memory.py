@@ -44,8 +44,10 @@ def inference_memory(encoder: Path | None, system: System, frames: Sequence[Path
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             # The child inherits the blocked signal: on Ctrl-C it prints no traceback of its own.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            serving = pool.submit(_serve, encoder, system, tuple(frames))
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            try:
+                serving = pool.submit(_serve, encoder, system, tuple(frames))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return serving.result(), None
     except (BrokenProcessPool, OSError) as error:
         return None, f"the process that should serve did not ({error})"
