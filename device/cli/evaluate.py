@@ -100,6 +100,8 @@ def evaluate(
         )
         result = run(options, show)
     save(json, result.to_json())
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
 
 

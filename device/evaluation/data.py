@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adaptors.progress import Progress
 from device.encoder.session import pooled_taps
 from device.files import cache_dir
-from device.images.dataset import FolderData, Item, read_folder, shots, split
+from device.images.dataset import FolderData, Item, listed, read_folder, shots, split
 from device.images.feature_cache import FeatureCache
 from device.images.featurise import OnBad, featurise_items
 from edgeear.errors import DataError, UsageError
@@ -134,7 +134,7 @@ def read_domains(
     cache = FeatureCache(options.cache or cache_dir() / "features", CACHE_BYTES)
     reader = _Reader(options, encoder, taps, cache, on_progress)
     domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
-    warnings = (*folder.warnings, *cache.warnings, *reader.bad.values())
+    warnings = (*folder.warnings, *cache.warnings, *reader.bad.values(), *reader.warnings)
     return EvalData(domains, folder.classes, space, warnings)
 
 
@@ -147,6 +147,7 @@ class _Reader:
         self.options, self.encoder, self.taps = options, encoder, taps
         self.cache, self.on_progress = cache, on_progress
         self.bad: dict[tuple[Path, ...], str] = {}
+        self.warnings: list[str] = []
 
     def domain(self, folder: FolderData, name: str, space: HypervectorSpace, views: Sequence[str]) -> DomainData:
         train, test = split(folder.items[name])
@@ -156,9 +157,12 @@ class _Reader:
                 test = (*test, *sorted(set(every) - set(train), key=lambda item: item.relative))
         tested, test_features = self._features(test, name, "plain")
         if not tested:
-            raise DataError(f"domain {name!r} has no test image: {len(train)} images, a fifth is tested, add some")
+            chosen = f"a fifth is tested, chosen by file name, and none of its {len(folder.items[name])} images was"
+            raise DataError(f"domain {name!r} has no test image: {chosen}; add images")
         seen = [self._features(train, name, view) for view in views]
         trained, features = seen[0][0], tuple(f for _, f in seen)
+        self.warnings += _gaps(folder, name, _labels(trained), _labels(tested))
+        self.warnings += _copies(name, *(_contents(part, space) for part in (features[0], test_features)))
         return DomainData(
             name,
             features,
@@ -188,3 +192,36 @@ class _Reader:
 
 def _labels(items: Sequence[Item]) -> I64:
     return np.array([item.label for item in items], np.int64)
+
+
+def _gaps(folder: FolderData, name: str, trained: I64, tested: I64) -> list[str]:
+    """Which classes of a domain lack a training or a test image, of those with more than one file."""
+    counts = np.bincount([item.label for item in folder.items[name]], minlength=len(folder.classes))
+    found = []
+    for labels, what in (
+        (trained, "no labelled image that can be read"),
+        (tested, "no test image, so no accuracy covers them"),
+    ):
+        absent = [c for label, c in enumerate(folder.classes) if counts[label] > 1 and label not in labels]
+        if absent:
+            found.append(f"domain {name}: {len(absent)} classes have {what}: {listed(absent)}")
+    return found
+
+
+def _contents(features: dict[str, F32], space: HypervectorSpace) -> list[int]:
+    """A hash for each image. The encoder gives equal pixels equal bits, whatever their file names and formats."""
+    parts = [features[tap.name] for tap in space.taps]
+    return [hash(b"".join(x.tobytes() for x in row)) for row in zip(*parts, strict=True)]
+
+
+def _copies(name: str, trained: Sequence[int], tested: Sequence[int]) -> list[str]:
+    """What repeated images do to the counts of a domain and to its accuracy."""
+    total, known = len(trained) + len(tested), set(trained)
+    copies, leaked = total - len({*trained, *tested}), sum(content in known for content in tested)
+    found = []
+    if copies:
+        found.append(f"domain {name}: {copies} of {total} files are copies of another file and tell nothing new")
+    if leaked:
+        what = "test files are copies of training files, so its accuracy is too high"
+        found.append(f"domain {name}: {leaked} of {len(tested)} {what}")
+    return found

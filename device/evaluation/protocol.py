@@ -39,7 +39,7 @@ from device.evaluation.steps import learn_steps
 from device.evaluation.stream import false_alarms, shifts
 from device.provenance import machine
 from device.provenance import versions as installed_versions
-from edgeear.errors import UsageError
+from edgeear.errors import DataError, UsageError
 from edgeear.flow import adapt, judge
 from edgeear.memory import learn
 from edgeear.metrics import auroc, bwt, confusion, forgetting, fpr95
@@ -47,6 +47,9 @@ from edgeear.novelty import calibrate, detector
 from edgeear.samples import AdaptPolicy
 from edgeear.system import Live, Rejected, System, SystemPolicy, commit, confirm
 from edgeear.types import Encoder
+
+FEW_TESTS = 30
+"""Test sets below this size are named in the warnings."""
 
 
 def _silent(_phase: str, _done: int, _total: int) -> None:
@@ -62,13 +65,14 @@ def evaluate(
 ) -> EvalResult:
     """Run the protocol and return every figure. `encoder` stands in for the one that the options name.
 
-    Raises `DataError` for images that cannot be used, `UsageError` for options that contradict the data, `EmptyBudget`
-    when no head fits the budget.
+    Raises `DataError` for images that cannot be used and for a domain of one class, `UsageError` for options that
+    contradict the data, `EmptyBudget` when no head fits the budget.
     """
     started, path = clock(), None
     if encoder is None:
         encoder, path = open_encoder(options)
     data = read_domains(options, encoder, on_progress)
+    _refuse_single_classes(data)
     featurised = clock()
     if options.classes_per_step is not None:
         run = learn_steps(options, data, encoder, on_progress, clock)
@@ -78,6 +82,15 @@ def evaluate(
     result = _figures(options, run, path, on_progress)
     spent = {"features": featurised - started, "learning": learned - featurised, "figures": clock() - learned}
     return result.model_copy(update={"timings_s": spent})
+
+
+def _refuse_single_classes(data: EvalData) -> None:
+    for domain in data.domains:
+        own = np.unique(domain.train_labels)
+        if len(own) < 2:
+            name = ", ".join(data.classes[c] for c in own)
+            what = f"domain {domain.name!r} has one class ({name}), so any answer is right"
+            raise DataError(f"{what}: add images of a second class or leave the domain out")
 
 
 # -------------------------------------------------------------------------------------------------- learning
@@ -183,11 +196,20 @@ def _figures(options: EvalOptions, run: Run, path: Path | None, on_progress: Pro
         spatial=bool(options.spatial),
         classes_per_step=options.classes_per_step,
         timings_s={},
-        warnings=data.warnings,
+        warnings=(*data.warnings, *_small_tests(domains)),
         date=options.date,
         machine=machine(),
         versions=installed_versions(),
     )
+
+
+def _small_tests(domains: Sequence[DomainData]) -> list[str]:
+    """The domains whose test images are too few for an accuracy to mean much."""
+    return [
+        f"domain {d.name}: {n} test images are fewer than {FEW_TESTS}: each moves its accuracy by {1 / n:.1%}"
+        for d in domains
+        if (n := len(d.test_labels)) < FEW_TESTS
+    ]
 
 
 def _accuracy(predicted: I64, truth: I64) -> float:

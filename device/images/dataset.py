@@ -63,7 +63,7 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
         warnings.append(_empty(folder / domain))
         del files[domain]
     if not files:
-        raise DataError(f"{folder} has no DOMAIN/CLASS/ folder with {_listed(SUFFIXES)} files: add some")
+        raise DataError(f"{folder} has no DOMAIN/CLASS/ folder with {listed(SUFFIXES)} files: add some")
     classes = tuple(sorted({name for found in files.values() for name in found}))
     _refuse_twins(tuple(files), "domains")
     _refuse_twins(classes, "classes")
@@ -78,16 +78,17 @@ class _Warnings(list[str]):
 
     def ignored(self, folder: Path, names: Sequence[str], why: str) -> None:
         if names:
-            self.append(f"{folder}: {len(names)} ignored ({why}): {_listed(names)}")
+            self.append(f"{folder}: {len(names)} ignored ({why}): {listed(names)}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first `NAMED` names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def _empty(folder: Path) -> str:
-    return f"domain {folder} is empty: add CLASS/ folders with {_listed(SUFFIXES)} files or leave it out"
+    return f"domain {folder} is empty: add CLASS/ folders with {listed(SUFFIXES)} files or leave it out"
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -105,10 +106,10 @@ def _chosen(folder: Path, present: tuple[str, ...], wanted: tuple[str, ...]) -> 
         raise UsageError("the list of domains is empty: name at least one, or give none to read all")
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
-        raise UsageError(f"domains named twice: {_listed(twice)}: name each domain once")
+        raise UsageError(f"domains named twice: {listed(twice)}: name each domain once")
     missing = [name for name in wanted if name not in present]
     if missing:
-        raise DataError(f"{folder} has no domain {_listed(missing)}: it has {_listed(present) or 'none'}")
+        raise DataError(f"{folder} has no domain {listed(missing)}: it has {listed(present) or 'none'}")
     return wanted
 
 
@@ -126,7 +127,7 @@ def _files_of(folder: Path, warnings: _Warnings) -> list[str]:
     entries = _visible(folder)
     usable = [e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in SUFFIXES]
     others = sorted({e.name for e in entries}.difference(usable))
-    warnings.ignored(folder, others, f"not a regular file ending in {_listed(SUFFIXES)}")
+    warnings.ignored(folder, others, f"not a regular file ending in {listed(SUFFIXES)}")
     return usable
 
 
@@ -142,15 +143,15 @@ def _warn_of_gaps(files: Mapping[str, dict[str, list[str]]], classes: tuple[str,
     folded = [name.casefold() for name in classes]
     cased = [name for name in classes if folded.count(name.casefold()) > 1]
     if cased:
-        warnings.append(f"classes that differ only in upper and lower case are kept apart: {_listed(cased)}")
+        warnings.append(f"classes that differ only in upper and lower case are kept apart: {listed(cased)}")
     for domain, found in files.items():
         absent = [name for name in classes if name not in found]
         if absent:
-            warnings.append(f"domain {domain} has no image of {len(absent)} classes: {_listed(absent)}")
+            warnings.append(f"domain {domain} has no image of {len(absent)} classes: {listed(absent)}")
         single = [name for name, names in found.items() if len(names) == 1]
         if single:
             why = "one image, which is trained on and never tested"
-            warnings.append(f"domain {domain}: {len(single)} classes have {why}: {_listed(single)}")
+            warnings.append(f"domain {domain}: {len(single)} classes have {why}: {listed(single)}")
 
 
 def _items(root: Path, domain: str, found: dict[str, list[str]], index: dict[str, int]) -> Iterable[Item]:

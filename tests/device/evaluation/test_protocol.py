@@ -30,6 +30,7 @@ from device.evaluation.protocol import evaluate, learn_domains, wrong_routes
 from device.evaluation.result import EvalResult
 from device.evaluation.run import EvalOptions, Laps, Run, fingerprint
 from device.evaluation.stream import QUIET, WARMUP, false_alarms, shifts
+from device.images.dataset import is_test
 from edgeear.errors import DataError, UsageError
 from edgeear.flow import Judgement
 from edgeear.incremental import head_spec, readout
@@ -287,6 +288,57 @@ def test_a_domain_without_a_test_image_is_refused(tmp_path: Path, cache: Path) -
     write(tmp_path, "plain", ("1", "3"), unchanged, count=1)
     with pytest.raises(DataError, match="no test image"):
         evaluate(options(tmp_path, cache), encoder=RandomConvolution())
+
+
+def test_a_domain_of_one_class_is_refused_with_a_remedy(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, "plain", ("1",), unchanged)
+    with pytest.raises(DataError, match=r"'plain' has one class \(1\).*add images of a second class"):
+        evaluate(options(tmp_path, cache), encoder=RandomConvolution())
+
+
+def test_small_test_sets_are_named_with_what_one_image_is_worth(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, "plain", CLASSES, unchanged)
+    write(tmp_path, "few", ("1", "3"), inverted, count=15)
+    found = evaluate(options(tmp_path, cache, "plain", "few"), encoder=RandomConvolution())
+    plain, few = found.test_samples
+    assert plain >= 30 > few
+    (named,) = [w for w in found.warnings if "fewer than 30" in w]
+    assert named.startswith(f"domain few: {few} test images") and named.endswith(f"{1 / few:.1%}")
+
+
+def warnings_of(folder: Path, cache: Path, **changes: Any) -> tuple[str, ...]:
+    return read_domains(options(folder, cache, **changes), RandomConvolution(), lambda *_: None).warnings
+
+
+def test_copies_are_counted_whatever_their_name_and_format(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, "plain", ("1", "3"), unchanged)
+    assert warnings_of(tmp_path, cache) == ()
+    folder = tmp_path / "plain" / "1"
+    names = (f"copy{number}.png" for number in range(1000))
+    train_name, test_name = (next(n for n in names if is_test(f"plain/1/{n}") == tested) for tested in (False, True))
+    original = next(p for p in sorted(folder.iterdir()) if not is_test(f"plain/1/{p.name}"))
+    Image.open(original).save(folder / train_name, compress_level=0)
+    total = 2 * PER_CLASS + 1
+    assert warnings_of(tmp_path, cache) == (
+        f"domain plain: 1 of {total} files are copies of another file and tell nothing new",
+    )
+    (folder / test_name).write_bytes(original.read_bytes())
+    copied, leaked = warnings_of(tmp_path, cache)
+    assert copied.startswith(f"domain plain: 2 of {total + 1} files are copies")
+    assert ": 1 of " in leaked and "test files are copies of training files" in leaked
+
+
+def test_classes_without_a_labelled_or_a_test_image_are_listed(tmp_path: Path, cache: Path) -> None:
+    write(tmp_path, "plain", ("1", "3"), unchanged)
+    trained = [n for n in (f"{number}.png" for number in range(100)) if not is_test(f"plain/4/{n}")][:3]
+    picture = next((tmp_path / "plain" / "1").iterdir())
+    for label, content in (("4", picture.read_bytes()), ("7", b"no picture")):
+        (tmp_path / "plain" / label).mkdir()
+        for name in trained:
+            (tmp_path / "plain" / label / name).write_bytes(content)
+    found = warnings_of(tmp_path, cache, on_bad="skip")
+    assert "domain plain: 1 classes have no labelled image that can be read: 7" in found
+    assert any("no test image" in w and w.endswith(": 4, 7") for w in found)
 
 
 def test_a_missing_domain_is_refused_by_name(digits: Path, cache: Path) -> None:
