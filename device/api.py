@@ -510,7 +510,9 @@ def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) ->
 def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, ...]:
     """The images of `FOLDER/CLASS/*`, one domain called `name` or as the folder, or of `FOLDER/DOMAIN/CLASS/*`."""
     absolute = folder.absolute()
-    if holds_domains(absolute):
+    if not absolute.is_dir():
+        raise DataError(f"{folder} is not a folder: give one that holds CLASS/ folders of pictures")
+    if _holds_domains(absolute):
         if name is not None:
             raise UsageError(
                 f"{folder} holds DOMAIN/CLASS/ folders, which name the domains: leave out the name {name!r}"
@@ -529,7 +531,7 @@ def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, .
     )
 
 
-def holds_domains(folder: Path) -> bool:
+def _holds_domains(folder: Path) -> bool:
     """Whether a folder is DOMAIN/CLASS/* and not CLASS/*: a folder in a folder of it holds images."""
     inner = [p for p in folder.glob("*/*/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     outer = [p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file()]

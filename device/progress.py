@@ -1,68 +1,77 @@
-"""Progress of long work on stderr: bars on a terminal, a line every few seconds elsewhere."""
+"""Progress of long work on stderr: bars on a terminal, a line every few seconds in a pipe."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from adaptors.progress import Progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import TaskID
 
-EVERY = 5.0
-"""Seconds between two lines where there is no terminal."""
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+PERIOD_S = 5.0
+"""Seconds between two lines in a pipe."""
 
 
 @contextmanager
-def shown(wanted: bool | Progress | None) -> Iterator[Progress]:
-    """The function to call with (phase, done, total). `wanted`: True shows it, False does not, None only on a terminal;
-    a function of your own is called instead."""
+def shown(
+    wanted: bool | Progress | None, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
+    """Show the progress of the work inside; gives the function to call with (phase, done, total).
+
+    `wanted`: True shows it, False does not, None shows it on a terminal only; a function of yours is called instead.
+    `clock` gives seconds."""
     if callable(wanted):
         yield wanted
-    elif wanted is False or (wanted is None and not sys.stderr.isatty()):
-        yield silent
-    elif sys.stderr.isatty():
-        with _bars() as show:
+        return
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield lambda *_: None
+        return
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with _bars(console) as show:
             yield show
     else:
-        yield _Lines()
+        yield _lines(console, clock)
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
-    """One bar a phase, gone when all is done."""
-    from rich.console import Console
+def _bars(console: Console) -> Iterator[Progress]:
+    """One bar a phase, which disappear at the end."""
     from rich.markup import escape
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress
 
-    with Bars(console=Console(stderr=True), transient=True) as bars:
+    with Progress(console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = bars.add_task(escape(phase), total=total)
+                tasks[phase] = bars.add_task(escape(_printable(phase)), total=total)
             bars.update(tasks[phase], completed=done, total=total)
 
         yield show
 
 
-class _Lines:
-    """`phase done/total`, when a phase ends and every few seconds."""
+def _lines(console: Console, clock: Callable[[], float]) -> Progress:
+    """A line at the first call, and then for the first call after each `PERIOD_S`."""
+    due = clock()
 
-    def __init__(self) -> None:
-        self._last, self._ended = -EVERY, ""
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal due
+        if clock() >= due:
+            due = clock() + PERIOD_S
+            console.out(f"{_printable(phase)}: {done} of {total}", highlight=False)
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now, ends = time.monotonic(), done >= total and phase != self._ended
-        if not ends and (done >= total or now - self._last < EVERY):
-            return
-        self._last, self._ended = now, phase if ends else ""
-        print(f"{phase} {done}/{total}", file=sys.stderr, flush=True)
+    return show
+
+
+def _printable(phase: str) -> str:
+    """Folder names are part of a phase: nothing in them may move the cursor or fail to print."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in phase)

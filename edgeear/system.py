@@ -27,7 +27,7 @@ from edgeear.types import F32, Features
 
 HYPERVECTOR = "hypervector"
 """Pseudo-tap: the first m coordinates of the hypervector, which heads may read like any pooled tap."""
-TEMPERATURE = {True: 0.15, False: 1.0}
+TEMPERATURE = {True: 0.12, False: 1.0}
 """Temperature of a head that has none in its record, by whether ridge regression solved it: scores near 0 or 1, or
 logits."""
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from device.cli import daemon, encoder, evaluate, operator, simulate, store
+from device.cli import daemon, encoder, evaluate, learn, operator, simulate, store
 from edgeear import __version__
 from edgeear.errors import EdgeearError
 
@@ -44,9 +44,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Keep a frozen image classifier useful on an edge board while its input changes.\n\n"
-    "Start with `edgeear demo`; then `edgeear simulate --data DIR` on your own folders DIR/DOMAIN/CLASS/*.jpg.",
+    "Start with `edgeear demo`; then `edgeear learn DIR --store S` on your own photographs DIR/CLASS/*.jpg.",
 )
-for group in (simulate, evaluate, daemon, operator):
+for group in (learn, simulate, evaluate, daemon, operator):
     app.add_typer(group.app)
 app.add_typer(encoder.app, name="encoder")
 app.add_typer(store.app, name="store")

@@ -1,4 +1,4 @@
-"""Progress of every command, on stderr: bars on a terminal, a line every few seconds in a pipe, nothing when quiet."""
+"""Progress of every command, and what Ctrl-C says."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
-from rich.markup import escape
 
 from adaptors.progress import Progress
+from device.progress import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
 
-PERIOD_S = 5.0
-"""Seconds between two lines in a pipe."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
 
@@ -26,55 +23,13 @@ INTERRUPTED = 130
 def progress(
     quiet: bool, kept: str = "", *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Progress]:
-    """Show the progress of the work inside; gives the function to call with (phase, done, total).
+    """Show the progress of the work inside, unless `quiet`; gives the function to call with (phase, done, total).
 
     Ctrl-C inside ends the command with code 130 and one line, which says what is `kept`. `clock` gives seconds.
     """
-    from rich.console import Console
-
-    console = console or Console(stderr=True)
     try:
-        if quiet:
-            yield lambda *_: None
-        elif console.is_terminal:
-            with _bars(console) as show:
-                yield show
-        else:
-            yield _lines(console, clock)
+        with shown(not quiet, console=console, clock=clock) as show:
+            yield show
     except KeyboardInterrupt:
         typer.echo("; ".join(("stopped", *filter(None, [kept]))), err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
-    """One bar a phase, which disappear at the end."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(escape(_printable(phase)), total=total)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield show
-
-
-def _lines(console: Console, clock: Callable[[], float]) -> Progress:
-    """A line at the first call, and then for the first call after each `PERIOD_S`."""
-    due = clock()
-
-    def show(phase: str, done: int, total: int) -> None:
-        nonlocal due
-        if clock() >= due:
-            due = clock() + PERIOD_S
-            console.out(f"{_printable(phase)}: {done} of {total}", highlight=False)
-
-    return show
-
-
-def _printable(phase: str) -> str:
-    """Folder names are part of a phase: nothing in them may move the cursor or fail to print."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in phase)

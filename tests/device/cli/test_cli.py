@@ -18,6 +18,8 @@ from tests.support.tiny_models import saved, sound
 
 COMMANDS: tuple[list[str], ...] = (
     [],
+    ["learn"],
+    ["predict"],
     ["demo"],
     ["profile"],
     ["simulate"],

@@ -1,0 +1,244 @@
+"""Commands on your own photographs: `edgeear learn` and `edgeear predict`, with what was learned in a store."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from device.cli.common import LEARN, TRAIN, EncoderPath, Quiet, Seed, need
+from device.cli.progress import progress
+from edgeear.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from device.api import Ear
+    from edgeear.flow import Prediction
+
+app = typer.Typer()
+
+COLUMNS = ("file", "label", "probability", "route", "novelty", "p", "ood", "error")
+StoreOption = Annotated[
+    Path, typer.Option("--store", "-s", help="Folder that keeps what was learned.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one picture: an answer or an error. `truth` is the folder that it lies in, None for no file."""
+
+    name: str
+    answer: Prediction | None
+    error: str = ""
+    truth: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The values of `COLUMNS`, and all probabilities; None where there is none."""
+        if self.answer is None:
+            return {**dict.fromkeys(COLUMNS), "file": self.name, "error": self.error, "probabilities": {}}
+        a = self.answer
+        probability = None if a.label is None else a.probabilities[a.label]
+        novelty = a.novelty if a.novelty < float("inf") else None
+        values = (self.name, a.label, probability, a.route, novelty, a.p, a.ood, None)
+        return {**dict(zip(COLUMNS, values, strict=True)), "probabilities": a.probabilities}
+
+
+@app.command(
+    epilog="Example: `edgeear learn photos/kitchen --store my-board`, then `edgeear predict --store my-board x.jpg`"
+)
+def learn(
+    folder: Annotated[
+        Path, typer.Argument(help="FOLDER/CLASS/*.jpg, or FOLDER/DOMAIN/CLASS/*.jpg.", show_default=False)
+    ],
+    store: StoreOption,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Name of the domain; default: the folder's.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Add the images to a domain that is known.")] = False,
+    encoder: EncoderPath = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Learn your own photographs: one folder a class. The store is made where it is missing, else it grows.
+
+    A folder of folders of classes is taken for several domains (a camera, a season, a place each), learned one after
+    another. Ends in 1 where a domain was rejected.
+    """
+    need(LEARN if encoder is None else TRAIN)
+    from device.api import labelled_folder
+    from edgeear.system import Rejected
+
+    parts = labelled_folder(folder, name)
+    what = (
+        f"{len(parts)} domains: {', '.join(p.name for p in parts)}"
+        if len(parts) > 1
+        else f"one domain: {parts[0].name}"
+    )
+    _say(quiet, _printable(f"{folder} is taken for {what}"))
+    ear = _ear(store, encoder, seed, new=True)
+    rejected = False
+    for part in parts:
+        do = ear.update if update else ear.learn
+        kept = f"{store} keeps {', '.join(ear.domains) or 'nothing yet'}; run the same command again to learn the rest"
+        with progress(quiet, _printable(kept)) as show:
+            outcome = do(images=part.images, labels=part.labels, name=part.name, progress=show)
+        if isinstance(outcome, Rejected):
+            rejected = True
+        else:
+            ear.save(store)
+        typer.echo(_printable(str(outcome)))
+        for warning in part.warnings:
+            typer.echo(_printable(f"  warning: {warning}"))
+    _say(quiet, f"next: edgeear predict --store {store} FILES")
+    if rejected:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `edgeear predict --store my-board photos/ --csv > answers.csv`")
+def predict(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES...",
+            help="Pictures, or folders of them; - reads one picture or names, one a line, from stdin.",
+            show_default=False,
+        ),
+    ],
+    store: StoreOption,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")] = False,
+    encoder: EncoderPath = None,
+) -> None:
+    """Say what is on pictures, from which domain they are, and whether they are out of distribution.
+
+    Where every picture lies in a folder that is called like a class, the accuracy is told, too. Ends in 1 where a file
+    could not be read; the others are answered.
+    """
+    if as_json and as_csv:
+        raise UsageError("--json and --csv: choose one")
+    ear = _ear(store, encoder, 0, new=False)
+    rows = []
+    show = _json_line if as_json else _csv_line if as_csv else None
+    if as_csv:
+        typer.echo(_csv(COLUMNS))
+    for row in _rows(ear, files):
+        rows.append(row)
+        if show:
+            typer.echo(show(row))
+    if show is None:
+        _print_table(rows)
+    _print_accuracy(rows, ear.classes)
+    if any(row.error for row in rows):
+        raise typer.Exit(1)
+
+
+def _ear(store: Path, encoder: Path | None, seed: int, new: bool) -> Ear:
+    from device.api import Ear
+    from device.state.store import CURRENT
+
+    if (store / CURRENT).is_file():
+        return Ear.load(store, encoder or "default", seed=seed)
+    if not new:
+        raise UsageError(f"{store} holds nothing learned: run `edgeear learn FOLDER --store {store}` first")
+    if store.is_dir() and any(store.iterdir()):
+        raise UsageError(f"{store} holds other files: give a new or empty folder, or one that was learned to")
+    return Ear(encoder or "default", seed=seed)
+
+
+def _rows(ear: Ear, files: Sequence[str]) -> Iterator[Row]:
+    for name, picture in _pictures(files):
+        truth = Path(name).parent.name if isinstance(picture, Path) else None
+        try:
+            yield Row(name, ear.predict(picture), truth=truth)
+        except DataError as error:
+            yield Row(name, None, str(error), truth)
+
+
+def _pictures(files: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
+    """Names and pictures: of the arguments, of the folders among them, and of stdin."""
+    from device.images.decode import SUFFIXES
+
+    for name in files:
+        if name == "-":
+            content = sys.stdin.buffer.read()
+            try:
+                names = content.decode().splitlines()
+            except UnicodeDecodeError:  # no format of pictures is text
+                yield "-", content
+                continue
+            if "-" in names:
+                raise UsageError("a name '-' on stdin: write ./- for a file of that name")
+            yield from _pictures([n for n in names if n.strip()])
+        elif Path(name).is_dir():
+            found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise DataError(f"{name} holds no picture ({', '.join(SUFFIXES)}): give another folder")
+            yield from ((str(p), p) for p in found)
+        else:
+            yield name, Path(name)
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row.fields())
+
+
+def _csv_line(row: Row) -> str:
+    from device.operator.screen import printable
+
+    fields = row.fields()
+    return _csv(["" if fields[c] is None else printable(str(fields[c])) for c in COLUMNS])
+
+
+def _csv(values: Sequence[Any]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(values)
+    return out.getvalue()
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from device.operator.screen import printable
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("file", "label", "probability", "route", "novelty", ""):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        a = row.answer
+        if a is None:
+            table.add_row(Text(printable(row.name)), Text(printable(row.error), style="red"))
+            continue
+        probability = "" if a.label is None else f"{a.probabilities[a.label]:.0%}"
+        cells = (row.name, a.label or "no answer", probability, a.route or "", f"{a.novelty:.2f}")
+        table.add_row(
+            *(Text(printable(cell)) for cell in cells), Text("out of distribution" if a.ood else "", style="yellow")
+        )
+    Console().print(table, highlight=False)
+
+
+def _print_accuracy(rows: Sequence[Row], classes: Sequence[str]) -> None:
+    """On stderr, where all pictures lie in folders that are called like classes."""
+    answered = [row for row in rows if row.answer is not None]
+    if not answered or not all(row.truth in classes for row in answered):
+        return
+    right, n = sum(row.answer is not None and row.answer.label == row.truth for row in answered), len(answered)
+    few = "; fewer than 30 pictures: a rough figure" if n < 30 else ""
+    _say(False, f"accuracy by the names of the folders: {right} of {n} ({right / n:.1%}){few}")
+
+
+def _printable(text: str) -> str:
+    """Lines without control codes."""
+    from device.operator.screen import printable
+
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        typer.echo(text, err=True)

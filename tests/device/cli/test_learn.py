@@ -1,0 +1,169 @@
+"""`edgeear learn` and `predict`: what is learned is kept, every file gets its row, mistakes end in one line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeear import Ear
+from tests.device.cli.test_cli import code
+from tests.device.cli.test_cli import plain as plain
+from tests.device.simulation.test_simulate import write
+from tests.support import fakes
+
+FIRST = sorted(fakes.CLASSES)[0]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny encoder in the place of any ONNX file, and a search of a few heads."""
+    monkeypatch.setattr("device.api.OnnxEncoder", lambda path: fakes.FakeEncoder())
+    monkeypatch.setattr("device.api._policy", lambda seed: fakes.QUICK)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data"), (("red", 0), ("green", 1)), 12)
+
+
+@pytest.fixture
+def store(data: Path, tmp_path: Path) -> Path:
+    assert code("learn", data, "--store", tmp_path / "s", "--encoder", "e", "--quiet") == 0
+    return tmp_path / "s"
+
+
+def predicted(
+    capsys: pytest.CaptureFixture[str], store: Path, *arguments: str | Path, ends: int = 0
+) -> tuple[str, str]:
+    capsys.readouterr()
+    assert code("predict", "--store", store, "--encoder", "e", *arguments) == ends
+    return capsys.readouterr()
+
+
+def test_one_folder_is_one_domain_and_the_result_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "s"
+    assert code("learn", data / "red", "--store", store, "--encoder", "e", "--name", "day") == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("day: 36 images of 3 classes") and "validation accuracy" in out and "n = " in out
+    assert "is taken for one domain: day" in error and "encode: 0 of 36" in error and "next: edgeear predict" in error
+    assert code("learn", data / "green", "--store", store, "--encoder", "e", "--quiet") == 0
+    assert Ear.load(store, "e").domains == ("day", "green")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_domains_is_several_domains(store: Path) -> None:
+    assert Ear.load(store, "e").domains == ("green", "red")
+
+
+def test_a_known_domain_is_refused_and_update_adds_to_it(
+    data: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code("learn", data / "red", "--store", store, "--encoder", "e") == 2
+    assert "domain 'red' is known" in capsys.readouterr().err
+    more = write(tmp_path / "more", (("red", 3),), 4)
+    assert code("learn", more / "red", "--store", store, "--encoder", "e", "--update") == 0
+    assert Ear.load(store, "e").system.domain("red").memory.n == 48
+
+
+def test_an_interruption_says_what_is_kept(
+    data: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("device.api.adapt", interrupt)
+    assert code("learn", data / "red", "--store", store, "--encoder", "e", "--name", "third") == 130
+    error = capsys.readouterr().err
+    assert f"{store} keeps green, red" in error and "Traceback" not in error
+    assert Ear.load(store, "e").domains == ("green", "red")
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        ((), "nowhere is not a folder"),
+        (("nowhere/a.jpg",), "is empty: add CLASS/ folders"),
+        (("nowhere/cat/a.txt",), "is empty: add CLASS/ folders"),
+    ],
+)
+def test_folders_without_photographs_are_refused(
+    make: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in make:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert code("learn", tmp_path / "nowhere", "--store", tmp_path / "s", "--encoder", "e") == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and complaint in error and "Traceback" not in error
+
+
+def test_a_store_is_not_made_among_other_files(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code("learn", data / "red", "--store", data, "--encoder", "e") == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+def test_predict_prints_a_table_and_the_accuracy_by_folder(
+    data: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, error = predicted(capsys, store, data / "red")
+    assert "probability" in out.splitlines()[0] and len(out.splitlines()) == 1 + 36
+    assert error == "accuracy by the names of the folders: 36 of 36 (100.0%)\n"
+    few = sorted((data / "red" / FIRST).iterdir())[:3]
+    assert "3 of 3 (100.0%); fewer than 30" in predicted(capsys, store, *few)[1]
+
+
+def test_json_and_csv_hold_every_file(data: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = data / "green" / FIRST
+    lines = [json.loads(line) for line in predicted(capsys, store, folder, "--json")[0].splitlines()]
+    assert len(lines) == 12 and {line["label"] for line in lines} == {FIRST}
+    assert all(line["probability"] == max(line["probabilities"].values()) and line["error"] is None for line in lines)
+    table = list(csv.DictReader(io.StringIO(predicted(capsys, store, folder, "--csv")[0])))
+    assert [row["file"] for row in table] == [line["file"] for line in lines]
+    assert {row["route"] for row in table} == {"green"} and {row["ood"] for row in table} <= {"True", "False"}
+    assert predicted(capsys, store, folder, "--csv", "--json", ends=2)[1].startswith("error: --json and --csv")
+
+
+def test_a_bad_file_is_one_row_and_the_others_are_answered(
+    data: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    good = sorted((data / "red" / FIRST).iterdir())[0]
+    out, _ = predicted(capsys, store, bad, good, tmp_path / "none.png", "--json", ends=1)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["label"] for row in rows] == [None, FIRST, None]
+    assert "broken content" in rows[0]["error"] and "No such file" in rows[2]["error"]
+    table, _ = predicted(capsys, store, bad, good, ends=1)
+    assert "broken content" in table and FIRST in table
+
+
+def test_stdin_gives_names_or_one_picture(
+    data: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted((data / "red" / FIRST).iterdir())[:2]
+    for content, count in (("\n".join(map(str, good)).encode(), 2), (good[0].read_bytes(), 1)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        rows = [json.loads(line) for line in predicted(capsys, store, "-", "--json")[0].splitlines()]
+        assert [row["label"] for row in rows] == [FIRST] * count
+
+
+def test_names_of_any_bytes_and_controls_are_printed_safely(
+    data: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted((data / "red" / FIRST).iterdir())[0]
+    odd = tmp_path / "odd\udcff\x1b[31m\n[red].png"
+    odd.write_bytes(good.read_bytes())
+    for how in ([], ["--json"], ["--csv"]):
+        out, _ = predicted(capsys, store, odd, *how)
+        assert FIRST in out and "\x1b" not in out
+
+
+def test_predict_needs_a_store_that_was_learned_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "run `edgeear learn FOLDER --store" in predicted(capsys, tmp_path / "s", "x.jpg", ends=2)[1]
