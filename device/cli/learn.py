@@ -82,6 +82,9 @@ def learn(
     ear = _ear(store, encoder, seed, new=True)
     rejected = False
     for part in parts:
+        if len(parts) > 1 and part.name in ear.domains and not update:
+            _say(quiet, _printable(f"{part.name} is known and left as it is; --update adds to it"))
+            continue
         do = ear.update if update else ear.learn
         kept = f"{store} keeps {', '.join(ear.domains) or 'nothing yet'}; run the same command again to learn the rest"
         with progress(quiet, _printable(kept)) as show:

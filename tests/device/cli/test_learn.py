@@ -58,8 +58,16 @@ def test_one_folder_is_one_domain_and_the_result_is_told(
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_of_domains_is_several_domains(store: Path) -> None:
+def test_a_folder_of_domains_is_several_domains_and_the_same_command_goes_on(
+    data: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert Ear.load(store, "e").domains == ("green", "red")
+    assert code("store", "forget", store, "green") == 0
+    capsys.readouterr()
+    assert code("learn", data, "--store", store, "--encoder", "e") == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("green: ") and "red is known and left as it is" in error
+    assert Ear.load(store, "e").domains == ("red", "green")
 
 
 def test_a_known_domain_is_refused_and_update_adds_to_it(

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from device.cli import app as cli
-from device.cli.progress import PERIOD_S, progress
+from device.cli.progress import progress
 from device.evaluation import protocol
+from device.progress import PERIOD_S
 
 
 def shown(terminal: bool, quiet: bool = False) -> str:
