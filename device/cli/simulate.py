@@ -25,7 +25,7 @@ from device.cli.common import (
     need,
     save,
 )
-from device.cli.progress import progress
+from device.cli.progress import INTERRUPTED, progress
 from edgeear.errors import UsageError
 
 if TYPE_CHECKING:
@@ -204,4 +204,4 @@ def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> N
         if where is not None:
             typer.echo(f"{what}: {where}")
     if record.stopped_at is not None:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
