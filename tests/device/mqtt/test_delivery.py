@@ -415,3 +415,16 @@ def test_size_is_that_of_paho_s_packet(payload: int, correlation: int, expires: 
     publish = Publish("topic", b"p" * payload, 1, False, "application/json", expiry, given_)
     properties: Any = paho.publish_properties("application/json", expiry, given_)
     assert publish.size == 9 + len("topic") + payload + len(properties.pack())
+
+
+def test_a_refused_status_or_subscription_is_reported_and_drops_nothing() -> None:
+    play = Play()
+    play.delivery.accepted(0.0)
+    play.run()
+    play.puback(b"online", code=NOT_AUTHORISED)
+    play.delivery.subscription_refused("Not authorized")
+    play.delivery.ignored()
+    assert play.run() == [Tell("the broker refuses our status: its reason; check its access list")]
+    counters = play.delivery.counters()
+    assert (counters.held, counters.dropped, counters.ignored) == (0, 0, 1)
+    assert counters.last_refusal.startswith("the broker refuses the subscription to commands: Not authorized")
