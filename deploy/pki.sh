@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# A small public-key infrastructure for tests and pilots; `pki.sh --help` tells how to use it.
+# A small public-key infrastructure for tests and pilots; `pki.sh --help` explains how to use it.
 #
 # Rules of this file:
-# 1. Two authorities, so that no board can pass for an operator, whatever its name: `ca` signs broker and devices,
-#    `operators-ca` signs operators.
-# 2. An identity is a place in the topic tree. A device's common name is SITE/DEVICE, an operator's is SITE; the broker
-#    puts it into the patterns of its access list (mosquitto/acl).
-# 3. Nothing is ever overwritten, and what appears is whole: made aside, then renamed.
-# 4. A folder holds what one machine needs, and nothing else leaves the machine that runs this.
+# 1. There are two authorities, so that no board can pass for an operator, whatever its name: `ca` signs broker and
+#    devices, `operators-ca` signs operators.
+# 2. A common name is a place in the topic tree: SITE/DEVICE for a device, SITE for an operator. The broker inserts it
+#    into the patterns of its access list (mosquitto/acl).
+# 3. Nothing is overwritten. A folder is written under a temporary name and renamed when it is complete.
+# 4. One folder holds all that one machine needs. Nothing else has to leave the machine that runs this script.
 set -euo pipefail
 umask 077
 
 readonly CA_DAYS=3650
-readonly WARNING='WARNING: a PKI for TESTS AND PILOTS. Its authority keys lie unencrypted beside this script'\''s output:
-whoever reads them can be any device or operator. For production, use an authority whose keys never leave hardware.'
+readonly WARNING='WARNING: a PKI for TESTS AND PILOTS. Its authority keys are stored unencrypted in this script'\''s output:
+anyone who reads them can pose as any device or operator. In production, use an authority whose keys stay in hardware.'
 
 usage() {
   cat <<END
 usage: pki.sh [--dir DIR] [--days N] COMMAND
 
-  init                       make both authorities, their revocation lists, and DIR/broker
+  init                       create both authorities and their revocation lists
   broker HOST...             certify the broker for these host names and addresses
   device SITE/DEVICE         certify a board; its folder is DIR/devices/SITE/DEVICE
-  operator SITE NAME         certify a person or program that steers SITE: DIR/operators/SITE/NAME
-  revoke FOLDER              withdraw what lies in such a folder, and renew DIR/broker/*.crl.pem (then restart the broker)
+  operator SITE NAME         certify a person or program that controls SITE: DIR/operators/SITE/NAME
+  revoke FOLDER              revoke the certificate in such a folder, and renew DIR/broker/*crl.pem (then restart the broker)
 
-  --dir DIR    where everything is kept (default: pki)
+  --dir DIR    folder for everything (default: pki)
   --days N     validity of broker, device and operator certificates (default: 825); the authorities' is $CA_DAYS
 
-Keys are EC P-256. What exists is kept: every command can be given again, none overwrites.
+Keys are EC P-256. You can repeat every command: existing files are kept.
 
 $WARNING
 END
@@ -50,25 +50,25 @@ done
 [[ $days =~ ^[1-9][0-9]{0,3}$ ]] || fail "--days $days: a whole number from 1 to 9999 is needed"
 command -v openssl >/dev/null || fail "openssl is not installed: apt-get install openssl"
 
-# What is being made, removed when anything fails.
+# The folder that is being written; removed if anything fails.
 fresh=
 trap '[ -z "$fresh" ] || rm -rf "$fresh"' EXIT
 
-begin() { # FOLDER: starts a new folder beside its final place, or returns 1 where that exists
+begin() { # FOLDER: starts a new folder beside its final place, or returns 1 if that exists
   if [ -e "$1" ]; then note "kept $1"; return 1; fi
   mkdir -p "$(dirname "$1")"
   fresh=$(mktemp -d "$(dirname "$1")/.partial-XXXXXX")
 }
 
 finish() { # FOLDER
-  # -T: never into a folder that another run has made meanwhile
+  # -T: not into a folder that another run has made in the meantime
   chmod 0755 "$fresh" && mv -T "$fresh" "$1" && fresh=
   note "made $1"
 }
 
 key() { openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$1"; }
 
-issue() { # CA_FOLDER ARGUMENT...: what needs the authority's records
+issue() { # CA_FOLDER ARGUMENT...: openssl ca, with the authority's records
   EDGEEAR_CA=$1 openssl ca -config "$1/ca.cnf" "${@:2}" 2>/dev/null
 }
 
@@ -78,7 +78,7 @@ authority() { # NAME COMMON_NAME
   openssl req -x509 -new -key "$fresh/ca.key" -sha256 -days "$CA_DAYS" -subj "/CN=$2" -out "$fresh/ca.crt" \
     -addext 'basicConstraints=critical,CA:TRUE,pathlen:0' -addext 'keyUsage=critical,keyCertSign,cRLSign'
   : >"$fresh/index.txt"
-  # The list must not run out before the authority does: to OpenSSL an outdated list means that nobody is admitted.
+  # The revocation list must stay valid as long as the authority: with an expired list OpenSSL admits nobody.
   cat >"$fresh/ca.cnf" <<END
 [ca]
 default_ca = this
@@ -139,12 +139,12 @@ init() {
 }
 
 broker() {
-  [ $# -gt 0 ] || fail "broker: at least one host name or address by which devices reach it is needed"
+  [ $# -gt 0 ] || fail "broker: at least one host name or address that devices use for it is needed"
   local names
   names=$(alternatives "$@")
   needs_init
   if [ -e "$dir/broker" ] && [ "$(cat "$dir/broker/names")" != "$names" ]; then
-    fail "$dir/broker is for $(cat "$dir/broker/names"), not $names: move it away to make another"
+    fail "$dir/broker is for $(cat "$dir/broker/names"), not $names: move it away to create another"
   fi
   begin "$dir/broker" || return 0
   certificate ca "/CN=edgeear broker" serverAuth server "$names"
@@ -199,7 +199,7 @@ revoke() {
   if [ -e "$dir/broker" ]; then
     install -m 0644 "$ca/crl.pem" "$dir/broker/.$list" && mv "$dir/broker/.$list" "$dir/broker/$list"
   fi
-  note "renewed $list: copy it to the broker and restart that, which also ends a connection that is open now"
+  note "renewed $list: copy it to the broker and restart the broker, which also closes open connections"
 }
 
 command=${1:-}

@@ -121,7 +121,7 @@ class LinkCounts:
     unannounced: int = 0
 
 
-Event = Hello | SensorFrame | Log
+SensorEvent = Hello | SensorFrame | Log
 
 
 def pixels(frame: SensorFrame) -> U8:
@@ -172,9 +172,9 @@ class HostEnd:
         self._sequence = (self._sequence + 1) & 0xFFFF
         return b"\0" + encode_packet(packet)
 
-    def feed(self, data: bytes, now: float) -> list[Event]:
+    def feed(self, data: bytes, now: float) -> list[SensorEvent]:
         """The events that `data`, received at `now`, completes."""
-        events: list[Event] = []
+        events: list[SensorEvent] = []
         for packet in self._deframer.feed(data):
             try:
                 event = self._event(packet, now)
@@ -184,7 +184,7 @@ class HostEnd:
                 events += [] if event is None else [event]
         return events
 
-    def _event(self, packet: Packet, now: float) -> Event | None:
+    def _event(self, packet: Packet, now: float) -> SensorEvent | None:
         match packet.type:
             case Kind.HELLO:
                 return self._greeted(packet.payload)

@@ -1,10 +1,10 @@
-"""One board's life, one frame at a time: the step function that the daemon and the simulation share.
+"""A board, one frame at a time: the step function that the daemon and the simulation share.
 
 Rules of this file (phases.py has the table of phases):
 
 1. Every frame gets its prediction first, from the serving generation, whatever else is going on.
-2. What was seen since the onset of a shift is collected, up to a bound, and labelled within a budget. Where a known
-   domain explains all of it together, that domain is back: no label is asked for and no search is spent.
+2. The board collects frames from the onset of a shift on, up to a bound, and asks for labels within a budget. Where a
+   known domain explains all of them together, that domain is back: the board asks for no labels and learns nothing.
 3. The board waits `patience` seconds for labels, then learns from those that came. A learner works at its own pace;
    `poll` and every step ask for its outcome. An outcome for a generation that no longer serves is refused.
 4. A new generation is on probation, whether it was learned here or offered: if the stream looks foreign to it, too, it
@@ -25,23 +25,8 @@ from typing import Literal, Protocol, assert_never
 import numpy as np
 
 from adaptors.progress import Progress
-from device.board.events import (
-    Confirmed,
-    Event,
-    Forgotten,
-    Grown,
-    LabelsWanted,
-    LearningFailed,
-    NotAdmitted,
-    Paused,
-    Recognised,
-    Resumed,
-    RolledBack,
-    Searching,
-    Shifted,
-    Started,
-    TooFewLabels,
-)
+from device.board import events
+from device.board.events import BoardEvent
 from device.board.learner import Failed, InlineLearner, Job, LabelledJob, Learner, Outcome, UnlabelledJob
 from device.board.phases import Phase, Signal, after
 from device.encoder.engine import OrtEngine
@@ -60,19 +45,19 @@ from edgeear.types import F32, U8, Encoder
 from edgeear.unlabelled import UnlabelledPolicy
 
 ATTRIBUTED = 32
-"""Frames since the onset of a shift that say what it is about."""
+"""The latest frames since the onset of a shift, used for its attribution."""
 
 
 class Labeller(Protocol):
     """Who knows the truth: a person, a slower model, or the ground truth in a simulation."""
 
     def label(self, at: Sequence[int]) -> Sequence[str | None]:
-        """Class names for the frames seen at these sample numbers; None where the labeller does not know (yet).
+        """Class names for the frames with these sample numbers; None where the labeller does not know one (yet).
 
-        Asked again and again for the same numbers while the board has patience; never waits."""
+        The board asks for the same numbers again and again until its patience ends. Never waits."""
 
     def domain(self, at: Sequence[int]) -> str:
-        """What to call the domain that these frames are from."""
+        """The name of the domain of these frames."""
 
 
 class Clock(Protocol):
@@ -82,10 +67,10 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class BoardPolicy:
-    """`labels`: asked for per shift; `memory`: frames kept before a shift is declared; `probation`: samples served on
-    probation; `foreign`: share of out-of-distribution verdicts on probation that means rollback; `patience`: seconds
-    that labels may take, 0 to take what is there at once; `views`: how each labelled frame is shown to training;
-    `adapt`: for the built-in learner; `unlabelled`: how to adapt when no labels come, None for not at all."""
+    """`labels`: most labels for a shift; `memory`: frames kept before a shift is declared; `probation`: frames that
+    probation lasts; `foreign`: share of out-of-distribution frames on probation above which the board rolls back;
+    `patience`: seconds to wait for labels, 0 to take those that are there at once; `views`: how each frame is shown to
+    training; `adapt`: for the built-in learner; `unlabelled`: how to adapt when no labels come, None for not at all."""
 
     labels: int = 140
     memory: int = 256
@@ -109,16 +94,8 @@ class BoardPolicy:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What one frame led to."""
-
-    prediction: Prediction
-    events: tuple[Event, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Seen:
-    """A frame, its sample number and the answer that it got."""
+    """A frame, its sample number and what the board predicted for it."""
 
     number: int
     frame: U8
@@ -127,7 +104,7 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """Frames that wait for labels since `since` (seconds), and what an operator wants their domain called."""
+    """Frames that wait for labels since `since` (seconds), and the operator's name for their domain."""
 
     seen: tuple[Seen, ...]
     since: float
@@ -139,8 +116,8 @@ class _Waiting:
 
 
 class Board:
-    """A board: a live system, a detector state and a buffer. `step`, `poll` and an operator's verbs are the only ways
-    anything happens; call them from one thread. The verbs raise UsageError where the phase does not allow them.
+    """A board: a live system, a detector state and a buffer. Only `step`, `poll` and an operator's verbs change it.
+    Call them from one thread. The verbs raise UsageError where the phase does not allow them.
 
     `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's. `store` None keeps nothing
     on disk."""
@@ -156,7 +133,7 @@ class Board:
         store: Store | None = None,
         seed: int = 0,
         on_progress: Progress = lambda *_: None,
-        on_event: Callable[[Event], None] = lambda _: None,
+        on_event: Callable[[BoardEvent], None] = lambda _: None,
         learner: Learner | None = None,
     ) -> None:
         self.live, self.engine = live, OrtEngine(encoder)
@@ -173,7 +150,7 @@ class Board:
         self._waiting: _Waiting | None = None
         self._job: Job | None = None
         self._probation: list[bool] = []
-        self._events: list[Event] = []
+        self._events: list[BoardEvent] = []
         if store is not None and store.confirmed is None:
             generations.publish_confirmed(store, live.confirmed, clock(), "before anything was learned")
 
@@ -193,11 +170,11 @@ class Board:
 
     @property
     def waiting(self) -> bool:
-        """Whether labels or a learner are waited for: `poll` has something to ask."""
+        """Whether the board waits for labels or a learner: call `poll`."""
         return self._waiting is not None or self._job is not None
 
     def wanted(self) -> tuple[Seen, ...]:
-        """The frames whose labels are waited for."""
+        """The frames whose labels the board waits for."""
         return () if self._waiting is None else self._waiting.seen
 
     @property
@@ -205,8 +182,8 @@ class Board:
         """When the board stops waiting for labels, in seconds; None where it waits for none."""
         return None if self._waiting is None else self._waiting.since + self.policy.patience
 
-    def step(self, frame: U8) -> Step:
-        """Predict for one `frame (height, width, 3)`, then learn from the stream what it shows."""
+    def step(self, frame: U8) -> tuple[Prediction, tuple[BoardEvent, ...]]:
+        """Predict for one `frame (height, width, 3)`, then do what the stream asks for."""
         self.at += 1
         self._events = []
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
@@ -218,24 +195,24 @@ class Board:
         if self.phase == "collecting":
             self._collect()
         self._advance()
-        return Step(prediction, tuple(self._events))
+        return prediction, tuple(self._events)
 
-    def poll(self) -> tuple[Event, ...]:
-        """Do what needs no frame: take labels that came, end the wait for them, take the learner's outcome."""
+    def poll(self) -> tuple[BoardEvent, ...]:
+        """Do what needs no frame: take labels that came, end the wait for labels, take the learner's outcome."""
         self._events = []
         self._advance()
         return tuple(self._events)
 
-    def adapt_now(self, name: str | None = None) -> tuple[Event, ...]:
-        """Learn from the frames at hand, known domain or not, as `name` if given. While labels are awaited: from those
-        that came. Raises UsageError while paused and for too few frames, too."""
+    def adapt_now(self, name: str | None = None) -> tuple[BoardEvent, ...]:
+        """Learn now from the collected frames, of a known domain or not, as `name` if given. While the board waits for
+        labels, it uses those that came. Also raises UsageError while paused and for too few frames."""
         self._events = []
         if self.paused:
             raise UsageError("learning is paused: resume it first")
         phase = after(self.phase, "adapt")
         held = len(self.wanted() or self._recent)
         if held < MINIMUM:
-            raise UsageError(f"{held} frames at hand, at least {MINIMUM} needed: show the board more")
+            raise UsageError(f"{held} frames collected, at least {MINIMUM} needed: show the board more")
         if self._waiting is None:
             self._await("adapt", name)
         else:
@@ -244,32 +221,32 @@ class Board:
         self._advance()
         return tuple(self._events)
 
-    def rollback(self) -> tuple[Event, ...]:
+    def rollback(self) -> tuple[BoardEvent, ...]:
         """Undo the generation on probation."""
         self._events = []
         self._settle("foreign", None)
         return tuple(self._events)
 
-    def confirm(self) -> tuple[Event, ...]:
-        """Make the generation on probation permanent before its time."""
+    def confirm(self) -> tuple[BoardEvent, ...]:
+        """Make the generation on probation permanent now."""
         self._events = []
         self._settle("good", None)
         return tuple(self._events)
 
-    def pause(self, paused: bool) -> tuple[Event, ...]:
-        """Stop learning, or resume: predictions and probation go on. What was collected, or is being learned, is
-        dropped; a shift that still holds at the end of the pause is declared then."""
+    def pause(self, paused: bool) -> tuple[BoardEvent, ...]:
+        """Stop learning, or resume. Predictions and probation go on. Pausing ends a wait for labels and a running job.
+        A shift that still holds at the end of the pause is declared then."""
         self._events = []
         if paused and not self.paused:
             self.phase = after(self.phase, "pause")
             self._drop_work()
-            self._tell(Paused(*self.moment))
+            self._tell(events.Paused(*self.moment))
         elif self.paused and not paused:
-            self._tell(Resumed(*self.moment))
+            self._tell(events.Resumed(*self.moment))
         self.paused = paused
         return tuple(self._events)
 
-    def offer(self, candidate: Candidate, note: str) -> tuple[Event, ...]:
+    def offer(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an admitted candidate from anywhere on probation; `note` is kept with its generation. Collected frames
         are dropped.
 
@@ -279,9 +256,9 @@ class Board:
         self._enter("offer", candidate, note)
         return tuple(self._events)
 
-    def replace(self, candidate: Candidate, note: str) -> tuple[Event, ...]:
+    def replace(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an operator's admitted change for good, without a way back: a domain or class forgotten, or domains
-        merged. A job at work is started again over it; no older generation is kept. Raises UsageError for another
+        merged. A running job is started again over it; no older generation is kept. Raises UsageError for another
         generation's candidate."""
         self._events = []
         phase, live = after(self.phase, "replace"), confirm(commit(self.live, candidate))
@@ -290,27 +267,27 @@ class Board:
         self.phase, self.live, job = phase, live, self._job
         self._drop_work()
         self._start_afresh()
-        self._tell(Forgotten(*self.moment, note, self.system.generation))
+        self._tell(events.Forgotten(*self.moment, note, self.system.generation))
         if job is not None:
             self._start(replace(job, system=self.system))
         return tuple(self._events)
 
     def close(self) -> None:
-        """End the learner's job, if any. The board must not be used after."""
+        """End the learner's job, if any. Do not use the board after this."""
         self._learner.cancel()
 
     def _declare(self, shift: Shift | None) -> None:
         self.phase = after(self.phase, "shift")
         if shift is None:
             self._recent = deque([self._recent[-1]], maxlen=self._recent.maxlen)
-            self._tell(Started(*self.moment))
+            self._tell(events.Started(*self.moment))
             return
         onset = likely_onset(shift, [(s.number, s.prediction.p) for s in self._recent], self.system.policy.shift)
         self._recent = deque((s for s in self._recent if s.number > onset), maxlen=self._recent.maxlen)
         h = _codes(list(self._recent)[-ATTRIBUTED:])
         nearest = int(np.bincount(self.system.router.route(h)).argmax())
         moved = attribute(self.system.space, self.system.domains[nearest].memory, h)
-        self._tell(Shifted(*self.moment, onset, moved))
+        self._tell(events.Shifted(*self.moment, onset, moved))
 
     def _collect(self) -> None:
         if len(self._recent) < self.policy.labels:
@@ -320,17 +297,17 @@ class Board:
             self._await("enough", None)
             return
         self.phase = after(self.phase, "known")
-        self._tell(Recognised(*self.moment, back.domain, len(self._recent)))
+        self._tell(events.Recognised(*self.moment, back.domain, len(self._recent)))
         self._start_afresh()
 
     def _await(self, signal: Signal, name: str | None) -> None:
-        """The frames at hand are those to learn from."""
+        """Wait for labels of the collected frames."""
         self.phase = after(self.phase, signal)
         self._waiting = _Waiting(tuple(self._recent), self._clock(), name)
         self._start_afresh()
         if self.policy.patience > 0:
             numbers = self._waiting.numbers
-            self._tell(LabelsWanted(*self.moment, numbers[0], numbers[-1], self.policy.patience))
+            self._tell(events.LabelsWanted(*self.moment, numbers[0], numbers[-1], self.policy.patience))
 
     def _start_afresh(self) -> None:
         self._recent.clear()
@@ -349,7 +326,7 @@ class Board:
     def _take_labels(self, waiting: _Waiting) -> None:
         labels, now = self._labeller.label(waiting.numbers), self._clock()
         known = [(s.frame, label) for s, label in zip(waiting.seen, labels, strict=True) if label is not None]
-        if now < waiting.since:  # the clock was set back: the wait starts again, instead of lasting for years
+        if now < waiting.since:  # the clock was set back: the wait starts again
             self._waiting = replace(waiting, since=now)
         if len(known) >= min(self.policy.labels, len(waiting.seen)) or now - waiting.since >= self.policy.patience:
             self._waiting = None
@@ -359,7 +336,7 @@ class Board:
         blind = self.policy.unlabelled if self.system.domains else None
         if len(known) < MINIMUM and blind is None:
             self.phase = after(self.phase, "too few")
-            self._tell(TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
+            self._tell(events.TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
             return
         self.phase = after(self.phase, "labels")
         name, views = waiting.name or self._labeller.domain(waiting.numbers), self.policy.views
@@ -373,7 +350,7 @@ class Board:
         self._start(job)
 
     def _start(self, job: Job) -> None:
-        self._tell(Searching(*self.moment, job.name, len(job.frames), isinstance(job, LabelledJob)))
+        self._tell(events.Searching(*self.moment, job.name, len(job.frames), isinstance(job, LabelledJob)))
         try:
             self._learner.start(job)
         except BaseException:
@@ -386,7 +363,7 @@ class Board:
         match outcome:
             case Rejected():
                 self.phase = after(self.phase, "rejected")
-                self._tell(NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
+                self._tell(events.NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
             case Failed():
                 self._fail(job, outcome.reason)
             case Candidate() if outcome.base is not self.system:
@@ -402,7 +379,7 @@ class Board:
 
     def _fail(self, job: Job, reason: str) -> None:
         self.phase = after(self.phase, "failed")
-        self._tell(LearningFailed(*self.moment, job.name, reason))
+        self._tell(events.LearningFailed(*self.moment, job.name, reason))
 
     def _enter(self, signal: Signal, candidate: Candidate, note: str) -> None:
         """Store a candidate, then serve it on probation. Raises what `offer` does, and has changed nothing then."""
@@ -416,7 +393,7 @@ class Board:
         self._drop_work()
         self._start_afresh()
         why, classes = str(new.growth.get("explanation", note)), len(new.head.classes)
-        self._tell(Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
+        self._tell(events.Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
 
     def _watch(self, prediction: Prediction) -> None:
         self._probation.append(prediction.ood)
@@ -431,17 +408,17 @@ class Board:
         self._state = self._state.restart()
         if signal == "foreign":
             self.live, keep = rollback(self.live), generations.roll_back
-            self._tell(RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
+            self._tell(events.RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
         else:
             self.live, keep = confirm(self.live), generations.confirm
-            self._tell(Confirmed(*self.moment, self.system.generation, share))
+            self._tell(events.Confirmed(*self.moment, self.system.generation, share))
         try:
             if self._store is not None:
                 keep(self._store)
         except DeviceError as error:  # a restart falls back to what was confirmed before
-            self._tell(LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
+            self._tell(events.LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: BoardEvent) -> None:
         self._events.append(event)
         self._on_event(event)
 

@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-1. `Event` is closed. Whoever reacts to events matches on the class; nobody compares texts.
+1. `BoardEvent` is closed. Whoever reacts to events matches on the class; nobody compares texts.
 2. `kind` is the kind of the MQTT event (device/mqtt/messages.py). A test holds both sets equal.
 3. `text` is the sentence for people. `data` holds the same facts for programs, as flat JSON within the bounds of the
    `data` of an MQTT event.
@@ -27,8 +27,14 @@ Scalar = str | int | float | bool | None
 @dataclass(frozen=True)
 class _Happened:
     kind: ClassVar[str]
+    sentence: ClassVar[str]
     at: int
     time: float
+
+    @property
+    def text(self) -> str:
+        """`sentence` with the fields filled in."""
+        return self.sentence.format(**{k: "; ".join(v) if isinstance(v, tuple) else v for k, v in vars(self).items()})
 
     @property
     def data(self) -> dict[str, Scalar]:
@@ -41,10 +47,7 @@ class Started(_Happened):
     """Nothing is learned yet; the board collects its first domain."""
 
     kind = "start"
-
-    @property
-    def text(self) -> str:
-        return "nothing is learned yet: collecting the first domain"
+    sentence = "nothing is learned yet: collecting the first domain"
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,9 @@ class Recognised(_Happened):
     """The collected `frames` are of a `domain` that is known: nothing is learned."""
 
     kind = "recognised"
+    sentence = "{domain} is back: it explains the {frames} frames, none is new"
     domain: str
     frames: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.domain} is back: it explains the {self.frames} frames, none is new"
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,10 @@ class LabelsWanted(_Happened):
     """The board waits `wait_s` seconds for labels of the samples `first` to `last`."""
 
     kind = "label-wanted"
+    sentence = "labels wanted for samples {first} to {last}, within {wait_s:g} s"
     first: int
     last: int
     wait_s: float
-
-    @property
-    def text(self) -> str:
-        return f"labels wanted for samples {self.first} to {self.last}, within {self.wait_s:g} s"
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,10 @@ class TooFewLabels(_Happened):
     """The wait is over and `labels` of `frames` are too few to learn from."""
 
     kind = "refused"
+    sentence = "{labels} labels for {frames} frames, {needed} needed: nothing was learned"
     labels: int
     frames: int
     needed: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.labels} labels for {self.frames} frames, {self.needed} needed: nothing was learned"
 
 
 @dataclass(frozen=True)
@@ -128,15 +122,12 @@ class Grown(_Happened):
     """A new head of `bytes` bytes, memory included, serves `domain` on probation; `explanation`: why that head."""
 
     kind = "grown"
+    sentence = "{domain}: {explanation}; generation {generation} is on probation"
     domain: str
     explanation: str
     classes: int
     bytes: int
     generation: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.domain}: {self.explanation}; generation {self.generation} is on probation"
 
 
 @dataclass(frozen=True)
@@ -144,12 +135,9 @@ class NotAdmitted(_Happened):
     """Admission rejected what was learned of `domain`; what served before still serves."""
 
     kind = "rejected"
+    sentence = "{domain}: {reasons}"
     domain: str
     reasons: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return f"{self.domain}: {'; '.join(self.reasons)}"
 
 
 @dataclass(frozen=True)
@@ -202,11 +190,8 @@ class StoreDamaged(_Happened):
     """The store was damaged at the start, and an older generation serves."""
 
     kind = "rolled-back"
+    sentence = "the store was damaged: {damage}"
     damage: str
-
-    @property
-    def text(self) -> str:
-        return f"the store was damaged: {self.damage}"
 
 
 @dataclass(frozen=True)
@@ -214,24 +199,18 @@ class Forgotten(_Happened):
     """An operator's change (`what`) is permanent as `generation`."""
 
     kind = "forgotten"
+    sentence = "{what}; generation {generation} serves"
     what: str
     generation: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.what}; generation {self.generation} serves"
 
 
 @dataclass(frozen=True)
 class Paused(_Happened):
-    """The board does not learn; `why` is None where the operator paused it."""
+    """The board does not learn."""
 
     kind = "paused"
-    why: str | None = None
-
-    @property
-    def text(self) -> str:
-        return self.why or "learning is paused, predictions go on"
+    sentence = "{why}"
+    why: str = "learning is paused, predictions go on"
 
 
 @dataclass(frozen=True)
@@ -239,10 +218,7 @@ class Resumed(_Happened):
     """The board learns again."""
 
     kind = "resumed"
-
-    @property
-    def text(self) -> str:
-        return "learning goes on"
+    sentence = "learning goes on"
 
 
 @dataclass(frozen=True)
@@ -266,11 +242,8 @@ class SettingsIgnored(_Happened):
     """Stored settings do not fit this version: they stay stored and have no effect. `faults` says why."""
 
     kind = "policy"
+    sentence = "stored settings that do not fit this version have no effect: {faults}"
     faults: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return f"stored settings that do not fit this version have no effect: {'; '.join(self.faults)}"
 
 
 @dataclass(frozen=True)
@@ -278,12 +251,9 @@ class FrameRefused(_Happened):
     """A frame could not be encoded; `ref` is what its source calls it."""
 
     kind = "refused"
+    sentence = "frame {ref}: {error}"
     ref: str
     error: str
-
-    @property
-    def text(self) -> str:
-        return f"frame {self.ref}: {self.error}"
 
 
 @dataclass(frozen=True)
@@ -303,11 +273,8 @@ class OutboxReset(_Happened):
     """The outbox was damaged at the start: its messages are lost, and a new one was made."""
 
     kind = "dropped"
+    sentence = "the outbox was damaged and replaced by a new one: {damage}"
     damage: str
-
-    @property
-    def text(self) -> str:
-        return f"the outbox was damaged and replaced by a new one: {self.damage}"
 
 
 @dataclass(frozen=True)
@@ -315,37 +282,15 @@ class Stopped(_Happened):
     """The daemon stops."""
 
     kind = "stopped"
+    sentence = "{why}"
     why: str = "the daemon was asked to stop"
 
-    @property
-    def text(self) -> str:
-        return self.why
 
-
-Event = (
-    Started
-    | Shifted
-    | Recognised
-    | LabelsWanted
-    | TooFewLabels
-    | Searching
-    | Grown
-    | NotAdmitted
-    | LearningFailed
-    | Confirmed
-    | RolledBack
-    | StoreDamaged
-    | Forgotten
-    | Paused
-    | Resumed
-    | PolicyChanged
-    | SettingsIgnored
-    | FrameRefused
-    | SourceChanged
-    | OutboxReset
-    | Stopped
-)
-
+BoardEvent = (
+    Started | Shifted | Recognised | LabelsWanted | TooFewLabels | Searching | Grown | NotAdmitted
+    | LearningFailed | Confirmed | RolledBack | StoreDamaged | Forgotten | Paused | Resumed | PolicyChanged
+    | SettingsIgnored | FrameRefused | SourceChanged | OutboxReset | Stopped
+)  # fmt: skip
 ENDED = (Grown, NotAdmitted, LearningFailed)
 """The events that end an adaptation."""
 

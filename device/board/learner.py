@@ -1,11 +1,12 @@
-"""Who turns a job of frames into a candidate, and when: at once, or elsewhere while the board goes on serving.
+"""A learner turns a job into a candidate: at once, or in another process while the board goes on serving.
 
 Rules of this file:
 
-1. A job is a snapshot: the generation that it grows from and the frames never change, whatever the board does.
+1. A job is a snapshot: its base generation and its frames never change, whatever the board does. A new kind of job is
+   one more member of `Job`.
 2. A learner has one job at a time. `poll` gives its outcome once, and None before and after.
-3. A learner that dies, or is stopped at a limit, is an outcome (`Failed`), never an exception and never a candidate.
-4. How frames are shown to training is the learner's affair: it encodes the views, the board does not.
+3. A learner that crashes, or is stopped at a limit, is an outcome (`Failed`), never an exception and never a candidate.
+4. The learner encodes the frames as training sees them (`views`); the board does not.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ Job = LabelledJob | UnlabelledJob
 
 @dataclass(frozen=True)
 class Failed:
-    """The learner gave no answer; the live system is untouched. `reason` names what failed, limit and remedy."""
+    """The learner gave no answer; the live system is unchanged. `reason` names what failed, limit and remedy."""
 
     reason: str
 
@@ -75,20 +76,20 @@ Outcome = Candidate | Rejected | Failed
 
 
 class Learner(Protocol):
-    """Works on one job at a time."""
+    """Runs one job at a time."""
 
     def start(self, job: Job) -> None:
-        """Begin; raises UsageError while another job is at work."""
+        """Start a job; raises UsageError while another one runs."""
 
     def poll(self) -> Outcome | None:
-        """The outcome, given once; None while there is none. Never waits."""
+        """The outcome, once; None while there is none. Never waits."""
 
     def cancel(self) -> None:
         """End the job, if any, without an outcome."""
 
 
 class InlineLearner:
-    """Learns inside `start`: the simulation's, where nothing else has to go on. Errors of the flow are raised there."""
+    """Learns inside `start`, which raises the errors of the flow: for the simulation, where nothing else has to run."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class InlineLearner:
 def learn(
     job: Job, encoder: Encoder, engine: Engine, policy: AdaptPolicy, on_progress: Progress
 ) -> Candidate | Rejected:
-    """Do a job here and now. Needs torch (the `learn` extra); raises what `flow.adapt` raises."""
+    """Run a job in this process. Needs torch (the `learn` extra); raises what `flow.adapt` raises."""
     match job:
         case LabelledJob():
             views = _views(job, encoder, [t.name for t in job.system.space.taps], on_progress)

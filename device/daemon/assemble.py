@@ -1,7 +1,7 @@
-"""From a configuration to a running board: opens what the loop needs, in order, and closes it in reverse.
+"""From a configuration to a running board: opens all that the loop needs, in order, and closes it in reverse.
 
-What is not there at the start, such as a broker or a camera, is retried while the loop runs. What no retry mends, such
-as another encoder's store, is a typed error here, before anything is announced.
+A broker or a camera that is absent at the start is retried while the loop runs. A fault that no retry can mend, such as
+the store of another encoder, is a typed error here, before the board announces itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from device.daemon.labels import LabelBook
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.daemon.loop import Daemon, DaemonPolicy
 from device.daemon.metrics import Metrics
-from device.daemon.sources import Feed, Source
+from device.daemon.sources import Feed
 from device.daemon.systemd import Notifier
 from device.encoder.cache import cached_encoder
 from device.encoder.session import OnnxEncoder, pooled_taps
@@ -41,12 +41,12 @@ from edgeear.system import Live, System
 from edgeear.types import Encoder
 
 FAREWELL_S = 5.0
-"""Time at the end to send what waits and to say goodbye."""
+"""Seconds at the end to send waiting messages and the offline status."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A daemon and the parts of it that its caller may want to know of."""
+    """A daemon, its link and the port that serves its metrics."""
 
     daemon: Daemon
     link: Link | None
@@ -116,18 +116,16 @@ def opened(
         system = serving(store, encoder, start)
         outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
         daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
-        source = config.source.open(Feed(encoder.input_size, daemon.frames, now))
-        link = _link(config, daemon, outbox, source, now, stack)
-        port = _metrics(config, daemon, link, stack)
+        link, source = _link(config, daemon, outbox, now, stack), daemon.source
+        port = _serve_metrics(config, daemon, link, stack)
         if source is not None:
-            daemon.source = source
             stack.callback(source.stop)
             source.start()
         yield Running(daemon, link, port)
 
 
 def run(config: Config, stop: threading.Event, ready: Callable[[Running], None] = lambda _: None) -> None:
-    """The life of a daemon, until `stop` is set: what `edgeear run` does."""
+    """Run a daemon until `stop` is set, as `edgeear run` does. `ready` is called before the loop starts."""
     notifier = Notifier()
     with opened(config) as running:
         ready(running)
@@ -137,14 +135,14 @@ def run(config: Config, stop: threading.Event, ready: Callable[[Running], None] 
 
 
 def _lives(notifier: Notifier, metrics: Metrics | None) -> None:
-    """The loop took a step: tell whoever watches that it goes on."""
+    """Tell systemd and the metrics that the loop took a turn."""
     notifier.alive(time.monotonic())
     if metrics is not None:
         metrics.alive(time.time())
 
 
 def outbox_policy(config: Config) -> OutboxPolicy:
-    """The outbox's bounds as configured; pictures may take half of it."""
+    """The outbox's bounds as configured. Label requests may take half of it."""
     size = config.outbox.max_mb << 20
     return OutboxPolicy(size, config.outbox.max_count, config.outbox.max_age_s, frame_bytes=max(1, size // 2))
 
@@ -160,6 +158,7 @@ def _daemon(
     stack: ExitStack,
 ) -> Daemon:
     wake = threading.Event()
+    frames = FrameQueue(config.source.queue, wake.set)
     labels = LabelBook(lambda: board.system.names)
     learner = ProcessLearner(file, _worker_policy(config), on_ready=wake.set)
     board = Board(
@@ -177,7 +176,7 @@ def _daemon(
         board,
         labels,
         outbox,
-        FrameQueue(config.source.queue, wake.set),
+        frames,
         (config.device.site, config.device.name),
         config.live,
         clock=now,
@@ -185,6 +184,8 @@ def _daemon(
         wake=wake,
         seed=config.device.seed,
         policy=DaemonPolicy(config.source.max_age_s, config.learning.label_requests),
+        source=config.source.open(Feed(encoder.input_size, frames, now)),
+        metrics=Metrics(__version__) if config.metrics.port else None,
     )
     if why := _unable(config):
         daemon.pause(why)
@@ -198,7 +199,7 @@ def _daemon(
 
 
 def _unable(config: Config) -> str:
-    """Why this board does not learn, or nothing."""
+    """Why this board cannot learn; empty where it can."""
     if not config.learning.enabled:
         return "learning.enabled is false"
     if importlib.util.find_spec("torch") is None:
@@ -221,12 +222,12 @@ def _link(
     config: Config,
     daemon: Daemon,
     outbox: Outbox,
-    source: Source | None,
     now: Callable[[], float],
     stack: ExitStack,
 ) -> Link | None:
     if not config.mqtt.enabled:
         return None
+    source = daemon.source
     link = Link(
         link_policy(config),
         outbox,
@@ -234,7 +235,7 @@ def _link(
         daemon.receive,
         source.offer if source is not None else lambda _: None,
         daemon.connection_changed,
-        random.Random(),  # boards that lost one broker must not come back at the same moment
+        random.Random(),  # boards that lost the same broker must not reconnect at the same moment
         now,
     )
     daemon.link = link
@@ -246,17 +247,17 @@ def _link(
 
 
 def _announce(config: Config, daemon: Daemon, outbox: Outbox) -> None:
-    """Make this board a device of Home Assistant."""
+    """Announce this board to Home Assistant."""
     site, device, encoder = config.device.site, config.device.name, daemon.board.system.encoder_digest
     payload = homeassistant.discovery_payload(site, device, __version__, encoder, daemon.period_s)
     lasting = {"retain": True, "expiry_s": None}
     outbox.put("event", homeassistant.discovery_topic(site, device), lambda _: payload, time.time(), properties=lasting)
 
 
-def _metrics(config: Config, daemon: Daemon, link: Link | None, stack: ExitStack) -> int | None:
-    if not config.metrics.port:
+def _serve_metrics(config: Config, daemon: Daemon, link: Link | None, stack: ExitStack) -> int | None:
+    metrics = daemon.metrics
+    if metrics is None:
         return None
-    metrics = daemon.metrics = Metrics(__version__)
     metrics.follow(daemon.readings)
     metrics.mqtt_connected.set_function(lambda: float(link is not None and link.connected))
     stack.callback(metrics.close)

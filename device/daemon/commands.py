@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from device.board.board import Board
-from device.board.events import Event, PolicyChanged
+from device.board.events import BoardEvent, PolicyChanged
 from device.daemon.labels import LabelBook
 from device.images.decode import decode_bytes
 from device.mqtt import messages
@@ -50,7 +50,7 @@ class Outcome:
     outcome: Literal["ok", "refused", "failed"]
     result: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
-    events: Sequence[Event] = ()
+    events: Sequence[BoardEvent] = ()
 
 
 class Commands:
@@ -142,7 +142,7 @@ class Commands:
         events = self.board.poll()
         return Outcome("ok", {"accepted": len(fitting), "unknown_samples": unknown[:100]}, events=events)
 
-    def _serving(self, events: Sequence[Event] = ()) -> Outcome:
+    def _serving(self, events: Sequence[BoardEvent] = ()) -> Outcome:
         return Outcome("ok", {"generation": self.board.system.generation}, events=events)
 
     def _set_policy(self, command: messages.SetPolicy) -> Outcome:

@@ -1,12 +1,11 @@
-"""The frame queue: what a source captured and nobody has served yet.
+"""The frame queue: frames that a source captured and the loop has not served yet.
 
 Rules of this file:
 
-1. At most `limit` frames wait. One more pushes out the oldest, which is counted: a board that cannot keep up sees the
-   present, not a growing past.
-2. A frame older than the reader allows is counted and dropped, never returned. One whose age is no number is stale.
-3. Nothing is lost uncounted: received = served + dropped + stale + waiting, at any time and from any number of threads.
-4. After `close` no frame enters and nobody waits; what is in the queue can still be taken.
+1. At most `limit` frames wait. One more drops the oldest, which is counted, so that a slow board serves recent frames.
+2. A frame older than the reader allows is counted and dropped, never returned. So is one whose age is NaN.
+3. Every frame is counted: received = served + dropped + stale + waiting, at any time, with any number of threads.
+4. After `close` no frame enters and no call waits. Frames in the queue can still be taken.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ class FrameCounts:
 
 
 class FrameQueue:
-    """A bounded queue between the threads of sources and the one that predicts; see the module's rules.
+    """A bounded queue between the threads of sources and the loop.
 
-    `notify` is called, outside the lock, after each `put` and `close`, so that a loop that waits for more than frames
-    can be woken. Raises `UsageError` for a `limit` below 1.
+    `notify` is called after each `put` and `close`, outside the lock: it wakes a loop that waits for other things, too.
+    Raises `UsageError` for a `limit` below 1.
     """
 
     def __init__(self, limit: int, notify: Callable[[], None] = lambda: None) -> None:
@@ -58,7 +57,7 @@ class FrameQueue:
         self._received = self._served = self._dropped = self._stale = self._undecodable = 0
 
     def put(self, frame: U8, captured: float, ref: str) -> bool:
-        """Adds a frame; False when the queue is closed."""
+        """Add a frame; False when the queue is closed."""
         with self._changed:
             if self._closed:
                 return False
@@ -84,31 +83,31 @@ class FrameQueue:
             return None
 
     def wait(self, timeout: float) -> bool:
-        """Whether a frame is there, after waiting for one up to `timeout` seconds; `close` ends the wait."""
+        """Wait up to `timeout` seconds for a frame; whether there is one. `close` ends the wait."""
         with self._changed:
             self._changed.wait_for(lambda: self._frames or self._closed, timeout)
             return bool(self._frames)
 
     def room(self, timeout: float) -> bool:
-        """Whether a frame would push out none, after waiting for that up to `timeout` seconds; `close` ends it."""
+        """Wait up to `timeout` seconds for room; whether a frame could enter without dropping one. `close` ends it."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._frames) < self._limit or self._closed, timeout)
             return len(self._frames) < self._limit
 
     def passed_over(self, *, stale: bool) -> None:
-        """A source let an input go undecoded: grown stale on its side, or pushed out by a newer one."""
+        """Count an input that a source dropped before decoding: too old, or replaced by a newer one."""
         with self._changed:
             self._received += 1
             self._stale += stale
             self._dropped += not stale
 
     def undecodable(self) -> None:
-        """A source read something that gives no frame."""
+        """Count an input that gave no frame."""
         with self._changed:
             self._undecodable += 1
 
     def close(self) -> None:
-        """Ends all waits, now and later; closing twice is allowed."""
+        """End all waits, now and later. Closing twice is allowed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

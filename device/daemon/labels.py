@@ -1,8 +1,8 @@
-"""The labels that came for collected frames: `device.board.board.Labeller`, filled by label commands.
+"""The labels that came for collected frames: a `device.board.board.Labeller` that label commands fill.
 
-A label belongs to a frame's sample number, which counts from 1 at each start of the daemon. What is older than the
-frames that the board still holds is forgotten, so the book stays as small as the board's buffer. A domain's name is
-forgotten with the labels that it came with: it must not name a later domain.
+A label belongs to a frame's sample number, which counts from 1 at each start of the daemon. Labels of frames that the
+board no longer holds are dropped, so the book stays as small as the board's buffer. The name of a domain is dropped
+with the labels that it came with: it must not name a later domain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LIMIT = 10_000
 
 
 class LabelBook:
-    """Labels by sample number, and the name that the operator gives to the domain. `taken` says which are in use."""
+    """Labels by sample number, and the operator's name for the domain. `taken` gives the names in use."""
 
     def __init__(self, taken: Callable[[], Collection[str]]) -> None:
         self._labels: dict[int, str] = {}
@@ -28,15 +28,15 @@ class LabelBook:
         return len(self._labels)
 
     def add(self, labels: Mapping[int, str], domain: str | None = None) -> None:
-        """Note labels; a later one for the same frame replaces it. Raises `UsageError` beyond `LIMIT`."""
+        """Add labels; a later one for a frame replaces the earlier. Raises `UsageError` beyond `LIMIT`."""
         if len(self._labels.keys() | labels.keys()) > LIMIT:
-            raise UsageError(f"more than {LIMIT} labels wait for frames: send them when label-wanted asks for them")
+            raise UsageError(f"more than {LIMIT} labels: send labels only for frames that a label-wanted event names")
         self._labels.update(labels)
         if domain and labels:
             self._name = max(labels), domain
 
     def label(self, at: Sequence[int]) -> list[str | None]:
-        """As `device.board.board.Labeller`; labels of frames before all of these are dropped."""
+        """As `device.board.board.Labeller`; drops the labels of frames older than all of these."""
         oldest = min(at, default=0)
         self._labels = {number: label for number, label in self._labels.items() if number >= oldest}
         if self._name is not None and self._name[0] < oldest:
@@ -44,7 +44,7 @@ class LabelBook:
         return [self._labels.get(number) for number in at]
 
     def domain(self, at: Sequence[int]) -> str:
-        """The operator's name, once; else the first `domain-N` that is free."""
+        """The operator's name, given out once; else the first free `domain-N`."""
         name, self._name = self._name, None
         taken = self._taken()
         return name[1] if name else next(free for n in count(1) if (free := f"domain-{n}") not in taken)

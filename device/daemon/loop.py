@@ -1,14 +1,14 @@
-"""The loop of an edge board: frames in; predictions, events and telemetry out; commands applied once.
+"""The loop of an edge board: takes frames and commands, publishes predictions, events and telemetry.
 
 Rules of this file:
 
-1. One thread does everything that changes something. Sources and the network only put into bounded queues and wake it.
-   A turn does at most one frame, one command and one label request, so none can starve the others.
-2. A frame is answered first, whatever else is due; learning runs in a process of its own (worker.py).
-3. A command is acknowledged to the broker only when what it did and its answer are on disk. A repeated one gets the
-   answer of the first time.
-4. A frame that cannot be encoded, or a disk that is full, is an event and not the end. A damaged outbox is: the next
-   start sets it aside and begins a new one.
+1. One thread makes all changes. Sources and the link only put into bounded queues and wake it. A turn handles at most
+   one frame, one command and one label request, so that none delays the others for long.
+2. A frame is answered first, whatever else is due. Learning runs in a process of its own (learning/worker.py).
+3. A command is acknowledged to the broker only when its effect and its response are on disk. A repeated command gets
+   the recorded response.
+4. A frame that cannot be encoded, or a full disk, is told as an event and the loop goes on. A damaged outbox ends it:
+   the next start replaces the outbox.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from device.board.board import Board, Seen
 from device.board.events import (
     ENDED,
-    Event,
+    BoardEvent,
     FrameRefused,
     LabelsWanted,
     LearningFailed,
@@ -36,7 +36,7 @@ from device.daemon import machine
 from device.daemon.commands import Commands
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
-from device.daemon.outgoing import Outgoing, Uplink, outbox_facts
+from device.daemon.publisher import Publisher, Uplink, outbox_facts
 from device.daemon.telemetry import Window
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxDamaged
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("edgeear")
 INBOX, INBOX_BYTES = 256, 32 << 20
-"""Commands held between two turns. Not every broker respects our receive maximum; what finds no room stays
-unacknowledged, and is asked for again once there is."""
+"""Commands, and bytes of them, that may wait. Some brokers ignore the receive maximum. A command beyond these bounds is
+not acknowledged, and the broker is asked to deliver it again later."""
 IDLE_S, LEARNING_S = 5.0, 0.2
-"""Longest sleep with nothing to do, and while a learner runs, seconds."""
+"""Longest sleep of an idle loop, and while it waits for labels or a learner, seconds."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DaemonPolicy:
 
 @dataclass
 class Counts:
-    """Since the start: frames answered, frames that could not be, messages that were no command or came too late."""
+    """Since the start: frames answered, frames that could not be encoded, messages refused unread or as late."""
 
     frames: int = 0
     unusable: int = 0
@@ -78,8 +78,8 @@ class Counts:
 
 
 class Daemon:
-    """One board's loop, a turn at a time. `address`: site and device; `settings`: as configured. `clock` gives unix
-    seconds, `timer` seconds that never go back; setting `wake` ends the sleep between two turns."""
+    """The loop of one board. `address`: site and device; `settings`: as configured. `clock` gives unix seconds, `timer`
+    seconds that never go back. Setting `wake` ends the sleep between two turns."""
 
     def __init__(
         self,
@@ -95,13 +95,14 @@ class Daemon:
         wake: threading.Event | None = None,
         seed: int = 0,
         policy: DaemonPolicy | None = None,
+        source: Source | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
         self.commands = Commands(board, outbox, labels, self.session, settings, self.describe)
-        self.out = Outgoing(outbox, address, self.session, clock)
+        self.out = Publisher(outbox, address, self.session, clock)
         self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
-        self.source: Source | None = None
+        self.source = source
         self._trouble_at: int | None = None
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
@@ -122,7 +123,7 @@ class Daemon:
 
     @property
     def link(self) -> Uplink | None:
-        """The way to the broker; None for a board without one."""
+        """The link to the broker; None for a board without one."""
         return self.out.link
 
     @link.setter
@@ -132,11 +133,11 @@ class Daemon:
     # Called by other threads
 
     def connection_changed(self, connected: bool, text: str) -> None:
-        """The link came up or went down."""
+        """Log that the link came up or went down."""
         LOG.info("broker: %s%s", "" if connected else "not connected: ", text)
 
     def receive(self, inbound: Inbound) -> None:
-        """A command came."""
+        """Queue a command."""
         with self._inbox_lock:
             if len(self._inbox) < INBOX and self._held + len(inbound.payload) <= INBOX_BYTES:
                 self._held += len(inbound.payload)
@@ -146,20 +147,20 @@ class Daemon:
         self._wake.set()
 
     def wake(self) -> None:
-        """Something is there to be done: a frame, the end."""
+        """End the sleep between two turns."""
         self._wake.set()
 
     def status(self, state: Literal["online", "offline"]) -> bytes:
-        """The birth of this session, or its last will."""
+        """The payload of this session's birth, or of its last will."""
         return self.out.status(state, self.board.system)
 
     # Before the loop
 
     def pause(self, why: str) -> None:
-        """Do not learn, and say why."""
+        """Pause learning because of `why`."""
         self.tell(*self.board.pause(True), Paused(*self.board.moment, why))
 
-    def tell(self, *events: Event) -> None:
+    def tell(self, *events: BoardEvent) -> None:
         """Log and publish events."""
         for event in events:
             LOG.info("%s: %s", event.kind, event.text)
@@ -172,7 +173,7 @@ class Daemon:
     # The loop
 
     def run(self, stop: threading.Event, progressed: Callable[[], object] = lambda: None) -> None:
-        """Turn until `stop` is set; `progressed` is called after each turn, the proof that predictions go on."""
+        """Take turns until `stop` is set; `progressed` is called after each, for watchdogs."""
         while not stop.is_set():
             self._wake.clear()
             busy = self.turn()
@@ -182,8 +183,8 @@ class Daemon:
         self.tell(Stopped(*self.board.moment))
 
     def turn(self) -> bool:
-        """Do what is due: one frame, one command, one label request, the telemetry. False where there was none of the
-        first three."""
+        """Handle at most one frame, one command and one label request, then the telemetry. False where there was none
+        of the first three."""
         frame = self.frames.get(self._clock(), self.policy.max_age_s)
         if frame is not None:
             self._serve(frame)
@@ -211,7 +212,7 @@ class Daemon:
     def _serve(self, frame: Frame) -> None:
         begun = self._timer()
         try:
-            step = self.board.step(frame.pixels)
+            prediction, events = self.board.step(frame.pixels)
         except DataError as error:
             self.counts.unusable += 1
             self.tell(FrameRefused(*self.board.moment, frame.ref, str(error)))
@@ -221,12 +222,12 @@ class Daemon:
             return
         seconds = self._timer() - begun
         self.counts.frames += 1
-        self._window.add(step.prediction, seconds)
+        self._window.add(prediction, seconds)
         if self.metrics is not None:
-            self.metrics.answered(step.prediction, seconds)
+            self.metrics.answered(prediction, seconds)
         if self.commands.settings.predictions:
-            self.out.prediction(step.prediction, frame, self.board.at, self.board.system.generation)
-        self.tell(*step.events)
+            self.out.prediction(prediction, frame, self.board.at, self.board.system.generation)
+        self.tell(*events)
 
     def _poll(self) -> None:
         try:
@@ -271,15 +272,15 @@ class Daemon:
         return None
 
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
-        """Apply a command, or answer a repeated one as the first time. Raises `DeviceError` from the ledger."""
+        """Apply a command, or send the recorded response of a repeated one. Raises `DeviceError` from the ledger."""
         now = self._clock()
         recorded = self.outbox.recall(command.id, now)
         if recorded is not None and recorded.payload is not None:
-            self.out.answer_again(inbound, recorded.payload)
+            self.out.respond_again(inbound, recorded.payload)
             return
         self.outbox.begin(command.id, now)
         outcome = self.commands.apply(command, again=recorded is not None)
-        self.out.answer(inbound, command.id, outcome)
+        self.out.respond(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
         self.tell(*outcome.events)
 
@@ -290,13 +291,13 @@ class Daemon:
 
     def _count(self, name: str, outcome: str) -> None:
         if self.metrics is not None:
-            known = name if name in messages.COMMANDS else "unknown"  # a label for each invented name would never end
+            known = name if name in messages.COMMANDS else "unknown"  # invented names must not make new series
             self.metrics.commands.labels(known, outcome).inc()
 
     # Events and telemetry
 
     def _ask_label(self) -> bool:
-        """Send one frame that wants a label, if its label is still wanted."""
+        """Publish the next label request, unless its label is no longer wanted; False where none waits."""
         if not self._requests:
             return False
         seen, until = self._requests.popleft(), self.board.wanted_until
@@ -305,7 +306,7 @@ class Daemon:
         return True
 
     def _look_at_source(self) -> None:
-        """Tell when frames stop coming for a reason, once, and when they come again."""
+        """Tell once that frames stopped coming, with the reason, and once that they come again."""
         source = self.source
         if source is None:
             return
@@ -320,13 +321,13 @@ class Daemon:
 
     def _close_window(self) -> None:
         now = self._clock()
-        if now < self._window.started:  # the clock was set back: this window would not end for as long
+        if now < self._window.started:  # the clock was set back: the window would end that much later
             self._window.started = now
         if now >= self._window.started + self.period_s:
             self.report_window()
 
     def report_window(self) -> None:
-        """Drop what has waited too long, send the figures of the window that ends now, and begin the next."""
+        """Drop messages that waited too long, publish telemetry of the window that ends now, and start the next one."""
         now, losses = self._clock(), self._losses()
         self.out.expire()
         facts = {
@@ -340,7 +341,7 @@ class Daemon:
         self.out.telemetry(facts)
 
     def _losses(self) -> dict[str, int]:
-        """What was not served since the start, by the fields of telemetry."""
+        """Frames and messages that were not served since the start, by field of telemetry."""
         queue = self.frames.counts
         return {
             "dropped": queue.dropped,
@@ -350,7 +351,7 @@ class Daemon:
         }
 
     def _measure(self, metrics: Metrics) -> None:
-        """Bring the metrics up to what was counted elsewhere, once a second at most."""
+        """Add to the metrics what was counted elsewhere, at most once a second."""
         now = self._timer()
         if now - self._measured[0] < 1.0:
             return
@@ -380,5 +381,5 @@ class Daemon:
 
 
 def source_facts(source: Source) -> dict[str, Any]:
-    """What a report says of where frames come from."""
+    """The source's part of a report."""
     return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}

@@ -1,17 +1,15 @@
-"""What Prometheus may read from the daemon, on loopback, where it was asked for.
+"""The daemon's metrics for Prometheus, served on loopback.
 
 Rules of this file:
 
-1. The daemon owns one `Metrics` and counts into it; nothing here looks at the daemon, and nothing is global.
-2. No labels from the outside: every label's values are of a closed list, or names of domains this board has learned.
-   A forgotten domain's series is removed (`routes.remove(name)`).
-3. Nothing listens before `serve` is called. What is served has no secrets but says how a board lives, so it is bound to
-   127.0.0.1 and nothing else; who wants it elsewhere runs an agent on the board (deploy/README.md).
+1. The daemon owns one `Metrics` and counts into it. Nothing here knows the daemon, and nothing is global.
+2. No label has a value from outside: values are from a closed list, or names of domains that this board has learned.
+   The series of a forgotten domain is removed (`routes.remove(name)`).
+3. Nothing listens before `serve` is called, and then on 127.0.0.1 only. To read the metrics elsewhere, run an agent on
+   the board (deploy/README.md).
+4. An open port does not prove that the loop runs: `healthy` asks when it last took a turn.
 
-4. Who serves is not yet alive: `healthy` asks when the daemon's loop last took a step.
-
-The text format, the buckets' bookkeeping and the locks are prometheus_client's: about 1 MB and 15 ms at import, and
-5 microseconds a frame.
+prometheus_client provides text format, buckets and locks: about 1 MB and 15 ms at import, 5 microseconds a frame.
 """
 
 from __future__ import annotations
@@ -39,15 +37,15 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-"""Seconds: 2 ms is the bare encoder on a fast desktop, 2.5 s a board in trouble."""
+"""Seconds, from the bare encoder on a fast desktop (2 ms) to an overloaded board (2.5 s)."""
 NOVELTY_BUCKETS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
-"""Novelty counts standard deviations from what is usual in the domain (edgeear/novelty.py)."""
+"""Standard deviations from the domain's usual novelty (edgeear/novelty.py)."""
 
 _STEP = "edgeear_last_step_timestamp_seconds"
 
 
 class Metrics:
-    """The daemon's counters under the names `edgeear_...`; counters are exposed with `_total`."""
+    """The daemon's metrics, under names that begin with `edgeear_`; a counter's name ends in `_total`."""
 
     def __init__(self, version: str) -> None:
         registry = self.registry = CollectorRegistry(auto_describe=True)
@@ -59,7 +57,7 @@ class Metrics:
             return Gauge(f"edgeear_{name}", about, labels, registry=registry)
 
         self.frames = counter("frames", "Frames that were answered")
-        self.dropped = counter("dropped", "Frames that were not: queue (full), stale, undecodable", "why")
+        self.dropped = counter("dropped", "Frames that were not answered: queue (full), stale, undecodable", "why")
         self.ood = counter("ood", "Frames found out of distribution")
         self.abstained = counter("abstained", "Frames that no head answered")
         self.routes = counter("routes", "Frames answered by a domain's head", "domain")
@@ -70,7 +68,7 @@ class Metrics:
         self.mqtt_connected = gauge("mqtt_connected", "1 while connected to the broker")
         self.commands = counter("commands", "Commands answered", "command", "outcome")
         self.learning_runs = counter("learning_runs", "Adaptations that ended", "outcome")
-        self._step = gauge(_STEP.removeprefix("edgeear_"), "When the daemon's loop last took a step")
+        self._step = gauge(_STEP.removeprefix("edgeear_"), "When the daemon's loop last took a turn")
         self._phase = Info("edgeear_phase", "What the board is doing", registry=registry)
         Info("edgeear_build", "What runs here", registry=registry).info({"version": version})
         losses = {row.path[0]: row.measure.loss for row in MEASURES if row.measure.loss}
@@ -96,26 +94,26 @@ class Metrics:
             self.routes.labels(prediction.route).inc()
 
     def alive(self, now: float) -> None:
-        """The daemon's loop took a step, at `now` in seconds since the epoch."""
+        """Note that the loop took a turn at `now`, unix seconds."""
         self._step.set(now)
 
     def phase(self, name: str) -> None:
-        """`edgeear_phase_info{phase=name} 1`, instead of the phase before."""
+        """Set `edgeear_phase_info{phase=name}` to 1 and remove the previous phase."""
         self._phase.info({"phase": name})
 
     def serve(self, port: int) -> int:
-        """Answer `GET /metrics` on loopback, in a thread, until `close`; port 0 takes a free one. Returns the port.
+        """Answer `GET /metrics` on loopback, in a thread, until `close`. Port 0 takes a free one. Returns the port.
 
-        Raises `UsageError` for a port that there is not, or when called twice; `DeviceError` for one that is taken.
+        Raises `UsageError` for a port out of range, or when called twice; `DeviceError` for a port in use.
         """
         if self._server is not None:
-            raise UsageError("metrics are served already: close them first")
+            raise UsageError("metrics are already served: call close first")
         if not 0 <= port <= 65535:
-            raise UsageError(f"metrics port {port}: there are 0 to 65535; 0 takes a free one")
+            raise UsageError(f"metrics port {port}: must be 0 to 65535; 0 takes a free one")
         try:
             server = _Server((LOOPBACK, port), MetricsHandler.factory(self.registry))
         except OSError as error:
-            remedy = "another program has it" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
+            remedy = "another program uses it" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
             raise DeviceError(f"metrics port {port}: {remedy}; choose another in [metrics], or 0 for none") from error
         thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
         thread.start()
@@ -123,7 +121,7 @@ class Metrics:
         return server.server_port
 
     def close(self) -> None:
-        """Stop serving and free the port; no-op where nothing is served."""
+        """Stop serving and free the port. Does nothing where nothing is served."""
         if self._server is not None:
             (server, thread), self._server = self._server, None
             server.shutdown()
@@ -140,7 +138,7 @@ def _reading(row: Row, read: Callable[[], Any]) -> float:
 
 
 class _Server(ThreadingHTTPServer):
-    """Starts at once: its base asks the name service who 127.0.0.1 is, and a board without a network waits for that."""
+    """Starts without a DNS query: the base class looks up the name of 127.0.0.1, which takes long without a network."""
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)
@@ -148,9 +146,9 @@ class _Server(ThreadingHTTPServer):
 
 
 def healthy(port: int, now: float, within_s: float = 60.0) -> bool:
-    """Whether the daemon that serves on `port` took a step in the last `within_s` seconds; False if none answers.
+    """Whether the daemon on `port` took a turn in the last `within_s` seconds; False if none answers.
 
-    `python -m device.daemon.metrics PORT` exits with 0 or 1 accordingly: the container's health check.
+    The container's health check is `python -m device.daemon.metrics PORT`, which exits with 0 or 1.
     """
     try:
         with urlopen(f"http://{LOOPBACK}:{port}/metrics?name[]={_STEP}", timeout=5) as answer:

@@ -1,11 +1,11 @@
-"""What the daemon tells systemd: ready, alive, stopping, and one line of status (sd_notify(3)).
+"""Notifications to systemd: ready, alive, stopping, and a line of status (sd_notify(3)).
 
 Rules of this file:
 
-1. Without `NOTIFY_SOCKET` everything is a no-op: the daemon runs the same under a shell, a container or a test.
-2. Telling never blocks and never raises: a supervisor that hangs does not take the predictions with it.
-3. The watchdog is fed by whoever made progress, at most every half of its interval, and only in the process that
-   systemd watches: a thread that merely sleeps would prove nothing, a child would feed it for a hung parent.
+1. Without `NOTIFY_SOCKET` every call does nothing: the daemon runs the same in a shell, a container or a test.
+2. A notification never blocks and never raises: a hanging supervisor must not stop predictions.
+3. The loop itself feeds the watchdog, after a turn, at most once in half of its interval, and only in the process that
+   systemd watches. A timer thread, or a child process, would feed it although the loop hangs.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from collections.abc import Mapping
 
 
 class Notifier:
-    """The daemon's end of systemd's notification socket; `environment` and `pid` are this process's unless given."""
+    """Sends to systemd's notification socket. `environment` and `pid` default to those of this process."""
 
     def __init__(self, environment: Mapping[str, str] | None = None, pid: int | None = None) -> None:
         variables = os.environ if environment is None else environment
         path = variables.get("NOTIFY_SOCKET", "")
-        # "@" stands for the zero byte of the abstract namespace; other kinds (vsock:) are not for services.
+        # "@" stands for the zero byte of an abstract socket. Other kinds, such as vsock:, are not used for services.
         self._address = f"\0{path[1:]}" if path.startswith("@") else path if path.startswith("/") else ""
         self.watchdog_s = _watchdog_s(variables, os.getpid() if pid is None else pid)
-        """Seconds without a sign of life after which systemd ends this process; None where it does not watch."""
+        """Seconds without `alive` after which systemd ends this process; None without a watchdog."""
         self._fed = float("-inf")
 
     def ready(self, status: str) -> bool:
-        """The start is over: predictions are served. True where systemd was told, here and below."""
+        """Predictions are served now. True where the message was sent, here and below."""
         return self._send("READY=1", _status(status))
 
     def status(self, status: str) -> bool:
-        """One line that `systemctl status` shows."""
+        """Set the line that `systemctl status` shows."""
         return self._send(_status(status))
 
     def stopping(self, status: str = "stopping") -> bool:
-        """The end has begun, on purpose."""
+        """The daemon is stopping as asked."""
         return self._send("STOPPING=1", _status(status))
 
     def alive(self, now: float) -> bool:
-        """Called after every step of the daemon's loop, `now` in seconds of a clock that only rises."""
+        """Feed the watchdog after a turn of the loop; `now` in seconds of a clock that never goes back."""
         if self.watchdog_s is None or now - self._fed < self.watchdog_s / 2:
             return False
         self._fed = now
@@ -58,7 +58,7 @@ class Notifier:
 
 
 def _status(text: str) -> str:
-    """One assignment, whatever the text: a line break would start the next."""
+    """`text` in one line: a line break would start the next assignment."""
     return f"STATUS={' '.join(text.split())}"
 
 

@@ -1,11 +1,11 @@
-"""What a window of time looked like, as a few figures: the content of one telemetry message.
+"""The frames of a time window as figures for one telemetry message.
 
 Rules of this file:
 
-1. A window costs the same however many frames it sees: beyond `KEPT` values of a quantity each further one replaces a
-   random one (reservoir sampling, Vitter, "Random Sampling with a Reservoir", 1985, algorithm R).
-2. Counts are exact, of the `MAX_DOMAINS` most frequent routes. Quantiles are values that occurred; they leave out what
-   is not finite, such as the novelty before anything was learned.
+1. Memory is bounded: beyond `KEPT` values of a quantity each further one replaces a random one (reservoir sampling,
+   Vitter, "Random Sampling with a Reservoir", 1985, algorithm R).
+2. Counts are exact; routes are those of the `MAX_DOMAINS` most frequent domains. Quantiles are values that occurred.
+   They leave out values that are not finite, such as the novelty before anything was learned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEPT = 4096
 
 @dataclass
 class Reservoir:
-    """A sample, uniform over all that was added, of at most `KEPT` values."""
+    """A uniform sample of all values that were added, of at most `KEPT`."""
 
     random: random.Random
     values: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Reservoir:
             self.values[place] = value
 
     def quantiles(self) -> dict[str, float] | None:
-        """p50, p90 and p99, None where nothing was added."""
+        """p50, p90 and p99; None where no finite value was added."""
         if not self.values:
             return None
         p50, p90, p99 = np.quantile(self.values, (0.5, 0.9, 0.99), method="inverted_cdf")
@@ -50,7 +50,7 @@ class Reservoir:
 
 @dataclass
 class Window:
-    """Everything since `started` (seconds)."""
+    """The frames since `started`, in seconds."""
 
     started: float
     random: random.Random
@@ -63,7 +63,7 @@ class Window:
         self.novelty, self.latency = Reservoir(self.random), Reservoir(self.random)
 
     def add(self, prediction: Prediction, seconds: float) -> None:
-        """One frame was answered, in `seconds`."""
+        """Add a frame that was answered in `seconds`."""
         self.frames += 1
         self.ood += prediction.ood
         self.novelty.add(prediction.novelty)
@@ -74,7 +74,7 @@ class Window:
             self.routes[prediction.route] += 1
 
     def facts(self) -> dict[str, object]:
-        """The fields of a telemetry message that a window knows."""
+        """The fields of telemetry that describe the frames."""
         return {
             "frames": self.frames,
             "ood": self.ood,

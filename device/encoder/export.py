@@ -136,8 +136,7 @@ def _default_encoder(report: Tell) -> bytes:
 
 def _export(module: nn.Module, plan: _Plan, report: Tell) -> bytes:
     """The bytes of the file, compared with torch on one random input."""
-    size = plan.preprocessing.height, plan.preprocessing.width
-    example = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(1, 3, *plan.preprocessing.size, generator=torch.Generator().manual_seed(0))
     report("tracing")
     with _evaluating(module), _tapped(module, plan.hooks) as network, torch.no_grad():
         outputs = _checked(network.named(example), plan)

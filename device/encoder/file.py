@@ -212,13 +212,11 @@ def _output_shapes(
     outputs = session.get_outputs()
     if all(_is_stated(output.shape) for output in outputs):
         return {output.name: (1, *output.shape[1:]) for output in outputs}
-    height, width = preprocessing.height, preprocessing.width
-    shape = (1, 3, height, width) if preprocessing.layout == "NCHW" else (1, height, width, 3)
-    black = np.zeros(shape, _INPUT_TYPES[image.type])
+    black = np.zeros((1, *preprocessing.input_shape), _INPUT_TYPES[image.type])
     try:
         found = session.run(None, {image.name: black})
     except ORT_ERRORS as error:
-        what = f"it fails on a frame of {height} x {width} ({str(error)[:200]})"
+        what = f"it fails on a frame of {preprocessing.height} x {preprocessing.width} ({str(error)[:200]})"
         raise EncoderError(what, "check the input size, or export it again") from error
     return {output.name: np.shape(value) for output, value in zip(outputs, found, strict=True)}
 

@@ -17,13 +17,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeear.errors import FormatError, UsageError
-from edgeear.types import Tap
+from edgeear.types import U8, Tap
 
 METADATA_KEY = "edgeear"
 METADATA_FORMAT = 1
+RESIZE = "bilinear"
+"""How `device.images.decode` brings an image to the size of a frame: written for other readers, never read."""
 
 Layout = Literal["NCHW", "NHWC"]
 
@@ -57,11 +63,10 @@ class EncoderError(FormatError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a frame to the input: `(frame - mean) / scale` for each channel, in 8-bit units, then `layout`.
+    """From a frame `(height, width, 3)` uint8 to the network's input: `(frame - mean) / scale` for each channel.
 
-    Frames, `mean` and `scale` are in RGB order; a network that wants another says so in `color`. An input of
-    type uint8 takes the frame's bytes as they are. `resize` tells a source how to bring an image to the size
-    of a frame.
+    Frames, `mean` and `scale` are in RGB order and 8-bit units. `color` and `layout` are what the network takes.
+    `device.images.decode` brings an image to the size of a frame.
     """
 
     height: int
@@ -70,7 +75,6 @@ class Preprocessing:
     scale: tuple[float, float, float] = (255.0, 255.0, 255.0)
     layout: Layout = "NCHW"
     color: Literal["RGB", "BGR"] = "RGB"
-    resize: str = "bilinear"
 
     def __post_init__(self) -> None:
         if type(self.height) is not int or type(self.width) is not int or min(self.height, self.width) < 1:
@@ -81,6 +85,40 @@ class Preprocessing:
             raise UsageError(f"mean {self.mean} and scale {self.scale} must be finite, and no scale 0")
         if self.layout not in ("NCHW", "NHWC") or self.color not in ("RGB", "BGR"):
             raise UsageError(f"layout {self.layout}, color {self.color}: use NCHW or NHWC, RGB or BGR")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(height, width)` of a frame."""
+        return self.height, self.width
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of one frame in the network's layout."""
+        return (3, *self.size) if self.layout == "NCHW" else (*self.size, 3)
+
+    def apply(self, frame: U8, out: NDArray[Any]) -> None:
+        """Write `frame` into `out` of `input_shape`. An `out` of uint8 takes the bytes without mean and scale."""
+        ordered = self._laid_out(frame)
+        # Bytes are put in order before they become four times as many.
+        np.copyto(out, ordered if out.dtype == np.uint8 else np.ascontiguousarray(ordered))
+        if out.dtype != np.uint8:
+            mean, scale = self._moments
+            np.subtract(out, mean, out=out, casting="same_kind")
+            np.divide(out, scale, out=out, casting="same_kind")
+
+    def channels_first(self, maps: NDArray[Any]) -> NDArray[Any]:
+        """An output of the network, maps as `(samples, channels, height, width)`; others are left alone."""
+        return maps.transpose(0, 3, 1, 2) if self.layout == "NHWC" and maps.ndim == 4 else maps
+
+    @cached_property
+    def _moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and scale, shaped to meet one input."""
+        mean, scale = (self._laid_out(np.array(v, np.float32)[None, None]) for v in (self.mean, self.scale))
+        return mean, scale
+
+    def _laid_out(self, frame: NDArray[Any]) -> NDArray[Any]:
+        ordered = frame[..., ::-1] if self.color == "BGR" else frame
+        return ordered.transpose(2, 0, 1) if self.layout == "NCHW" else ordered
 
 
 @dataclass(frozen=True)
@@ -103,7 +141,7 @@ def write_metadata(metadata: Metadata) -> str:
     ]
     content = {
         "format": METADATA_FORMAT,
-        "preprocessing": asdict(metadata.preprocessing),
+        "preprocessing": asdict(metadata.preprocessing) | {"resize": RESIZE},
         "taps": taps,
         "pooling": dict(metadata.pooling),
         "provenance": dict(metadata.provenance),
@@ -137,6 +175,7 @@ def read_metadata(text: str) -> Metadata:
 
 def _preprocessing(stored: dict[str, Any]) -> Preprocessing:
     mean, scale = _triple(stored.pop("mean")), _triple(stored.pop("scale"))
+    stored.pop("resize", None)
     return Preprocessing(mean=mean, scale=scale, **stored)
 
 

@@ -61,8 +61,6 @@ class OnnxEncoder:
 
     def __init__(self, path: str | Path, threads: int = 1, *, preprocessing: Preprocessing | None = None) -> None:
         self._file = open_encoder(Path(path), threads, preprocessing)
-        self._mean = self._by_channel(self.preprocessing.mean)
-        self._scale = self._by_channel(self.preprocessing.scale)
         self._taps = {tap.name: tap for tap in self._file.metadata.taps}
         self._idle: deque[_Lane] = deque(maxlen=1)
         self._asked: tuple[str, ...] = ()  # the taps of the last call, known to be ours
@@ -80,7 +78,7 @@ class OnnxEncoder:
     @property
     def input_size(self) -> tuple[int, int]:
         """`(height, width)` of a frame."""
-        return self.preprocessing.height, self.preprocessing.width
+        return self.preprocessing.size
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -120,7 +118,7 @@ class OnnxEncoder:
         flat = block.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             for row, frame in zip(block, frames, strict=True):
-                self._normalise(frame, lane.image[0])
+                self.preprocessing.apply(frame, lane.image[0])
                 row[:] = self._run(lane)
             # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
             surely_finite = math.isfinite(flat.dot(flat))
@@ -166,7 +164,7 @@ class OnnxEncoder:
             found = self._found(name, feature)
             binding.bind_output(name, "cpu", 0, found.dtype, found.shape, found.ctypes.data)
             if found is not feature:
-                converted.append((self._channels_first(found), feature))
+                converted.append((self.preprocessing.channels_first(found), feature))
         return _Lane(names, image, flat, tuple(zip(names, columns, shapes, strict=True)), binding, tuple(converted))
 
     def _found(self, name: str, feature: F32) -> NDArray[Any]:
@@ -175,27 +173,6 @@ class OnnxEncoder:
         if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
             return np.empty(feature.transpose(0, 2, 3, 1).shape, dtype)
         return feature if dtype == "float32" else np.empty(feature.shape, dtype)
-
-    def _channels_first(self, found: NDArray[Any]) -> NDArray[Any]:
-        return found.transpose(0, 3, 1, 2) if self.preprocessing.layout == "NHWC" and found.ndim == 4 else found
-
-    def _normalise(self, frame: U8, target: NDArray[Any]) -> None:
-        """Write the frame into `target`, in the network's layout, colour order and units."""
-        ordered = self._ordered(frame)
-        planes = ordered.transpose(2, 0, 1) if self.preprocessing.layout == "NCHW" else ordered
-        # Bytes are put in order before they become four times as many.
-        np.copyto(target, planes if target.dtype == np.uint8 else np.ascontiguousarray(planes))
-        if target.dtype != np.uint8:
-            np.subtract(target, self._mean, out=target, casting="same_kind")
-            np.divide(target, self._scale, out=target, casting="same_kind")
-
-    def _by_channel(self, values: tuple[float, float, float]) -> F32:
-        """One value for each channel in the network's order, shaped to meet its input."""
-        shape = (3, 1, 1) if self.preprocessing.layout == "NCHW" else (3,)
-        return self._ordered(np.array(values, np.float32)).reshape(shape)
-
-    def _ordered(self, channels_last: NDArray[Any]) -> NDArray[Any]:
-        return channels_last[..., ::-1] if self.preprocessing.color == "BGR" else channels_last
 
     def _closed_gates(self, names: tuple[str, ...]) -> dict[str, Any]:
         gates = self._file.metadata.gates
@@ -220,9 +197,7 @@ class OnnxEncoder:
             raise UsageError(f"frames are {frames.dtype} of shape {frames.shape}, expected {expected}")
 
     def _scratch(self, rows: int) -> NDArray[Any]:
-        height, width = self.input_size
-        one = (3, height, width) if self.preprocessing.layout == "NCHW" else (height, width, 3)
-        return np.empty((rows, *one), self._file.input_dtype)
+        return np.empty((rows, *self.preprocessing.input_shape), self._file.input_dtype)
 
 
 def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
@@ -267,7 +242,7 @@ def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mappin
     names = list(alone)
     images = encoder._scratch(2)
     for frame, image in zip((first, second), images, strict=True):
-        encoder._normalise(frame, image)
+        encoder.preprocessing.apply(frame, image)
     try:
         found = encoder._file.session.run(names, {encoder._file.input_name: images})
     except ORT_ERRORS:
@@ -275,7 +250,7 @@ def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mappin
     dependent = [
         name
         for name, value in zip(names, found, strict=True)
-        if value.shape[0] == 2 and not _close(encoder._channels_first(value[:1]), alone[name])
+        if value.shape[0] == 2 and not _close(encoder.preprocessing.channels_first(value[:1]), alone[name])
     ]
     return _listed(dependent, "error", "features depend on the other frames of the batch", _EVAL)
 

@@ -30,9 +30,9 @@ asks: a receiver of QoS 1 keeps no state about identifiers, so nobody can tell; 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from device.mqtt import topics
@@ -137,18 +137,18 @@ class Token(NamedTuple):
     mid: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinkCounters:
     """Since the start: `connects` accepted by a broker, items `sent` (acknowledged), items `dropped` because a broker
     would never take them, refusals after which an item was `held` back in the outbox, messages that were `ignored`
     because they were no command."""
 
-    connects: int
-    sent: int
-    dropped: int
-    held: int
-    ignored: int
-    last_refusal: str
+    connects: int = 0
+    sent: int = 0
+    dropped: int = 0
+    held: int = 0
+    ignored: int = 0
+    last_refusal: str = ""
 
 
 class Delivery:
@@ -160,8 +160,7 @@ class Delivery:
     ) -> None:
         self._inflight, self._rate_limit, self._hold_s = inflight, rate, hold_s
         self._status_topic, self._status = status_topic, status
-        self._tally: Counter[str] = Counter()
-        self._last_refusal = ""
+        self._counters = LinkCounters()
         self._acks: deque[Token] = deque()
         self._unsent: deque[Publish] = deque()
         self._fresh = True  # the outbox may hold items that were not fetched
@@ -225,7 +224,7 @@ class Delivery:
         self._reset(now, min(self._inflight, receive_maximum), maximum_packet)
         self.connected, self._fresh, self._redeliver = True, True, False
         self._connection += 1
-        self._tally["connects"] += 1
+        self._counters.connects += 1
         self._actions += Subscribe(), self._say("online")
 
     def fetched(self, items: Sequence[Item]) -> None:
@@ -258,15 +257,15 @@ class Delivery:
         elif code < 0x80:
             self._done.append(publish.item)
             self._progress, self._window = True, self._usual
-            self._tally["sent"] += 1
+            self._counters.sent += 1
         elif code in HOPELESS:
             self._drop(publish.item, f"the broker refuses it: {reason}")
         elif code == NOT_AUTHORISED:
-            self._tally["held"] += 1
+            self._counters.held += 1
             self._forbidden[publish.topic] = now + self._hold_s
             self._tell(f"the broker forbids {publish.topic}: {reason}; it waits, check the broker's access list")
         else:
-            self._tally["held"] += 1
+            self._counters.held += 1
             self._refused_item = None if code == QUOTA else publish.item
             self._actions.append(End(f"the broker refuses item {publish.item}: {reason}"))
 
@@ -281,7 +280,7 @@ class Delivery:
 
     def ignored(self) -> None:
         """A message came that was neither a command nor a frame for this board."""
-        self._tally["ignored"] += 1
+        self._counters.ignored += 1
 
     def disconnected(self, why: str, blame: bool) -> list[Remove | Tell]:
         """The connection ended because of `why`; what is left to do about it. `blame`: the broker may have disconnected
@@ -303,9 +302,11 @@ class Delivery:
         if self._strikes >= STRIKES:
             self._strikes = 0
             self._held.add(self._suspect)
-            self._tally["held"] += 1
-            self._last_refusal = f"item {self._suspect}: {STRIKES} connections in a row ended on it, it is held back"
-            last.append(Tell(self._last_refusal))
+            self._counters.held += 1
+            self._counters.last_refusal = (
+                f"item {self._suspect}: {STRIKES} connections in a row ended on it, it is held back"
+            )
+            last.append(Tell(self._counters.last_refusal))
         self._reset(0.0, self._inflight, MAX_PACKET)
         return last
 
@@ -339,10 +340,7 @@ class Delivery:
 
     def counters(self) -> LinkCounters:
         """What was counted since the start."""
-        tally = self._tally
-        return LinkCounters(
-            tally["connects"], tally["sent"], tally["dropped"], tally["held"], tally["ignored"], self._last_refusal
-        )
+        return replace(self._counters)
 
     def _next_unsent(self) -> Publish | None:
         while self._unsent:
@@ -424,12 +422,12 @@ class Delivery:
 
     def _drop(self, item: int, why: str) -> None:
         self._done.append(item)
-        self._tally["dropped"] += 1
+        self._counters.dropped += 1
         self._tell(f"item {item} was dropped: {why}")
 
     def _tell(self, text: str) -> None:
         """Reported once in a connection; `last_refusal` has the latest."""
-        self._last_refusal = text
+        self._counters.last_refusal = text
         if not self._told:
             self._actions.append(Tell(text))
         self._told = True

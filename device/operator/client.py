@@ -131,9 +131,7 @@ class Operator:
     def _subscribed(self, client: Client, data: Any, mid: int, reasons: list[ReasonCode], extra: Any) -> None:
         if any(reason.is_failure for reason in reasons):
             names = ", ".join(self._filters)
-            self._refused = (
-                f"the broker refuses subscription to {names}: check user or certificate, and the access list"
-            )
+            self._refused = f"the broker does not send us {names}: check user or certificate, and the access list"
         self._ready.set()
 
     def _on_disconnect(self, client: Client, data: Any, flags: DisconnectFlags, reason: ReasonCode, extra: Any) -> None:

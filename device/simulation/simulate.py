@@ -297,7 +297,7 @@ class _Run:
         self.truth.seen.append((domain, self.data.classes[item.label]))
         self.images.append(item.relative)
         self.view.at = len(self.truth.seen)
-        prediction = self.board.step(frame).prediction
+        prediction, _ = self.board.step(frame)
         self.watch.lap("stream")
         route = prediction.route or ABSTAIN
         self.trace.append((prediction.novelty, prediction.p, route))
@@ -313,7 +313,7 @@ class _Run:
             self.shifts.append(missed)
             self._note("missed", f"the step from {names[index - 1]} to {names[index]} was not noticed")
 
-    def _event(self, event: events.Event) -> None:
+    def _event(self, event: events.BoardEvent) -> None:
         match event:
             case events.Shifted():
                 self._shift(event.at)

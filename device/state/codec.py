@@ -90,7 +90,7 @@ def from_files(files: Mapping[str, bytes]) -> System:
     except KeyError as error:
         raise SystemFormatError(f"{error} is missing from the stored system: restore an earlier generation") from error
     except (ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, SafetensorError) as error:
-        raise SystemFormatError(f"stored system does not parse: {error}; restore an earlier generation") from error
+        raise SystemFormatError(f"the stored system does not parse: {error}; restore an earlier generation") from error
 
 
 def _system(structure: dict[str, Any], arrays: Sequence[Arrays], files: Mapping[str, bytes]) -> System:
@@ -110,13 +110,13 @@ def _system(structure: dict[str, Any], arrays: Sequence[Arrays], files: Mapping[
 def _arrays(name: str, files: Mapping[str, bytes]) -> Arrays:
     """The arrays of one domain."""
     if name != _memory_name(files[name]):
-        raise SystemFormatError(f"{name} is not what was stored under its name: restore an earlier generation")
+        raise SystemFormatError(f"{name} is damaged: restore an earlier generation")
     return load(files[name])
 
 
 def _domain(entry: dict[str, Any], arrays: Arrays, files: Mapping[str, bytes]) -> Domain:
     memory = DomainMemory(
-        tuple(entry["classes"]), arrays["counts"], arrays["class_sums"].astype(np.float64), _unpacked(arrays["gram"])
+        tuple(entry["classes"]), arrays["counts"], arrays["class_sums"].astype(np.float64), _symmetric(arrays["gram"])
     )
     statistics: dict[str, Any] = {f.name: arrays[_CALIBRATION + f.name] for f in fields(Calibration)}
     calibration = Calibration(**{name: x if x.ndim else x.item() for name, x in statistics.items()})
@@ -137,8 +137,8 @@ def _tensors(domain: Domain) -> Arrays:
     }
 
 
-def _unpacked(upper: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Symmetric `(m, m)` from its packed upper triangle."""
+def _symmetric(upper: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The symmetric matrix `(m, m)` of a packed upper triangle."""
     m = int((np.sqrt(8 * len(upper) + 1) - 1) / 2)
     full = np.zeros((m, m))
     full[np.triu_indices(m)] = upper

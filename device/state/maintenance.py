@@ -1,9 +1,9 @@
-"""What an operator does to a stopped board's store: list, merge two domains, forget a domain or a class.
+"""Operations on the store of a stopped board: list it, merge two domains, forget a domain or a class.
 
 Rules of this file:
 
-1. A change goes the way of every change: admitted, committed, confirmed. A rejection is a value and changes nothing.
-2. It starts from the confirmed generation, as a board does at boot; one process at a time has the store open.
+1. A change is admitted, committed and confirmed, like every change. A rejection is a value and changes nothing.
+2. It starts from the confirmed generation, as a board does at its start. One process at a time has the store open.
 3. What is forgotten is gone from every generation of the store: there is no way back (generations.py).
 """
 
@@ -29,8 +29,8 @@ from edgeear.types import F32, Encoder
 
 @dataclass(frozen=True)
 class Changed:
-    """What was done, the generation that serves from now on, its domains, the share of each domain's codes that changed
-    route, and the generations that were removed."""
+    """`what` was done; the number of the new `generation` and its `domains`; `replay`: the share of each domain's codes
+    that changed route; `removed`: numbers of removed generations."""
 
     what: str
     generation: int
@@ -40,8 +40,9 @@ class Changed:
 
 
 def listing(folder: Path) -> dict[str, object]:
-    """Generations and the domains of the live one, JSON-able. Raises `UsageError` where no store is, `StoreBusy`."""
-    with _opened(folder) as store:
+    """All generations and the domains of the live one, JSON-able. Raises `UsageError` where there is no store, and
+    `StoreBusy`."""
+    with _open(folder) as store:
         live = store.live
         domains = [] if live is None else [facts(d) for d in from_files(store.read(live)).domains]
         kept = [
@@ -52,8 +53,8 @@ def listing(folder: Path) -> dict[str, object]:
 
 
 def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -> Changed | Rejected:
-    """Make `second` a part of `first`; see edgeear/merging.py. Raises as `listing` does, and `UsageError` for names."""
-    with _opened(folder) as store:
+    """Merge `second` into `first` (edgeear/merging.py). Raises as `listing` does; `UsageError` for unknown names."""
+    with _open(folder) as store:
         outcome = merge_domains(_confirmed(store, folder), first, second, head)
         if isinstance(outcome, Rejected):
             return outcome
@@ -65,9 +66,11 @@ def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -
 def forget(
     folder: Path, domain: str, label: str | None, now: float, images: tuple[Path, Encoder] | None = None
 ) -> Changed | Rejected:
-    """Forget a domain, or its class `label`: exactly where `images` are all that were learned of the class and their
-    encoder, see edgeear/forgetting.py. Raises as `merge` does, and `FormatError` for another encoder."""
-    with _opened(folder) as store:
+    """Forget a domain, or its class `label` (edgeear/forgetting.py). Give `images`, the folder of all images that were
+    learned of the class and the encoder, to forget the class exactly.
+
+    Raises as `merge` does, and `FormatError` for another encoder."""
+    with _open(folder) as store:
         system = _confirmed(store, folder)
         outcome: Candidate | Rejected
         if label is None:
@@ -84,9 +87,9 @@ def forget(
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Store]:
+def _open(folder: Path) -> Iterator[Store]:
     if not (folder / CURRENT).is_file():
-        raise UsageError(f"{folder} is no store: give a folder that `simulate --store` or `Ear.save` wrote")
+        raise UsageError(f"{folder} is not a store: give a folder that `simulate --store` or `Ear.save` wrote")
     with Store.open(folder, keep=1) as store:
         yield store
 
@@ -94,12 +97,12 @@ def _opened(folder: Path) -> Iterator[Store]:
 def _confirmed(store: Store, folder: Path) -> System:
     system = generations.load(store)
     if system is None:
-        raise UsageError(f"{folder} holds nothing that was confirmed: there is nothing to change")
+        raise UsageError(f"{folder} has no confirmed generation: there is nothing to change")
     return system
 
 
 def facts(domain: Domain) -> dict[str, object]:
-    """What a listing says of a domain."""
+    """Name, samples by class, size and head of a domain, JSON-able."""
     counts = dict(zip(domain.memory.classes, domain.memory.counts.tolist(), strict=True))
     explanation = str(domain.growth.get("explanation", ""))
     return {"name": domain.name, "samples": counts, "bytes": domain.bytes, "head": explanation}
@@ -110,6 +113,6 @@ def _encoded(system: System, images: Path, encoder: Encoder) -> F32:
     generations.require_encoder(system, encoder.digest)
     paths = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES) if images.is_dir() else []
     if not paths:
-        raise DataError(f"{images} holds no image: give the folder of all images that were learned of the class")
+        raise DataError(f"{images} has no image: give the folder of all images that were learned of the class")
     taps = [tap.name for tap in system.space.taps]
     return system.space.encode(featurise([Item(p, p.name, 0) for p in paths], encoder, taps))

@@ -2,19 +2,19 @@
 
 Rules of this file:
 
-1. A generation is a directory of opaque named files. It is built beside (`.partial-NUMBER`), every file and
-   the directory are fsynced, then it is renamed, then the root is fsynced. Its files are never written again.
-   Files equal to the parent's are hard-linked; the bytes are compared first, so damage is not inherited.
-2. `CURRENT` names the live and the confirmed number and is only replaced whole: `commit`, `confirm`,
-   `rollback` and `recover` are one `os.replace` each. After a kill or power loss it holds the old or new.
-3. `commit` first lays down `ROLLBACK`, a finished `CURRENT` for the way back: undoing needs no free space.
-4. Numbers only rise. The directories are the counter, so the highest number is never collected.
-5. `CURRENT` and every manifest carry a seal, the SHA-256 of their own contents, computed the same way in all
-   format versions, so that a newer version is never mistaken for damage.
-6. A confirmed generation also carries the empty file `.confirmed`, a second copy of that fact in case
-   `CURRENT` or what it names is damaged. It is written after `CURRENT`, so it never says more than that did.
+1. A generation is a directory of named files; the store does not read them. It is written as `.partial-NUMBER`. Every
+   file and the directory are fsynced, then the directory is renamed, then the root is fsynced. Its files are never
+   written again. Files equal to the parent's are hard-linked; the bytes are compared first, so damage is not inherited.
+2. `CURRENT` names the live and the confirmed number and is only replaced whole: `commit`, `confirm`, `rollback` and
+   `recover` are one `os.replace` each. After a kill or power loss it holds either the old or the new numbers.
+3. `commit` writes `ROLLBACK` first, a complete `CURRENT` for the way back: a rollback needs no free space.
+4. Numbers only rise. The directories are the counter, so the highest number is never removed.
+5. `CURRENT` and every manifest contain a seal, the SHA-256 of their own contents, computed the same way in all format
+   versions, so that a newer version is never mistaken for damage.
+6. A confirmed generation also contains the empty file `.confirmed`, for the case that `CURRENT` or a generation that it
+   names is damaged. It is written after `CURRENT`, so it never marks a generation that `CURRENT` did not confirm.
 
-One process writes, from one thread: `Store.open` takes an advisory lock, held until `close` or exit.
+One process writes, from one thread: `Store.open` takes an advisory lock and holds it until `close` or exit.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CURRENT, ROLLBACK, LOCK, MANIFEST, MARK = "CURRENT", "ROLLBACK", "LOCK", "manife
 _PARTIAL = re.compile(r"\.partial-([0-9]{8,}|CURRENT|ROLLBACK)")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_DIRTY = getattr(errno, "EUCLEAN", errno.EIO)  # Linux only: the file system found its own structure damaged
+_DIRTY = getattr(errno, "EUCLEAN", errno.EIO)  # Linux only: the file system is damaged
 _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, _DIRTY}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What could not be read. `number` is None when it is `CURRENT` itself."""
+    """What could not be read; `number` is None for `CURRENT` itself."""
 
     number: int | None
     file: str
@@ -71,7 +71,7 @@ class CorruptStore(FormatError):
 
 
 class StoreFull(DeviceError):
-    """No space left; what was being written was undone."""
+    """No space left; the unfinished write was undone."""
 
 
 class StoreBusy(DeviceError):
@@ -97,7 +97,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a generation holds. `parent` was live then; `created` is the caller's time in seconds."""
+    """What a generation contains. `parent` was live when it was written, at `created`, the caller's time in seconds."""
 
     number: int
     parent: int | None
@@ -115,7 +115,7 @@ class _State:
 
 
 class Disk:
-    """Every way in which a store changes the disk, so that tests can stop or fail it at each of them."""
+    """Every operation with which a store changes the disk, so that tests can stop or fail each of them."""
 
     def create(self, path: Path) -> int:
         """A descriptor for writing a new file, which is read-only from then on."""
@@ -180,7 +180,7 @@ class Store:
         return store
 
     def recover(self) -> int | None:
-        """At boot: drops an unconfirmed live generation. Returns the number that serves now, if one does."""
+        """At a start: returns to the confirmed generation. Returns its number, None where nothing was confirmed."""
         confirmed = self._state.confirmed
         if self._state.live != confirmed:
             with self._changing():
@@ -189,7 +189,7 @@ class Store:
 
     @property
     def live(self) -> int | None:
-        """The number that serves now."""
+        """The number of the serving generation."""
         return self._state.live
 
     @property
@@ -199,11 +199,11 @@ class Store:
 
     @property
     def recovered_from(self) -> Damage | None:
-        """The damage that made this store fall back to another confirmed generation, if there was any."""
+        """The damage that made this store fall back to another confirmed generation, None where there was none."""
         return self._recovered_from
 
     def write(self, files: Mapping[str, bytes], *, created: float, note: str = "") -> int:
-        """Stores `files` as the next generation, not yet live. Returns its number; failing leaves nothing."""
+        """Stores `files` as the next generation, not yet live, and returns its number. A failure leaves no files."""
         for name in files:
             _check_name(name)
         if not math.isfinite(created):
@@ -231,7 +231,7 @@ class Store:
             self._switch(_State(number, confirmed))
 
     def confirm(self, number: int) -> None:
-        """Makes the live generation permanent: from now on it is what `rollback` and `recover` go back to."""
+        """Makes the live generation permanent: from now on `rollback` and `recover` return to it."""
         if number != self.live:
             raise NotLive(f"generation {number} cannot be confirmed: {self.live} is live; commit it first")
         with self._changing():
@@ -239,7 +239,7 @@ class Store:
             self._mark(number)
 
     def rollback(self) -> int:
-        """Back to the confirmed generation; if that is damaged, as in `open`. Returns the number now live."""
+        """Makes the confirmed generation live again and returns its number; where it is damaged, see `open`."""
         confirmed = self._state.confirmed
         if confirmed is None:
             raise NoGeneration("none to roll back to: no generation was confirmed yet; commit another one")
@@ -252,17 +252,17 @@ class Store:
         return confirmed
 
     def read(self, number: int) -> dict[str, bytes]:
-        """All files of a generation, sizes and digests verified; `CorruptStore` names the one that fails."""
+        """All files of a generation, verified. Raises `CorruptStore`, which names the damaged file."""
         self._require(number)
         return dict(self._contents(number))
 
     def manifest(self, number: int) -> Manifest:
-        """What generation `number` says that it holds; its files are not read."""
+        """The manifest of generation `number`; its files are not read."""
         self._require(number)
         return self._manifest(number)
 
     def generations(self) -> tuple[Manifest, ...]:
-        """The manifests on disk in rising order, without those that cannot be read."""
+        """All manifests that can be read, in rising order."""
         found = []
         for number in self._numbers():
             with suppress(CorruptStore):
@@ -272,17 +272,17 @@ class Store:
     def collect(self, keep: int | None = None) -> tuple[int, ...]:
         """Removes old generations and returns their numbers.
 
-        What stays: the newest `keep` (that of `open` where None), the live one, the confirmed one, and the newest
-        intact one that was confirmed before, which takes over should the confirmed one prove damaged.
+        It keeps the newest `keep` (None: as given to `open`), the live one, the confirmed one, and the newest intact
+        one that was confirmed before, to fall back to where the confirmed one is damaged.
         """
         with self._changing():
             numbers = self._numbers()
             spares = (n for n in self._marked() if n != self.confirmed and self._intact(n))
             held = {*numbers[-(keep or self._keep) :], self.live, self.confirmed, next(spares, None)}
-            doomed = tuple(number for number in numbers if number not in held)
-            if doomed:
-                self._remove(doomed)
-        return doomed
+            old = tuple(number for number in numbers if number not in held)
+            if old:
+                self._remove(old)
+        return old
 
     def close(self) -> None:
         """Releases the lock; closing twice is allowed."""
@@ -317,7 +317,7 @@ class Store:
             self._mark(self.confirmed)
 
     def _fall_back(self, error: CorruptStore) -> int:
-        """The confirmed generation if it is intact, else the newest one that once was confirmed and is."""
+        """Makes the newest intact generation live that is or was confirmed."""
         for number in (self.confirmed, *self._marked()):
             if number is not None and self._intact(number):
                 self._switch(_State(number, number))
@@ -329,7 +329,7 @@ class Store:
         return [n for n in reversed(self._numbers()) if (self._dir(n) / MARK).exists()]
 
     def _mark(self, number: int) -> None:
-        """A second copy of what `CURRENT` says: failing here is no failure, the next `open` tries again."""
+        """Marks a generation as confirmed. Failing is harmless: the next `open` tries again."""
         if not (self._dir(number) / MARK).exists():
             with suppress(OSError):
                 _put(self._disk, self._dir(number) / MARK, b"")
@@ -358,7 +358,7 @@ class Store:
         return manifest
 
     def _contents(self, number: int) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of each file, verified one by one: only one need be in memory."""
+        """Name and bytes of each file, verified, one file in memory at a time."""
         for entry in self._manifest(number).files:
             data = _read(self._dir(number) / entry.name, number)
             if len(data) != entry.size:
@@ -388,7 +388,7 @@ class Store:
             yield
 
     def _partial(self, name: str) -> Path:
-        """The place where `name` is built or taken apart, cleared of what an earlier failure left there."""
+        """The path where `name` is written or removed, without what an earlier failure left there."""
         path = self._root / f".partial-{name}"
         if path.exists():
             _remove_tree(self._disk, path)
@@ -406,7 +406,7 @@ class Store:
             return False
 
     def _switch(self, state: _State) -> None:
-        """Replaces `CURRENT`. Memory follows what is visible on disk, even where the fsync after it fails."""
+        """Replaces `CURRENT`. Memory equals what the disk shows, even where the fsync after it fails."""
         if self._prepared(state):
             self._disk.replace(self._root / ROLLBACK, self._root / CURRENT)
         else:
@@ -434,7 +434,7 @@ class Store:
         return {}
 
     def _link(self, source: Path, target: Path, data: bytes) -> bool:
-        """False where the source is damaged or the file system knows no hard links."""
+        """False where the source is damaged or the file system has no hard links."""
         try:
             if _read(source, self.live) != data:
                 return False
@@ -448,7 +448,7 @@ class Store:
         return True
 
     def _discard(self, number: int) -> None:
-        """Undoes an unfinished `write`; what cannot be removed now goes at the next `open`."""
+        """Undoes an unfinished `write`; the next `open` removes what cannot be removed now."""
         with suppress(OSError):
             partial = self._root / f".partial-{_dirname(number)}"
             if self._dir(number).exists():
@@ -457,8 +457,8 @@ class Store:
                 _remove_tree(self._disk, partial)
 
     def _remove(self, numbers: tuple[int, ...]) -> None:
-        """Renames first, so that no half-removed generation is ever seen."""
-        # If the last switch failed in its fsync, `CURRENT` must be safe before what it named earlier goes.
+        """Renames first, so that no generation is ever visible in part."""
+        # If the fsync of the last switch failed, `CURRENT` must be on disk before older generations are removed.
         self._disk.sync_dir(self._root)
         partials = [self._partial(_dirname(number)) for number in numbers]
         for number, partial in zip(numbers, partials, strict=True):
@@ -494,7 +494,7 @@ def _sealed(fields: dict[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path, number: int | None) -> dict[str, Any]:
-    """The fields of a sealed JSON file. What passes its seal was written here: no more to check."""
+    """The fields of a sealed JSON file. A store wrote every file with a valid seal, so nothing else is checked."""
     data = _read(path, number)
     try:
         body: dict[str, Any] = json.loads(data)
@@ -502,7 +502,7 @@ def _unsealed(path: Path, number: int | None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        raise CorruptStore(number, path.name, "its seal does not fit its contents")
+        raise CorruptStore(number, path.name, "its seal does not match its contents")
     if (version := body.pop("format")) != FORMAT:
         raise NewerStore(f"{path}: format {version}, this version reads up to {FORMAT}; update the software")
     return body

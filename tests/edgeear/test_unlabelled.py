@@ -17,7 +17,7 @@ from adaptors.search import SearchPolicy
 from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy
 from device.board.board import Board, BoardPolicy
-from device.board.events import Event
+from device.board.events import BoardEvent
 from device.simulation.simulate import FIRST_LABELS, GroundTruth
 from edgeear import flow
 from edgeear.errors import UsageError
@@ -209,7 +209,7 @@ class Silent:
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_board_without_labels_tries_without_only_where_its_policy_says_so(allowed: bool) -> None:
-    labeller, events = Silent(), list[Event]()
+    labeller, events = Silent(), list[BoardEvent]()
     gate = (
         UnlabelledPolicy(frames=40, foreign=0, agreement=-1, confidence=-1, diversity=0, structure=-9)
         if allowed

@@ -1,4 +1,4 @@
-"""The sensor link, both ends joined in memory: no chunking, loss, repetition or damage ever gives a wrong frame."""
+"""Both ends of the sensor link, connected in memory: chunking, loss, repetition and corruption give no wrong frame."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_garbage_costs_at_most_the_packet_that_it_touches(
 
 
 @given(PACKETS, st.integers(0, 10**6), st.integers(1, 255))
-def test_a_spoilt_byte_gives_no_packet_that_was_not_sent(packets: list[Packet], place: int, flip: int) -> None:
+def test_a_corrupted_byte_gives_no_packet_that_was_not_sent(packets: list[Packet], place: int, flip: int) -> None:
     stream = bytearray(b"".join(map(encode_packet, packets)) or b"\0")
     stream[place % len(stream)] ^= flip
     found = Deframer().feed(bytes(stream))
@@ -327,7 +327,7 @@ def test_log_lines_arrive_and_text_is_cut() -> None:
         lambda: HostEnd().greet(float("nan")),
     ],
 )
-def test_misuse_is_told(wrong: object) -> None:
+def test_misuse_is_refused(wrong: object) -> None:
     with pytest.raises(UsageError):
         wrong()  # type: ignore[operator]
 

@@ -29,7 +29,7 @@ class Mosquitto:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when the broker accepts connections. Raises AssertionError with its log where it does not."""
+        """Returns when the broker accepts connections. Raises AssertionError with its log if it does not."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [mosquitto_path(), "-v", "-c", str(self._config)], stdout=log, stderr=subprocess.STDOUT
@@ -44,7 +44,7 @@ class Mosquitto:
         raise AssertionError(f"mosquitto did not start:\n{self.log.read_text()[-2000:]}")
 
     def stop(self) -> None:
-        """Ask it to end, and wait for that."""
+        """Terminate it and wait."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(20)
@@ -75,7 +75,7 @@ def mosquitto(folder: Path, config: str = PLAIN) -> Iterator[Mosquitto]:
 
 
 def mosquitto_path() -> str:
-    """Where mosquitto is; Debian puts it where users' shells do not look."""
+    """Where mosquitto is; Debian installs it outside the PATH of users."""
     found = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
     assert found, "mosquitto is not installed: apt-get install mosquitto (make test does it where it may)"
     return found

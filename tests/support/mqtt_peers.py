@@ -1,4 +1,4 @@
-"""The other ends of a link: an operator's client, an outbox in memory, a wire that can be cut, a broker by script."""
+"""Test doubles around a link: an operator's client, an outbox in memory, a relay that can be cut, a scripted broker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Signal:
 
     def wait(self, predicate: Callable[[], bool], what: object = "it") -> None:
         with self._changed:
-            assert self._changed.wait_for(predicate, PATIENCE), f"waited {PATIENCE} s in vain for {what}"
+            assert self._changed.wait_for(predicate, PATIENCE), f"waited {PATIENCE} s for {what}: it did not come"
 
 
 class MemoryOutbox:
@@ -67,7 +67,7 @@ class MemoryOutbox:
 
 
 class Board:
-    """A link with everything that it tells noted."""
+    """A link that records its callbacks."""
 
     def __init__(self, port: int, outbox: Any = None, patience: float = 5.0, **policy: Any) -> None:
         self._patience = patience
@@ -119,7 +119,7 @@ class Board:
 
 
 class Operator:
-    """An MQTT 5 client with a persistent session that notes what it receives and can send commands."""
+    """An MQTT 5 client with a persistent session that records what it receives and can send commands."""
 
     def __init__(self, port: int, *topics: str, name: str = "operator", session: bool = True) -> None:
         self.signal, self.messages, self._topics = Signal(), [MQTTMessage()][:0], topics
@@ -182,7 +182,7 @@ def properties_of(packet: int, **values: Any) -> Properties:
 
 
 class Wire:
-    """A TCP relay to a broker; `cut` ends its connections as when the network goes."""
+    """A TCP relay to a broker; `cut` ends its connections as a network failure does."""
 
     def __init__(self, port: int) -> None:
         self._to, self._server = port, socket.create_server(("127.0.0.1", 0))

@@ -80,14 +80,7 @@ def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
     try:
         return list(check())
     except Exception as error:
-        return [
-            Finding(
-                name,
-                "warning",
-                f"the check failed ({type(error).__name__}: {error})",
-                "report this as a bug of edgeear",
-            )
-        ]
+        return [Finding(name, "warning", f"the check failed ({type(error).__name__}: {error})", "report this bug")]
 
 
 # ------------------------------------------------------------------------------------------------- machine
@@ -104,13 +97,11 @@ def check_cpu(cpuinfo: str, machine: str) -> Findings:
     elif machine.startswith("arm"):
         wanted = {"neon": "NEON"}
     else:
-        yield Finding(
-            "cpu", "warning", f"{machine}: edgeear was not measured on it", "watch latency_ms in the telemetry"
-        )
+        yield Finding("cpu", "warning", f"{machine}: edgeear was not measured on it", "watch its latency in telemetry")
         return
     missing = [name for flag, name in wanted.items() if flag not in flags]
     if not flags:
-        yield Finding("cpu", "warning", f"{machine}: its features are unknown", "watch latency_ms in the telemetry")
+        yield Finding("cpu", "warning", f"{machine}: its features are unknown", "watch its latency in telemetry")
     elif missing:
         yield Finding(
             "cpu", "warning", f"{machine} without {', '.join(missing)}", "expect slow frames; lower source.fps"
@@ -149,13 +140,13 @@ def check_clock(now: float, synchronised: bool | None) -> Findings:
     when = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
     if not EARLIEST <= now < LATEST:
         yield Finding(
-            "clock", "problem", f"it says {when}", "set it, and keep it right with NTP (chrony, systemd-timesyncd)"
+            "clock", "problem", f"it says {when}", "set it, and run an NTP client (chrony, systemd-timesyncd)"
         )
     elif synchronised:
         yield Finding("clock", "ok", f"{when}, synchronised")
     else:
         what = "it is unknown whether it is synchronised" if synchronised is None else "not synchronised"
-        yield Finding("clock", "warning", f"{when}, {what}", "keep it right with NTP (chrony, systemd-timesyncd)")
+        yield Finding("clock", "warning", f"{when}, {what}", "run an NTP client (chrony, systemd-timesyncd)")
 
 
 # ---------------------------------------------------------------------------------------------------- disk
@@ -236,12 +227,7 @@ def check_outbox(path: Path) -> Findings:
     if not os.access(path, os.W_OK):
         yield Finding("outbox", "problem", f"{path}: cannot be written to", "change its owner to this user")
     elif head not in (b"", b"SQLite format 3\0"):
-        yield Finding(
-            "outbox",
-            "warning",
-            f"{path}: damaged, will be renamed and replaced",
-            "keep a copy if you need its messages",
-        )
+        yield Finding("outbox", "warning", f"{path}: damaged, will be renamed", "keep a copy if you need its messages")
     else:
         yield Finding("outbox", "ok", f"{path.stat().st_size / 2**20:.1f} MB")
 
@@ -269,9 +255,7 @@ def check_secrets(config: Config, config_path: Path | None) -> Findings:
         try:
             mode = stat.S_IMODE(path.stat().st_mode)
         except OSError as error:
-            yield Finding(
-                "secrets", "problem", f"{what} {path}: {error.strerror}", "put the file there, readable by this user"
-            )
+            yield Finding("secrets", "problem", f"{what} {path}: {error.strerror}", "put the file there")
             bad += 1
             continue
         if not os.access(path, os.R_OK):
@@ -301,12 +285,7 @@ def check_certificate(cert: Path | None, now: float) -> Findings:
     except OSError as error:
         yield Finding("certificate", "problem", f"{cert}: {error.strerror}", "put the file there, or change mqtt.cert")
     except FormatError as error:
-        yield Finding(
-            "certificate",
-            "problem",
-            f"{cert}: {error}",
-            "get it again from the authority that signs the certificates of this site",
-        )
+        yield Finding("certificate", "problem", f"{cert}: {error}", "get it again from the authority that signed it")
     else:
         yield _judged("certificate", str(cert), period, now)
 
@@ -326,7 +305,7 @@ def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: 
             yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
         elif mqtt.password is not None:
             yield Finding(
-                "broker", "warning", f"{where} answers; the password is sent in clear text", "use TLS: set mqtt.ca"
+                "broker", "warning", f"{where} answers; the password is sent unencrypted", "use TLS: set mqtt.ca"
             )
         else:
             yield Finding("broker", "ok", f"{where} answers")

@@ -187,9 +187,9 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Conf
     variables = os.environ if env is None else env
     table = {} if path is None else _read_toml(path)
     own = {name.upper(): value for name, value in variables.items() if name.upper().startswith(PREFIX) and "__" in name}
-    faults = list(_unknown_variables(own))
+    merged, faults = _merged(table, own)
     try:
-        config = Config(**_merged(table, own))
+        config = Config(**merged)
     except ValidationError as error:
         faults += [line for detail in error.errors(include_url=False) for line in _faults(detail, own)]
     if faults:
@@ -216,23 +216,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: nested too deep; a section holds plain values only") from None
 
 
-def _merged(table: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
-    """The variables `own` over `table`, key by key. A section that is no table is left for the models to refuse."""
-    merged = dict(table)
+def _merged(table: Mapping[str, Any], own: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The variables `own` over `table`, key by key, and the faults of variables whose section does not exist. A section
+    that is no table is left for the models to refuse."""
+    merged, faults, known = dict(table), [], list(Config.model_fields)
     for name, value in own.items():
         section, _, key = name.removeprefix(PREFIX).lower().partition("__")
         below = merged.get(section, {})
-        if value and section in Config.model_fields and isinstance(below, dict):
+        if section not in known:
+            faults.append(f"{name}: no such section, {_suggestion(section, known)}")
+        elif value and isinstance(below, dict):
             merged[section] = {**below, key: value}
-    return merged
-
-
-def _unknown_variables(own: Mapping[str, str]) -> Iterator[str]:
-    """Faults for `EDGEEAR_SECTION__KEY` of no section; unknown keys of a section fail with its model."""
-    for name in own:
-        section = name.removeprefix(PREFIX).partition("__")[0].lower()
-        if section not in sections():
-            yield f"{name}: no such section, {_suggestion(section, list(sections()))}"
+    return merged, faults
 
 
 def _faults(detail: ErrorDetails, env: Mapping[str, str]) -> Iterator[str]:

@@ -1,11 +1,13 @@
-"""What goes between the board and its learning process, as bytes: a job there, messages and one result back.
+"""The bytes between a board and its learning process: a job goes there, messages and one result come back.
 
 Rules of this file:
 
-1. A parcel is a JSON header and named blobs; no pickle, so a sick process can send nonsense but no code.
-2. Only the new domain travels back. The board puts it into the generation that it has, so that old domains stay the
-   very same objects, and it goes through `install` there, as everything from elsewhere does.
-3. The inbox takes bytes in pieces of any size and gives whole messages; what is none raises FormatError at once.
+1. A job or message is a JSON header and named blobs. There is no pickle, so a faulty process can send wrong data but no
+   code.
+2. Only the new domain comes back. The board adds it to the generation that it has with `install`, as it does with every
+   domain from elsewhere, so that old domains stay the very same objects.
+3. The inbox takes bytes in pieces of any size and gives whole messages. It raises FormatError for bytes that are no
+   message.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ _MAGIC = b"EARw"
 _FRAMES = "frames"
 
 
-def parcel(header: Mapping[str, object], blobs: Mapping[str, Buffer]) -> list[Buffer]:
-    """The parts to write, one after the other."""
+def pack(header: Mapping[str, object], blobs: Mapping[str, Buffer]) -> list[Buffer]:
+    """A JSON-able header and named blobs as parts to write one after the other."""
     sizes = [[name, memoryview(blob).nbytes] for name, blob in blobs.items()]
     text = json.dumps([header, sizes]).encode()
     return [struct.pack("<I", len(text)), text, *blobs.values()]
 
 
-def opened(data: Buffer) -> tuple[dict[str, Any], dict[str, memoryview]]:
-    """Inverse of `parcel`; raises FormatError for anything else."""
+def unpack(data: Buffer) -> tuple[dict[str, Any], dict[str, memoryview]]:
+    """Inverse of `pack`; raises FormatError for anything else."""
     view = memoryview(data).cast("B")
     try:
         (length,) = struct.unpack_from("<I", view)
@@ -53,14 +55,14 @@ def opened(data: Buffer) -> tuple[dict[str, Any], dict[str, memoryview]]:
             blobs[str(name)] = view[start : start + size]
             start += size
         if start != len(view):
-            raise FormatError(f"parcel of {len(view)} bytes, its header says {start}: it was cut off")
+            raise FormatError(f"{len(view)} bytes of packed data, its header says {start}: it was cut off")
         return dict(header), blobs
     except (struct.error, ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"parcel does not parse: {error}") from error
+        raise FormatError(f"packed data does not parse: {error}") from error
 
 
 def job_parts(job: Job, how: Mapping[str, object]) -> Iterator[Buffer]:
-    """The bytes of a job; `how` is the JSON-able part of it that is the learner's own."""
+    """The bytes of a job; `how`, JSON-able, is what only the learner knows: its policy and the encoder's file."""
     frames = np.stack(job.frames)
     header = {
         "how": dict(how),
@@ -76,12 +78,12 @@ def job_parts(job: Job, how: Mapping[str, object]) -> Iterator[Buffer]:
             header |= {"kind": "unlabelled", "policy": asdict(job.policy)}
         case _:
             assert_never(job)
-    yield from parcel(header, {**to_files(job.system), _FRAMES: frames.data})
+    yield from pack(header, {**to_files(job.system), _FRAMES: frames.data})
 
 
 def job_of(data: Buffer) -> tuple[Job, dict[str, Any]]:
     """Inverse of `job_parts`; raises FormatError or what `from_files` raises."""
-    header, blobs = opened(data)
+    header, blobs = unpack(data)
     frames = np.frombuffer(blobs.pop(_FRAMES), np.uint8).reshape(header["shape"])
     system = from_files({name: bytes(blob) for name, blob in blobs.items()})
     common, views, seed = (system, header["name"], tuple(frames)), tuple(header["views"]), header["seed"]
@@ -97,18 +99,18 @@ def job_of(data: Buffer) -> tuple[Job, dict[str, Any]]:
 
 def domain_parts(system: System, name: str) -> Sequence[Buffer]:
     """The bytes of one domain of `system`."""
-    return parcel({}, to_files(replace(system, domains=(system.domain(name),))))
+    return pack({}, to_files(replace(system, domains=(system.domain(name),))))
 
 
 def system_of(data: Buffer, name: str) -> System:
     """The domain `name`, alone in a system; inverse of `domain_parts`. Raises FormatError for anything else."""
     try:
-        _, blobs = opened(data)
+        _, blobs = unpack(data)
         system = from_files({file: bytes(blob) for file, blob in blobs.items()})
     except EdgeearError as error:
-        raise FormatError(f"the result is no domain: {error}") from error
+        raise FormatError(f"the result is not a domain: {error}") from error
     if system.names != (name,):
-        raise FormatError(f"the result holds domains {list(system.names)}, asked for was {name!r}")
+        raise FormatError(f"the result holds domains {list(system.names)}, expected is {name!r}")
     return system
 
 
@@ -118,14 +120,14 @@ def message(kind: Kind, parts: Sequence[Buffer]) -> list[Buffer]:
 
 
 class Inbox:
-    """Bytes in, whole messages out."""
+    """Collects bytes and gives whole messages."""
 
     def __init__(self) -> None:
         self._held = bytearray()
 
     @property
-    def begun(self) -> bool:
-        """Whether a message has come in part."""
+    def partial(self) -> bool:
+        """Whether a part of a message has arrived."""
         return bool(self._held)
 
     def feed(self, data: bytes) -> list[tuple[Kind, bytes]]:
@@ -135,12 +137,12 @@ class Inbox:
         while len(self._held) >= _HEAD.size:
             magic, kind, length = _HEAD.unpack_from(self._held)
             if magic != _MAGIC or kind >= len(KINDS) or length > MAX_MESSAGE:
-                raise FormatError(f"{bytes(self._held[:16])!r} is no message")
+                raise FormatError(f"{bytes(self._held[:16])!r} is not a message")
             end = _HEAD.size + length
             if len(self._held) < end:
                 break
             found.append((KINDS[kind], bytes(self._held[_HEAD.size : end])))
             del self._held[:end]
         if 0 < len(self._held) < _HEAD.size and not _MAGIC.startswith(bytes(self._held[: len(_MAGIC)])):
-            raise FormatError(f"{bytes(self._held)!r} is no message")
+            raise FormatError(f"{bytes(self._held)!r} is not a message")
         return found

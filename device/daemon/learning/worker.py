@@ -4,15 +4,15 @@ Rules of this file:
 
 1. This process never imports torch. A job goes out as bytes and a domain comes back as bytes (snapshot.py); `install`
    here makes the candidate over the very generation that the job was for.
-2. Whatever the child does, the outcome is a value: out of time, out of memory, killed, crashed, silent, talking
-   nonsense, no torch. Nothing of it reaches the caller of `poll`, which never waits: a thread talks to the child.
-3. The child dies with this process (the kernel kills it, and its end of a pipe closes) and with the job; it is always
-   reaped. The job is an anonymous file in memory, so nothing is left on a disk.
-4. Predictions come first. The child has the idle scheduling class, the highest niceness, one thread, and, where there
-   is more than one core, leaves the first one alone. The kernel takes it first when memory runs out.
-5. Memory is what the child holds: its resident set is watched from here, and the kernel bounds its private data, which
-   catches what grows between two looks. A bound on address space would not do: an adaptation that holds 450 MB, of
-   which 420 MB are private data, has 1.0 to 1.4 GB mapped.
+2. Whatever the child does, the outcome is a value: out of time, out of memory, killed, crashed, no answer, invalid
+   data, no torch. A thread talks to the child, so `poll` never waits and never raises for it.
+3. The child ends with the job and with this process: the kernel kills it, and its standard input closes. It is always
+   reaped. The job is an anonymous file in memory, so nothing stays on a disk.
+4. Predictions come first. The child has the idle scheduling class, the highest niceness and one thread; where there is
+   more than one core, it does not use the first one. The kernel kills it first when memory runs out.
+5. The memory limit holds for what the child occupies. This process checks its resident memory; the kernel bounds its
+   private data, which stops what grows between two checks. A bound on address space is no use: an adaptation that
+   occupies 450 MB, 420 MB of them private data, has 1.0 to 1.4 GB mapped.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ from adaptors.latency import LatencyModel
 from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS
 from device.board.learner import Failed, Job, Outcome
-from device.daemon.learning.snapshot import Inbox, Kind, job_parts, opened, system_of
+from device.daemon.learning.snapshot import Inbox, Kind, job_parts, system_of, unpack
 from edgeear.errors import FormatError, UsageError
 from edgeear.flow import install
 from edgeear.system import Candidate, Rejected
 
 COMMAND = (sys.executable, "-m", "device.daemon.learning.worker_child")
-LOOK_S = 0.2
-"""Seconds between two looks at the child's memory and time."""
-TAIL = 2000
-"""Bytes kept of what the child says on its standard error."""
+CHECK_S = 0.2
+"""Seconds between two checks of the child's memory and time."""
+STDERR_BYTES = 2000
+"""The last bytes of the child's standard error that are kept."""
 
 
 @dataclass(frozen=True)
 class WorkerPolicy:
-    """How the child learns, and what it may take. `budget` names one of the search space's; `latency` are the prices of
-    a profiled board. `time_limit_s` in all, `memory_limit_mb` resident, `threads`, `nice` from 0 to 19; `idle`: the
-    scheduling class that only takes what nobody else wants; `spare_core`: leave one alone. Raises UsageError for
-    numbers out of range."""
+    """How the child learns, and its limits.
+
+    `budget` names one of the search space's budgets, `latency` is the cost table of a profiled board. `time_limit_s`:
+    seconds for the whole job; `memory_limit_mb`: resident memory; `nice`: 0 to 19; `idle`: use the idle scheduling
+    class; `spare_core`: do not use the first core. Raises UsageError for numbers out of range."""
 
     budget: str = "medium"
     specs: int = 300
@@ -100,7 +101,7 @@ class ProcessLearner:
 
     def start(self, job: Job) -> None:
         if self._run is not None:
-            raise UsageError("a job is at work already: take its outcome or cancel it first")
+            raise UsageError("a job is running already: take its outcome or cancel it first")
         self._run = _Run(job, self._encoder, self._policy, self._command, self._on_ready)
         self._run.thread.start()
 
@@ -122,25 +123,25 @@ class ProcessLearner:
             run.cancel()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the job at work has an outcome."""
+        """Wait until the running job has an outcome."""
         if self._run is not None:
             self._run.thread.join(timeout)
 
 
 class _Run:
-    """One job in one child, and the thread that minds it. `outcome` and `progress` are written there, read anywhere."""
+    """One job in one child, and the thread that watches it. That thread writes `outcome` and `progress`."""
 
     def __init__(
         self, job: Job, encoder: Path, policy: WorkerPolicy, command: tuple[str, ...], on_ready: Callable[[], None]
     ) -> None:
         self.outcome: Outcome | None = None
         self.progress: tuple[str, int, int] | None = None
-        self.thread = threading.Thread(target=self._mind, name="learner", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name="learner", daemon=True)
         self._job, self._encoder, self._policy, self._command = job, encoder, policy, command
         self._on_ready = on_ready
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = threading.Event()
-        self._inbox, self._said = Inbox(), b""
+        self._inbox, self._stderr = Inbox(), b""
         self._answer: tuple[Kind, bytes] | None = None
 
     @property
@@ -152,17 +153,17 @@ class _Run:
         if self._process is not None:
             self._process.kill()
 
-    def _mind(self) -> None:
+    def _watch(self) -> None:
         try:
-            outcome = self._answered(self._worked())
-        except Exception as error:  # whatever a sick child sends: without an outcome the board would wait for ever
+            outcome = self._outcome(self._run_child())
+        except Exception as error:  # without an outcome the board would wait for ever
             outcome = Failed(f"learning failed ({type(error).__name__}: {error}): see what the learning process sends")
         self.outcome = outcome
         if not self._cancelled.is_set():
             self._on_ready()
 
-    def _worked(self) -> str | None:
-        """Let the child work; why there is no answer, or None where there is one."""
+    def _run_child(self) -> str | None:
+        """Run the child to its end. Returns why there is no answer, None where there is one."""
         deadline = time.monotonic() + self._policy.time_limit_s
         with _memory_file() as file:
             how = {**asdict(self._policy), "encoder": str(self._encoder), "parent": os.getpid()}
@@ -170,17 +171,17 @@ class _Run:
                 file.write(part)
             file.flush()
             file.seek(0)
-            self._process = process = self._spawned(file.fileno())
+            self._process = process = self._spawn(file.fileno())
         with process:
             try:
                 reason = "cancelled" if self._cancelled.is_set() else self._listen(process, deadline)
             except FormatError as error:
-                reason = f"the learning process talks nonsense ({error}): see what it loads, and update it"
+                reason = f"the learning process sent invalid data ({error}): update edgeear and its packages"
             finally:
-                process.kill()  # it has nothing left to do, or must not do it
-        return None if self._answer and reason is None else reason or self._ending(process.returncode)
+                process.kill()  # it has answered, or must stop
+        return None if self._answer and reason is None else reason or self._exit_reason(process.returncode)
 
-    def _spawned(self, job: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, job: int) -> subprocess.Popen[bytes]:
         threads = str(self._policy.threads)
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
@@ -192,25 +193,25 @@ class _Run:
             stderr=subprocess.PIPE,
             pass_fds=(job,),
             bufsize=0,
-            start_new_session=True,  # a terminal's interrupt is the parent's affair
+            start_new_session=True,  # Ctrl-C on a terminal reaches the parent only
             env={**os.environ, **dict.fromkeys(names, threads), "PYTHONPATH": path},
         )
 
     def _listen(self, process: subprocess.Popen[bytes], deadline: float) -> str | None:
-        """Read until the answer or the end; the reason where a limit was exceeded."""
+        """Read until the child answers or ends. Returns the reason where it exceeded a limit."""
         assert process.stdout is not None and process.stderr is not None
         with selectors.DefaultSelector() as selector:
             for pipe in (process.stdout, process.stderr):
                 selector.register(pipe, selectors.EVENT_READ)
             while self._answer is None and selector.get_map():
-                for key, _ in selector.select(LOOK_S):
+                for key, _ in selector.select(CHECK_S):
                     data = os.read(key.fd, 1 << 18)
                     if not data:
                         selector.unregister(key.fileobj)
                     elif key.fileobj is process.stderr:
-                        self._said = (self._said + data)[-TAIL:]
+                        self._stderr = (self._stderr + data)[-STDERR_BYTES:]
                     else:
-                        self._hear(data)
+                        self._receive(data)
                 if self._answer is None and (reason := self._exceeded(process.pid, deadline)):
                     return reason
         if self._answer is None:
@@ -220,10 +221,10 @@ class _Run:
                 return self._exceeded(process.pid, deadline)
         return None
 
-    def _hear(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         for kind, payload in self._inbox.feed(data):
             if kind == "progress":
-                phase, done, total = opened(payload)[0]["progress"]
+                phase, done, total = unpack(payload)[0]["progress"]
                 self.progress = (str(phase), int(done), int(total))
             else:
                 self._answer = (kind, payload)
@@ -241,18 +242,18 @@ class _Run:
             )
         return None
 
-    def _ending(self, code: int) -> str:
-        """What to say of a child that ended without an answer."""
-        said = self._said.decode(errors="replace").strip().splitlines()
-        last = f"; it said last: {said[-1]}" if said else ""
-        if self._inbox.begun:
-            return f"the learning process broke off in the middle of its answer (exit code {code}){last}"
+    def _exit_reason(self, code: int) -> str:
+        """Why a child ended without an answer."""
+        said = self._stderr.decode(errors="replace").strip().splitlines()
+        last = f"; its last line of output: {said[-1]}" if said else ""
+        if self._inbox.partial:
+            return f"the learning process ended in the middle of its answer (exit code {code}){last}"
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-            return f"the learning process was killed by {name}: by the kernel for want of memory, or by someone{last}"
+            return f"the learning process was killed by {name}: by the kernel for lack of memory, or by a user{last}"
         return f"the learning process ended without an answer (exit code {code}){last}"
 
-    def _answered(self, reason: str | None) -> Outcome:
+    def _outcome(self, reason: str | None) -> Outcome:
         if reason is not None or self._answer is None:
             return Failed(reason or "the learning process gave no answer")
         kind, payload = self._answer
@@ -260,10 +261,10 @@ class _Run:
             found = system_of(payload, self._job.name)
             (domain,) = found.domains
             outcome = install(self._job.system, domain, found.encoder_digest, found.space.digest)
-            if isinstance(outcome, Candidate):  # computed here, in this thread, and not under the first frame
+            if isinstance(outcome, Candidate):  # computed in this thread, so that the first frame does not wait
                 _ = outcome.system.router, domain.detector
             return outcome
-        header = opened(payload)[0]
+        header = unpack(payload)[0]
         if kind == "rejected":
             return Rejected(self._job.name, tuple(str(reason) for reason in header["reasons"]))
         return Failed(str(header["reason"]))
@@ -277,7 +278,7 @@ def _memory_file() -> IO[bytes]:
 
 
 def resident_mb(pid: int) -> float:
-    """What a process holds in memory, 0 where nobody says."""
+    """Resident memory of a process, 0 where it is unknown."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
     except (OSError, IndexError, ValueError):

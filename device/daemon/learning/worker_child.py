@@ -1,13 +1,13 @@
-"""The learning process: one job from a file, one answer to standard output, and the end. Only it loads torch.
+"""The learning process: it reads one job, writes one answer to standard output and exits. Only it loads torch.
 
 Rules of this file:
 
-1. It makes itself small before anything heavy is loaded: niceness, scheduling class, cores, memory; and the first that
-   the kernel kills when memory runs out.
-2. Standard output belongs to the messages: what libraries print goes to standard error.
-3. It lives no longer than the board: the kernel kills it then, even stopped; where the kernel cannot, the end of
-   standard input ends it.
-4. What cannot be learned is an answer with its reason; only a bug ends it with a traceback, which the board reports.
+1. It limits itself before it loads anything heavy: niceness, scheduling class, cores and memory. When memory runs out,
+   the kernel kills it first.
+2. Standard output is for messages only. What libraries print there goes to standard error.
+3. It ends with the board. The kernel kills it then, even while it is stopped; where the kernel cannot do that, it exits
+   at the end of standard input.
+4. A job that cannot be learned is an answer with a reason. Only a bug ends with a traceback, which the board reports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from adaptors.latency import LatencyModel
 from adaptors.search_space import BUDGETS
 from device.board.learner import Job, learn
-from device.daemon.learning.snapshot import Kind, domain_parts, job_of, message, parcel
+from device.daemon.learning.snapshot import Kind, domain_parts, job_of, message, pack
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
 from device.provenance import installation
@@ -37,18 +37,18 @@ from edgeear.system import Candidate
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PROGRESS_S = 0.5
-"""Least seconds between two messages of progress in one phase."""
+"""Seconds between two messages of progress in one phase, at least."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do the job in the open file whose descriptor is given."""
+    """Do the job in the file with the descriptor `arguments[0]`."""
     out = os.dup(1)
     os.dup2(2, 1)
     threading.Thread(target=_watch_input, daemon=True).start()
     with os.fdopen(int(arguments[0]), "rb") as file:
         job, how = job_of(file.read())
-    _die_with(how["parent"])
-    _make_small(how)
+    _end_with(how["parent"])
+    _limit_resources(how)
     try:
         kind, parts = _answer(job, how, out)
     except ModuleNotFoundError as error:
@@ -67,7 +67,7 @@ def _answer(job: Job, how: dict[str, Any], out: int) -> tuple[Kind, Sequence[Any
     outcome = learn(job, encoder, OrtEngine(encoder), _policy(how), _Reporter(out))
     if isinstance(outcome, Candidate):
         return "grown", domain_parts(outcome.system, job.name)
-    return "rejected", parcel({"reasons": list(outcome.reasons)}, {})
+    return "rejected", pack({"reasons": list(outcome.reasons)}, {})
 
 
 def _policy(how: dict[str, Any]) -> AdaptPolicy:
@@ -83,11 +83,11 @@ def _policy(how: dict[str, Any]) -> AdaptPolicy:
 
 
 def _failed(reason: str) -> tuple[Kind, Sequence[Any]]:
-    return "failed", parcel({"reason": reason}, {})
+    return "failed", pack({"reason": reason}, {})
 
 
 class _Reporter:
-    """`Progress`, as messages, not too many of them."""
+    """`Progress` as messages, at most one each `PROGRESS_S` in a phase."""
 
     def __init__(self, out: int) -> None:
         self._out, self._phase, self._told = out, "", 0.0
@@ -97,7 +97,7 @@ class _Reporter:
         if phase == self._phase and done < total and now - self._told < PROGRESS_S:
             return
         self._phase, self._told = phase, now
-        _send(self._out, "progress", parcel({"progress": [phase, done, total]}, {}))
+        _send(self._out, "progress", pack({"progress": [phase, done, total]}, {}))
 
 
 def _send(out: int, kind: Kind, parts: Sequence[Any]) -> None:
@@ -107,12 +107,12 @@ def _send(out: int, kind: Kind, parts: Sequence[Any]) -> None:
             view = view[os.write(out, view) :]
 
 
-def _die_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """Ask the kernel to kill this process with the thread of the board that started it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # too late for the kernel
+        os._exit(1)  # the parent is gone already: the kernel will not send the signal
 
 
 def _watch_input() -> None:
@@ -121,14 +121,14 @@ def _watch_input() -> None:
     os._exit(1)
 
 
-def _make_small(how: dict[str, Any]) -> None:
+def _limit_resources(how: dict[str, Any]) -> None:
     limit = how["memory_limit_mb"] << 20
     allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(how["nice"])
-    # Each of these is a courtesy that a kernel or a container may not know.
+    # A kernel or a container may refuse each of these: the job goes on without.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(OSError, AttributeError):

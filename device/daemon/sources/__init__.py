@@ -13,7 +13,6 @@ Rules of this package:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -56,29 +55,19 @@ def source_section(given: object) -> object:
 def flat_table(kinds: tuple[type[SourceSection], ...]) -> type[Section]:
     """`[source]` as it is in the file: the keys of all `kinds` beside each other, none of them required."""
     names = tuple(map(_name, kinds))
-    about = " ".join(f"{_name(kind)}: {_lower(kind.__doc__ or '')}" for kind in kinds)
+    about = " ".join(f"{_name(kind)}: {kind.__doc__}" for kind in kinds)
     keys: dict[str, Any] = {"kind": (Literal[names], Field(names[0], description=about))}
     own = dict.fromkeys(key for kind in kinds for key in kind.model_fields if key not in SourceSection.model_fields)
     for key in own:
         users = [(_name(kind), kind.model_fields[key]) for kind in kinds if key in kind.model_fields]
-        keys[key] = _optional(users[0][1], " ".join(_purposes(users)))
-    keys |= {key: _optional(SourceSection.model_fields[key]) for key in ("queue", "max_age_s")}
+        keys[key] = _optional(users[0][1], " ".join(f"{name}: {field.description}" for name, field in users))
+    keys |= {key: _optional(SourceSection.model_fields[key]) for key in SourceSection.model_fields if key != "kind"}
     about = "Where frames come from. Relative paths start at the working directory."
     return create_model("FlatSource", __base__=Section, __doc__=about, **keys)
 
 
 def _name(kind: type[SourceSection]) -> str:
     return str(kind.model_fields["kind"].default)
-
-
-def _lower(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]
-
-
-def _purposes(users: list[tuple[str, FieldInfo]]) -> Iterator[str]:
-    """What a key means to the kinds that use it; kinds that describe it alike share a sentence."""
-    for text in dict.fromkeys(field.description for _, field in users):
-        yield f"{', '.join(name for name, field in users if field.description == text)}: {text}"
 
 
 def _optional(field: FieldInfo, about: str | None = None) -> tuple[Any, Any]:

@@ -77,7 +77,7 @@ def factory(
     for one in pictures.shown[pictures.domains[0]]:
         if board.phase != "probation":
             break
-        events += board.step(one.frame).events
+        events += board.step(one.frame)[1]
     if board.system.names != (pictures.domains[0],) or board.phase != "serving":
         told = "; ".join(event.text for event in events[-2:])
         raise DeviceError(f"the factory learned nothing from {len(lessons)} frames ({told}): show it other data")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.board.board import Board, BoardPolicy
-from device.board.events import Event, Grown, NotAdmitted, Shifted
+from device.board.events import BoardEvent, Grown, NotAdmitted, Shifted
 from device.board.learner import Failed, Job, LabelledJob, Learner, Outcome, UnlabelledJob
 from device.encoder.engine import OrtEngine
 from device.state.codec import from_files
@@ -53,7 +53,7 @@ class Rig:
     truth: Truth = field(default_factory=Truth)
     store: Store | None = None
     start: System = field(default_factory=fakes.empty)
-    events: list[Event] = field(default_factory=list)
+    events: list[BoardEvent] = field(default_factory=list)
     learner: Learner | None = None
     policy: BoardPolicy = POLICY
     now: float | None = None
@@ -76,7 +76,7 @@ class Rig:
         right = []
         for frame, label in zip(fakes.frames(background, fakes.CLASSES, labels, seed), labels, strict=True):
             self.truth.seen.append((background, fakes.CLASSES[int(label)]))
-            right.append(self.board.step(frame).prediction.label == fakes.CLASSES[int(label)])
+            right.append(self.board.step(frame)[0].label == fakes.CLASSES[int(label)])
         return right
 
     def show_until(self, background: int, phase: str) -> None:
@@ -118,9 +118,9 @@ def test_a_shift_says_which_taps_moved() -> None:
 
 def test_every_frame_gets_an_answer_first_whatever_goes_on() -> None:
     rig = Rig()
-    step = rig.board.step(fakes.frames(0, fakes.CLASSES, fakes.labels_of(1), 0)[0])
-    assert step.prediction.label is None and step.prediction.ood
-    assert [event.kind for event in step.events] == ["start"]
+    prediction, events = rig.board.step(fakes.frames(0, fakes.CLASSES, fakes.labels_of(1), 0)[0])
+    assert prediction.label is None and prediction.ood
+    assert [event.kind for event in events] == ["start"]
 
 
 def test_labels_are_asked_for_frames_of_the_new_domain() -> None:
@@ -429,7 +429,7 @@ def test_an_operator_ends_the_wait_and_names_the_domain() -> None:
 def test_an_operator_has_a_domain_learned_that_nobody_noticed() -> None:
     later = Later()
     rig = Rig(start=fakes.grown(0), learner=later)
-    with pytest.raises(UsageError, match="0 frames at hand"):
+    with pytest.raises(UsageError, match="0 frames collected"):
         rig.board.adapt_now()
     rig.show(0, 30)
     rig.board.adapt_now("d0")

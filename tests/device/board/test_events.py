@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from device.board import events
-from device.daemon.outgoing import Outgoing
+from device.daemon.publisher import Publisher
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from edgeear.attribution import Attribution
@@ -20,7 +20,7 @@ NASTY = "\udcff\n\x00\u2028" * 1000
 """A long text with surrogates, as in a name of a file that is no UTF-8, and control characters."""
 MOMENT = (7, 12.5)
 MOVED = Attribution(("a", "b"), np.array([2, 1], np.float32))
-EXAMPLES: list[events.Event] = [
+EXAMPLES: list[events.BoardEvent] = [
     events.Started(*MOMENT),
     events.Shifted(*MOMENT, 3, MOVED),
     events.Recognised(*MOMENT, NAME, 40),
@@ -52,15 +52,15 @@ EXAMPLES: list[events.Event] = [
 
 
 def test_a_board_and_the_wire_know_the_same_kinds() -> None:
-    assert {type(event) for event in EXAMPLES} == set(get_args(events.Event))
-    assert {event.kind for event in get_args(events.Event)} == set(get_args(messages.EventKind))
-    assert set(events.ENDED) < set(get_args(events.Event))
+    assert {type(event) for event in EXAMPLES} == set(get_args(events.BoardEvent))
+    assert {event.kind for event in get_args(events.BoardEvent)} == set(get_args(messages.EventKind))
+    assert set(events.ENDED) < set(get_args(events.BoardEvent))
 
 
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
-def test_every_event_is_a_valid_message(event: events.Event, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_event_is_a_valid_message(event: events.BoardEvent, tmp_path_factory: pytest.TempPathFactory) -> None:
     with Outbox.open(tmp_path_factory.mktemp("outbox") / "outbox.db", OutboxPolicy(), 1.0) as outbox:
-        Outgoing(outbox, ("site", "device"), messages.new_session(), lambda: 12.5).event(event, 2)
+        Publisher(outbox, ("site", "device"), messages.new_session(), lambda: 12.5).event(event, 2)
         (stored,) = outbox.pending(0, 5)
     message = messages.parse(messages.Event, stored.payload)
     assert isinstance(message, messages.Event)

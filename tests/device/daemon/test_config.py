@@ -1,4 +1,4 @@
-"""The daemon's configuration: what wins over what, that every fault is told and no secret is, the written file."""
+"""The daemon's configuration: precedence, messages that name every fault and no secret, and the file of `init`."""
 
 from __future__ import annotations
 

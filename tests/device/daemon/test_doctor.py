@@ -1,4 +1,4 @@
-"""The doctor: every check passes on a sound machine, and fails with a remedy where it should."""
+"""The doctor: every check passes on a healthy machine, and reports each fault with a remedy."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_own_certificate(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 @contextmanager
 def served(pair: tuple[Path, Path] | None) -> Iterator[int]:
-    """A listener on loopback that shakes hands with one client."""
+    """A listener on loopback that does a TLS handshake with one client."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
 
@@ -350,7 +350,7 @@ def served(pair: tuple[Path, Path] | None) -> Iterator[int]:
                 try:
                     context.wrap_socket(connection, server_side=True).close()
                 except OSError:
-                    return  # the client did not like us: that is what is tested
+                    return  # the client refused the certificate, as the test expects
 
         thread = threading.Thread(target=shake, daemon=True)
         thread.start()
@@ -378,7 +378,7 @@ def test_a_certificate_that_nobody_signed_or_of_another_name_is_told(pair: tuple
 
 
 def refused(code: int, message: str) -> ssl.SSLCertVerificationError:
-    """What OpenSSL makes of a broker's certificate, as Python tells it."""
+    """The error by which Python reports that OpenSSL refused a broker's certificate."""
     error = ssl.SSLCertVerificationError(1, message)
     error.verify_code, error.verify_message = code, message
     return error

@@ -136,7 +136,7 @@ def test_serving_asks_no_name_service(metrics: Metrics, monkeypatch: pytest.Monk
 def test_taken_port_is_the_machines_fault_and_a_wrong_one_the_callers(metrics: Metrics) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(DeviceError, match=f"metrics port {port}: another program has it; choose another"):
+        with pytest.raises(DeviceError, match=f"metrics port {port}: another program uses it; choose another"):
             metrics.serve(port)
     assert read(metrics.serve(port))["edgeear_frames_total"] == 0, "a refused port left something behind"
     with pytest.raises(UsageError, match="already"):

@@ -697,7 +697,7 @@ class ToySource(SourceSection):
 def test_a_new_kind_is_one_class_and_its_row_in_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sources, "KINDS", (*sources.KINDS, ToySource))
     text = commented_toml()
-    assert "toy: one frame of one level." in text and "replay, toy." in text
+    assert "toy: One frame of one level." in text and "replay, toy." in text
     assert "# toy: the level of all pixels. (0 to 255)\n#level = 7\n" in text
 
     path = tmp_path / "edgeear.toml"

@@ -24,7 +24,7 @@ from adaptors.search import SearchPolicy
 from adaptors.train import TrainPolicy
 from device.board.board import Board, BoardPolicy
 from device.board.learner import Failed, Job, LabelledJob, Outcome, UnlabelledJob, learn
-from device.daemon.learning.snapshot import Inbox, domain_parts, job_of, job_parts, message, opened, parcel, system_of
+from device.daemon.learning.snapshot import Inbox, domain_parts, job_of, job_parts, message, pack, system_of, unpack
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder
@@ -43,8 +43,8 @@ SAYS = f"import os,sys,time; sys.path.insert(0, {str(Path(__file__).resolve().pa
 """How a made-up child begins."""
 HANGS = "[os.read(0, 1)]"
 SPEAKS = """
-from device.daemon.learning.snapshot import message, parcel
-def say(kind, header): os.write(1, b"".join(message(kind, parcel(header, {}))))
+from device.daemon.learning.snapshot import message, pack
+def say(kind, header): os.write(1, b"".join(message(kind, pack(header, {}))))
 """
 
 
@@ -150,7 +150,7 @@ def test_a_board_learns_through_the_child_while_frames_stop_and_free_it(world: W
     assert served > 1
 
 
-def test_without_labels_the_gate_speaks_in_the_child(world: World) -> None:
+def test_a_job_without_labels_may_be_rejected_in_the_child(world: World) -> None:
     asked = UnlabelledJob(world.one, "d0", job(world.one, 0).frames, UnlabelledPolicy(frames=20), seed=3)
     outcome = outcome_of(ProcessLearner(world.path, QUICK), asked)
     assert isinstance(outcome, Rejected) and outcome.domain == "d0"
@@ -221,10 +221,10 @@ def state(pid: int) -> str:
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("os.write(1, b'Traceback: nonsense')", "talks nonsense"),
-        ("os.write(1, b'E')", "broke off in the middle"),
-        (SPEAKS + "os.write(1, b''.join(message('grown', [b'x' * 90]))[:50])", "broke off in the middle"),
-        (SPEAKS + "say('grown', {})", "the result is no domain"),
+        ("os.write(1, b'Traceback: nonsense')", "sent invalid data"),
+        ("os.write(1, b'E')", "ended in the middle"),
+        (SPEAKS + "os.write(1, b''.join(message('grown', [b'x' * 90]))[:50])", "ended in the middle"),
+        (SPEAKS + "say('grown', {})", "the result is not a domain"),
         (SPEAKS + "say('failed', {})", "KeyError"),
         (SPEAKS + "say('progress', {'progress': [1]})", "learning failed"),
         (SPEAKS + "say('failed', {'reason': 'because'})", "because"),
@@ -258,7 +258,7 @@ def test_a_child_that_cannot_be_started_is_an_outcome(world: World) -> None:
 
 def test_a_result_for_another_job_is_refused(world: World) -> None:
     parts = b"".join(domain_parts(world.one, "d0"))
-    with pytest.raises(FormatError, match="asked for was 'd1'"):
+    with pytest.raises(FormatError, match="expected is 'd1'"):
         system_of(parts, "d1")
     found = system_of(parts, "d0")
     assert found.domains[0].head.digest == world.one.domains[0].head.digest
@@ -298,7 +298,7 @@ def test_a_child_killed_from_outside_is_an_outcome(hanging: ProcessLearner) -> N
 def test_a_cancelled_child_is_gone_and_reaped_and_the_next_job_may_start(hanging: ProcessLearner, world: World) -> None:
     pid, run = hanging.pid, hanging._run
     assert pid is not None and run is not None
-    with pytest.raises(UsageError, match="at work already"):
+    with pytest.raises(UsageError, match="running already"):
         hanging.start(job(world.one, 1, 6))
     hanging.cancel()
     assert hanging.poll() is None and hanging.pid is None
@@ -316,7 +316,7 @@ def test_nothing_is_left_open(world: World) -> None:
 # ------------------------------------------------------------------------------------------------------ bytes between
 
 
-def test_a_job_survives_the_way(world: World) -> None:
+def test_a_job_is_read_as_it_was_written(world: World) -> None:
     labelled = job(world.one, 1)
     policy = UnlabelledPolicy(frames=33)
     for asked in (labelled, UnlabelledJob(world.one, "d1", labelled.frames, policy, views=("plain",), seed=3)):
@@ -335,29 +335,29 @@ MESSAGES = st.lists(st.tuples(st.sampled_from(["progress", "grown", "rejected", 
 
 
 @given(MESSAGES, st.lists(st.integers(0, 200), max_size=20))
-def test_messages_survive_any_cutting(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
+def test_messages_arrive_whole_however_the_bytes_are_cut(messages: list[tuple[str, bytes]], cuts: list[int]) -> None:
     stream = b"".join(b"".join(message(kind, [payload])) for kind, payload in messages)  # type: ignore[arg-type]
     inbox, found = Inbox(), []
     ends = sorted({min(c, len(stream)) for c in cuts} | {0, len(stream)})
     for start, end in pairwise(ends):
         found += inbox.feed(stream[start:end])
-    assert found == messages and not inbox.begun
+    assert found == messages and not inbox.partial
 
 
 @given(st.binary(max_size=200))
-def test_nonsense_raises_one_exception_only(data: bytes) -> None:
-    for read in (Inbox().feed, opened, job_of):
+def test_invalid_bytes_raise_one_exception_only(data: bytes) -> None:
+    for read in (Inbox().feed, unpack, job_of):
         with contextlib.suppress(EdgeearError):
             read(data)
 
 
-def test_a_parcel_that_was_cut_off_is_no_parcel() -> None:
-    whole = b"".join(parcel({"a": 1}, {"x": b"123", "y": b""}))
-    header, blobs = opened(whole)
+def test_packed_data_that_was_cut_off_is_refused() -> None:
+    whole = b"".join(pack({"a": 1}, {"x": b"123", "y": b""}))
+    header, blobs = unpack(whole)
     assert header == {"a": 1} and {k: bytes(v) for k, v in blobs.items()} == {"x": b"123", "y": b""}
     for end in range(len(whole)):
         with pytest.raises(FormatError):
-            opened(whole[:end])
+            unpack(whole[:end])
 
 
 @pytest.mark.parametrize(

@@ -371,13 +371,21 @@ def test_a_cut_or_damaged_file_raises_nothing_else(tmp_path_factory: Any, data: 
 
 def test_metadata_survives_the_file() -> None:
     metadata = Metadata(
-        Preprocessing(4, 6, (1, 2, 3), (4, 5, 6), "NHWC", "BGR", "bicubic"),
+        Preprocessing(4, 6, (1, 2, 3), (4, 5, 6), "NHWC", "BGR"),
         (Tap("a", (3,)), Tap("b", (3, 2, 2))),
         {"a": "a.rows"},
         {"grid": 28},
         {"architecture": "none", "weights": {"sha256": "0"}},
     )
     assert read_metadata(write_metadata(metadata)) == metadata
+
+
+def test_a_stored_way_to_resize_is_written_and_never_needed() -> None:
+    text = write_metadata(Metadata(PLAIN, (Tap("mean", (3,)),)))
+    stored = json.loads(text)
+    assert stored["preprocessing"].pop("resize") == "bilinear"
+    for content in (stored, {**stored, "preprocessing": {**stored["preprocessing"], "resize": "bicubic"}}):
+        assert write_metadata(read_metadata(json.dumps(content))) == text
 
 
 json_values = st.recursive(

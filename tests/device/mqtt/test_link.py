@@ -1,4 +1,4 @@
-"""The link against a real mosquitto: what an operator sees, what survives, what is said when it does not work."""
+"""The link against a real mosquitto: delivery, recovery, and what is reported when something fails."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_command_sent_while_away_arrives_unless_it_expired(plain: Mosquitto) -
     assert fresh.expires is not None and 1000 < fresh.expires <= 1600 and last.expires is None
 
 
-def test_what_is_not_acknowledged_comes_again_and_what_is_does_not(plain: Mosquitto) -> None:
+def test_only_commands_that_were_not_acknowledged_come_again(plain: Mosquitto) -> None:
     with (
         Operator(plain.port, name="again") as operator,
         Wire(plain.port) as wire,
@@ -166,7 +166,7 @@ def test_response_topic_and_correlation_pass_through_both_ways(plain: Mosquitto)
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_a_retained_command_is_nobody_s_wish_any_more(plain: Mosquitto, protocol: str) -> None:
+def test_a_retained_command_is_ignored(plain: Mosquitto, protocol: str) -> None:
     device = f"retained-{protocol[0]}"
     with Operator(plain.port, name="keeper") as operator:
         operator.send(device, "rollback", b"{}", retain=True)
@@ -230,7 +230,7 @@ def test_a_broker_that_refuses_mqtt_5_gets_311() -> None:
         )
 
 
-def test_an_item_on_which_the_broker_hangs_up_does_not_hold_up_the_rest() -> None:
+def test_an_item_that_makes_the_broker_disconnect_does_not_block_the_rest() -> None:
     with ScriptedBroker(poison=b"poison") as broker, Board(broker.port, protocol="3.1.1") as board:
         for payload in (b"before", b"poison", b"after", b"more"):
             board.put(payload)
@@ -248,14 +248,14 @@ def test_an_item_on_which_the_broker_hangs_up_does_not_hold_up_the_rest() -> Non
         ({"port": free_port()}, "nothing listens on 127.0.0.1"),
     ],
 )
-def test_an_unreachable_broker_is_told_and_tried_again(policy: dict[str, object], told: str) -> None:
+def test_an_unreachable_broker_is_reported_and_tried_again(policy: dict[str, object], told: str) -> None:
     settings = {"port": 1} | policy
     with Board(**settings) as board:  # type: ignore[arg-type]
         board.wait_told(told)
         assert not board.link.connected and not board.link.publish_now(f"{PREFIX}/prediction", b"{}")
 
 
-def test_a_broker_that_comes_late_is_found(tmp_path: Path) -> None:
+def test_a_broker_that_starts_later_is_found(tmp_path: Path) -> None:
     broker = Mosquitto(tmp_path)
     with Board(broker.port) as board:
         board.put(b"early")
@@ -266,7 +266,7 @@ def test_a_broker_that_comes_late_is_found(tmp_path: Path) -> None:
     broker.stop()
 
 
-def test_refused_credentials_are_told(tmp_path: Path) -> None:
+def test_refused_credentials_are_reported(tmp_path: Path) -> None:
     with mosquitto(tmp_path, PLAIN.replace("anonymous true", "anonymous false")) as broker, Board(broker.port) as board:
         board.wait_told("the broker refused the connection: Not authorized; check mqtt.username")
 
@@ -310,7 +310,7 @@ def test_too_large_for_the_broker_is_dropped_and_counted(tmp_path: Path) -> None
         board.wait_told("too large for the broker")
 
 
-def test_what_mqtt_cannot_hold_is_dropped_and_holds_up_nothing(plain: Mosquitto) -> None:
+def test_what_mqtt_cannot_hold_is_dropped_and_blocks_nothing(plain: Mosquitto) -> None:
     with Board(plain.port) as board:
         board.put(b"wildcard", topic=f"{PREFIX}/+")
         board.put(b"no hexadecimal", correlation="xyz")
@@ -323,7 +323,7 @@ def test_what_mqtt_cannot_hold_is_dropped_and_holds_up_nothing(plain: Mosquitto)
 
 
 def test_an_item_that_mosquitto_refuses_out_of_protocol_is_held(tmp_path: Path) -> None:
-    """Its PUBACK for `message_size_limit` bears 0x95, which MQTT has not for a PUBACK and paho calls malformed."""
+    """Over `message_size_limit` it sends a PUBACK with 0x95, which MQTT does not allow, paho calls it malformed."""
     with mosquitto(tmp_path, PLAIN + "message_size_limit 1000\n") as broker, Board(broker.port) as board:
         for payload in (b"a", b"x" * 1500, b"b"):
             board.put(payload)
@@ -333,7 +333,7 @@ def test_an_item_that_mosquitto_refuses_out_of_protocol_is_held(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("queue", ["0", "1000"])  # with 0, mosquitto 2.0.11 hangs up after each PUBACK of failure
-def test_a_topic_that_the_access_list_forbids_waits_and_holds_up_nothing(tmp_path: Path, queue: str) -> None:
+def test_a_topic_that_the_access_list_forbids_waits_and_blocks_nothing(tmp_path: Path, queue: str) -> None:
     rules = tmp_path / "acl"
     rules.write_text(f"topic readwrite {PREFIX}/event\ntopic write {STATUS}\n")
     config = PLAIN.replace("queued_messages 0", f"queued_messages {queue}") + f"acl_file {rules}\n"
@@ -367,7 +367,7 @@ def test_an_idle_link_does_not_look_at_the_outbox(plain: Mosquitto) -> None:
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Mosquitto]]:
-    """A broker that wants a certificate of its authority, and the folder of all certificates."""
+    """A broker that asks clients for a certificate, and the folder of all certificates."""
     pki = tmp_path_factory.mktemp("pki")
     make_certificates(pki)
     config = (
@@ -402,7 +402,7 @@ def test_tls_with_a_client_certificate(secured: tuple[Path, Mosquitto]) -> None:
         (("missing", "client"), "127.0.0.1", "missing.crt"),
     ],
 )
-def test_tls_that_does_not_fit_is_told(
+def test_a_failure_of_tls_is_reported(
     secured: tuple[Path, Mosquitto], files: tuple[str, str | None], host: str, told: str
 ) -> None:
     pki, broker = secured
@@ -414,7 +414,7 @@ def test_tls_that_does_not_fit_is_told(
 
 
 def make_certificates(folder: Path) -> None:
-    """An authority, a server for 127.0.0.1 and a client of it, and a stranger that has signed itself."""
+    """An authority, a server for 127.0.0.1 and a client of it, and a self-signed certificate."""
 
     def openssl(name: str, extensions: str, *signer: str) -> None:
         key = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN={name}".split()

@@ -1,4 +1,4 @@
-"""The outbox keeps its promises: durable, in order, bounded, counted, and commands applied once."""
+"""The outbox is durable, ordered, bounded and counted, and commands are applied once."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[3]
 RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 NOW = 1.9e9
 EMPTY = ITEM_BYTES + len("t") + len("{}")
-"""What an item without payload is charged, with the topic `t`."""
+"""The size of an item without payload, with the topic `t`."""
 
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """In memory where possible: durability is tested by killing processes, not by pulling the plug."""
+    """In memory if possible: durability is tested by killing processes, not by power loss."""
     with tempfile.TemporaryDirectory(dir=RAM) as folder:
         yield Path(folder) / "new" / "outbox.db"
 
@@ -56,7 +56,7 @@ def put(outbox: Outbox, cls: Class, payload: bytes = b"", now: float = NOW) -> i
 
 
 def seqs(outbox: Outbox) -> list[int]:
-    """The seq of each item of this boot, as its id tells."""
+    """The seq of each item of this boot, from its id."""
     return [item.id - item_id(outbox.boot, 0) for item in outbox.pending(0, 10_000)]
 
 
@@ -356,7 +356,7 @@ class Model(RuleBasedStateMachine):
         self.items.append((number, cls, created, charge))
 
     def victims(self, cls: Class, charge: int) -> list[tuple[int, Class, float, int]] | None:
-        """What must go for a newcomer; None where that is the newcomer."""
+        """What is dropped for a new item; None if the new item is."""
         order = sorted(self.items, key=lambda item: (CLASSES.index(item[1]), item[0]))
         gone = []
         for victim in (*order, None):
@@ -512,7 +512,7 @@ def promised(lines: list[list[Any]], word: str) -> set[Any]:
 
 
 def killed(folder: Path, seed: int, after: int) -> list[list[Any]]:
-    """What a child said that was killed once it had said `after` things."""
+    """The output of a child that is killed after `after` lines."""
     command = [sys.executable, "-m", "tests.support.outbox_child", "work", str(folder), str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as child:
         assert child.stdout is not None
@@ -648,7 +648,7 @@ def test_the_log_gives_back_what_a_large_item_took(path: Path) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """A disk that has no room for the reserve: a file that is opened or relieved in here may not grow."""
+    """A disk without room for the reserve: a file that is opened in here may not grow."""
 
     def fail(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -658,7 +658,7 @@ def full_disk() -> Iterator[None]:
         yield
 
 
-def test_on_a_full_disk_the_lesser_class_makes_room(path: Path) -> None:
+def test_on_a_full_disk_less_important_classes_are_dropped_first(path: Path) -> None:
     with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
         for at in range(600):
             put(outbox, "telemetry" if at % 2 else "event", b"%04d" % at + bytes(800))
@@ -819,7 +819,7 @@ def untouched(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith((".lock", "-shm"))}
 
 
-def test_a_newer_format_is_refused_and_left_alone_with_its_log(path: Path) -> None:
+def test_a_newer_format_is_refused_and_not_changed_nor_is_its_log(path: Path) -> None:
     written(path)
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version=2")
@@ -833,7 +833,7 @@ def test_a_newer_format_is_refused_and_left_alone_with_its_log(path: Path) -> No
     assert untouched(folder) == before
 
 
-def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_database_of_another_program_is_refused_and_not_changed(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "other.db")) as db, db:
         db.execute("CREATE TABLE bookmarks (url)")
     before = untouched(tmp_path)

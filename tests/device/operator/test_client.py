@@ -1,4 +1,4 @@
-"""The operator's commands against a real mosquitto: a board by script, and a real daemon that is taught by folders."""
+"""The operator's commands against a real mosquitto, with a scripted board and with a real daemon."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Answer = Callable[[str, dict[str, Any]], dict[str, Any] | bytes | None]
 
 @contextmanager
 def board(port: int, name: str, answer: Answer) -> Iterator[Client]:
-    """A board by script: `answer` gives the fields of a response, bytes to send instead, or None for silence."""
+    """A scripted board: `answer` gives the fields of a response, bytes to send instead, or None for silence."""
     signal, ready = Signal(), [False]
     client = Client(CallbackAPIVersion.VERSION2, f"board-{name}", protocol=MQTTProtocolVersion.MQTTv5)
 
@@ -152,19 +152,19 @@ def test_each_question_gets_its_own_answer_whatever_their_order(broker: Mosquitt
         assert us.connected and not us._waiting and not us._rejected
 
 
-def test_a_board_that_is_silent_is_named_with_the_time(broker: Mosquitto) -> None:
+def test_a_board_that_does_not_answer_in_time_is_named(broker: Mosquitto) -> None:
     told = r"hall/mute did not answer report within 0.2 s: is it online\?"
     with board(broker.port, "mute", lambda *_: None), connected(broker) as us, pytest.raises(DeviceError, match=told):
         us.ask("hall", "mute", messages.Report(id="a"), 0.2)
 
 
-def test_a_board_that_was_never_there_is_said_so_at_once(broker: Mosquitto) -> None:
+def test_a_command_to_an_unknown_board_fails_at_once(broker: Mosquitto) -> None:
     told = "hall/ghost is unknown to the broker, or was away too long: check site and device"
     with connected(broker) as us, pytest.raises(DeviceError, match=told):
         us.ask("hall", "ghost", messages.Report(id="a"), 600)
 
 
-def test_a_board_that_is_not_ours_is_said_so_at_once(tmp_path: Path) -> None:
+def test_a_command_that_the_access_list_forbids_fails_at_once(tmp_path: Path) -> None:
     (tmp_path / "acl").write_text("topic read edgeear/#\n")
     told = r"hall/cam did not get the command: the broker refuses it \(Not authorized\)"
     with mosquitto(tmp_path, LOCKED) as locked, connected(locked) as us, pytest.raises(DeviceError, match=told):
@@ -178,7 +178,7 @@ def test_an_answer_of_another_version_is_an_error(broker: Mosquitto) -> None:
 
 
 @pytest.mark.parametrize("wait", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_wait_that_is_none_is_refused(wait: float) -> None:
+def test_a_wait_out_of_range_is_refused(wait: float) -> None:
     us = Operator(BrokerAddress("127.0.0.1"), (), lambda *_: None)
     with pytest.raises(UsageError, match="more than 0"):
         us.ask("hall", "cam", messages.Report(id="a"), wait)
@@ -213,7 +213,7 @@ def test_files_for_tls_that_are_not_there_are_named(tmp_path: Path) -> None:
         Operator(BrokerAddress("127.0.0.1", 8883, tls=files), (), lambda *_: None)
 
 
-def test_an_operator_comes_back_and_hears_again(tmp_path: Path) -> None:
+def test_an_operator_reconnects_and_receives_again(tmp_path: Path) -> None:
     signal, heard = Signal(), list[bytes]()
 
     def note(topic: str, payload: bytes) -> None:
@@ -348,12 +348,12 @@ def test_a_picture_goes_as_base64(tmp_path: Path) -> None:
         ("fe80::1", ("fe80::1", 8883)),
     ],
 )
-def test_where_a_broker_is(text: str, found: tuple[str, int]) -> None:
+def test_a_broker_address_is_parsed(text: str, found: tuple[str, int]) -> None:
     assert _host_and_port(text, 8883) == found
 
 
 @pytest.mark.parametrize("text", ["", ":1", "a:", "a:0", "a:65536", "a:b", "a b", "mqtt://a:1"])
-def test_where_no_broker_is(text: str) -> None:
+def test_a_wrong_broker_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="give HOST or HOST:PORT"):
         _host_and_port(text, 1883)
 
@@ -368,7 +368,7 @@ def test_half_a_certificate_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 @contextmanager
 def watching(port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """`edgeear watch` in a process of its own, once it listens."""
+    """`edgeear watch` in a process of its own, when it has subscribed."""
     script = "from device.cli.app import main; main()"
     command = [sys.executable, "-c", script, "watch", "--broker", f"127.0.0.1:{port}", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -417,7 +417,7 @@ def test_watch_without_a_terminal_tells_states_and_events(broker: Mosquitto) -> 
     ]
 
 
-def test_watch_that_nobody_reads_any_more_ends_by_itself(broker: Mosquitto) -> None:
+def test_watch_ends_when_its_reader_closes_the_pipe(broker: Mosquitto) -> None:
     with board(broker.port, "piped", echo) as client, watching(broker.port) as process:
         tell(client, "status", status().payload(), "piped")
         assert process.stdout is not None and process.stderr is not None
@@ -428,7 +428,7 @@ def test_watch_that_nobody_reads_any_more_ends_by_itself(broker: Mosquitto) -> N
         tell(client, "status", b"", "piped")
 
 
-def test_watch_ends_after_its_time_and_refuses_a_site_that_is_none(
+def test_watch_ends_after_its_time_and_refuses_a_wrong_site(
     broker: Mosquitto, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert code(broker, "watch", "--seconds", 0.1, "--site", "elsewhere") == 0
@@ -459,7 +459,7 @@ def test_watch_on_a_terminal_shows_the_table_and_what_happened(broker: Mosquitto
     assert b"1 online" in seen and b"owned\x07" not in seen and b"\x1b[2J\x1b]0;" not in seen
 
 
-def test_a_screen_is_never_left_in_the_dark_about_the_broker() -> None:
+def test_the_screen_says_when_the_broker_is_gone() -> None:
     fleet = Fleet()
     for seq in range(1, 20):
         fleet.take(f"edgeear/v1/hall/cam-{seq}/event", event(seq=seq, text="x" * 400).payload(), 1.0)
@@ -510,7 +510,7 @@ def sort(folder: Path) -> None:
         shutil.move(path, kind)
 
 
-def test_a_board_is_taught_with_a_file_manager(
+def test_a_board_is_labelled_with_a_file_manager(
     broker: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frames = tmp_path / "frames"
@@ -560,7 +560,7 @@ def test_label_ends_in_1_where_the_board_refuses(
 
 
 @pytest.mark.parametrize("label", ["a\tb", "x" * 129])
-def test_a_folder_that_no_class_may_be_called_is_named(
+def test_a_folder_whose_name_cannot_be_a_class_is_named(
     broker: Mosquitto, tmp_path: Path, label: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(tmp_path, label, 7)

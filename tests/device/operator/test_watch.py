@@ -1,4 +1,4 @@
-"""A fleet as an operator sees it: folded by the boards' own order, trouble first, and safe for the terminal."""
+"""A fleet on the operator's screen: messages in the boards' order, trouble first, safe for the terminal."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ NEEDS: list[tuple[Need, list[messages.Message]]] = [
 
 
 @pytest.mark.parametrize(("need", "told"), NEEDS, ids=lambda value: getattr(value, "name", ""))
-def test_how_much_a_board_needs_a_person(need: Need, told: list[messages.Message]) -> None:
+def test_how_much_a_board_needs_attention(need: Need, told: list[messages.Message]) -> None:
     fleet = Fleet()
     hear(fleet, *told)
     assert row(fleet).need(NOW) is need
@@ -176,7 +176,7 @@ def test_silence_is_trouble_and_old_trouble_is_over() -> None:
     assert row(bad).need(NOW + BAD_S) is Need.NONE
 
 
-def test_who_needs_a_person_comes_first_then_by_name() -> None:
+def test_boards_that_need_attention_come_first_then_by_name() -> None:
     fleet = Fleet()
     for number, (_, told) in enumerate(reversed(NEEDS)):
         hear(fleet, *told, device=f"cam-{number}")
@@ -272,7 +272,7 @@ def test_control_codes_never_reach_the_terminal(text: str) -> None:
     assert json.loads(dumped({"a": told})) == {"a": told}
 
 
-def test_colours_are_ours_alone() -> None:
+def test_text_of_a_board_sets_no_colours() -> None:
     fleet = Fleet()
     hear(fleet, status(), telemetry(), event(text="\x1b[5mblink [red]markup[/red]"))
     text = "\n".join(shown(fleet, colour=True))

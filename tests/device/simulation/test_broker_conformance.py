@@ -34,7 +34,7 @@ GAPS: dict[tuple[Name, str], str] = {
     ("iotcore", "test_our_maximum_packet_size_is_respected"): "rumqttd does not read it",
     ("iotcore", "test_a_session_begun_with_a_clean_start_is_resumed"): "rumqttd keeps no session that began clean",
     ("iotcore", "test_a_session_without_expiry_ends_with_the_link"): "rumqttd keeps the others for ever",
-    ("iotcore", "test_what_comes_again_says_so"): "rumqttd does not set the DUP flag",
+    ("iotcore", "test_redelivered_messages_are_marked_dup"): "rumqttd does not set the DUP flag",
     ("iotcore", "test_expiry_is_counted_down"): "rumqttd subtracts the age again at each look at a retained message",
     ("iotcore", "test_no_local"): "rumqttd ignores subscription options",
     ("iotcore", "test_retain_as_published"): "rumqttd ignores subscription options",
@@ -263,7 +263,7 @@ def test_the_will_of_a_broken_link_is_published_and_retained(lab: Lab) -> None:
     assert (message.payload, message.retain) == (b"offline", True)
 
 
-def test_an_orderly_goodbye_has_no_will(lab: Lab) -> None:
+def test_a_client_that_disconnects_has_no_will(lab: Lab) -> None:
     watcher = lab.peer()
     watcher.subscribe(lab.topic)
     leaver = lab.peer(will=(lab.topic, b"offline"))
@@ -341,7 +341,7 @@ def test_what_was_not_acknowledged_comes_again(lab: Lab) -> None:
     assert [m.payload for m in unacknowledged(lab)] == [b"2", b"3"]
 
 
-def test_what_comes_again_says_so(lab: Lab) -> None:
+def test_redelivered_messages_are_marked_dup(lab: Lab) -> None:
     assert {m.dup for m in unacknowledged(lab)} == {True}
 
 
@@ -510,7 +510,7 @@ def test_two_hundred_clients(lab: Lab) -> None:
     assert all(board.payloads(1) == [name.encode()] for name, board in boards.items())
 
 
-def test_a_client_that_falls_silent_is_declared_gone(lab: Lab) -> None:
+def test_the_will_of_a_silent_client_is_published(lab: Lab) -> None:
     watcher = lab.peer()
     watcher.subscribe("silent/status")
     assert watcher.payloads(1) == [b"offline"]

@@ -1,4 +1,4 @@
-"""The embedded broker's life: it serves when it is given, keeps its port, and leaves nothing behind however it ends."""
+"""The embedded broker: it serves when `embedded_broker` yields, keeps its port, and always ends without a trace."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_port_is_kept_from_others() -> None:
         other.bind((embedded.LOOPBACK, port))
 
 
-def test_what_goes_wrong_at_the_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "MOSQUITTO", embedded.MOSQUITTO + "no_such_option 1\n")
     before = children()
     with (
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_hold_the_log_is_an_error(tmp_path: Path) -> None:
 
 
 def installed(*names: Name) -> Callable[[Name], str | None]:
-    """A stand-in for `embedded.program`."""
+    """A replacement for `embedded.program`."""
     return lambda name: name if name in names else None
 
 

@@ -159,7 +159,7 @@ def test_with_its_images_a_class_is_forgotten_exactly(board: Path, tmp_path: Pat
 
 def test_images_that_were_not_learned_change_nothing(board: Path, tmp_path: Path) -> None:
     before = bytes_of(board)
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="has no image"):
         forget(board, "d1", "rows", 5.0, (tmp_path / "none", fakes.FakeEncoder()))
 
     class Other(fakes.FakeEncoder):
@@ -190,7 +190,7 @@ def test_a_store_in_use_is_left_alone(
 
 def test_what_is_no_store_is_refused_and_not_made_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("store", "list", tmp_path) == 2
-    assert "is no store" in capsys.readouterr().err
+    assert "is not a store" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert run("store", "forget", tmp_path / "absent", "d0") == 2
     assert not (tmp_path / "absent").exists()
@@ -219,5 +219,5 @@ def test_an_unconfirmed_generation_is_not_built_upon(board: Path) -> None:
 def test_a_store_in_which_nothing_was_confirmed_has_nothing_to_change(tmp_path: Path) -> None:
     Store.open(tmp_path / "new").close()
     assert listing(tmp_path / "new")["domains"] == []
-    with pytest.raises(UsageError, match="nothing that was confirmed"):
+    with pytest.raises(UsageError, match="no confirmed generation"):
         forget(tmp_path / "new", "d0", None, 1.0)

@@ -1,12 +1,12 @@
-"""What a board says: each kind of message made, stamped, and put where it belongs.
+"""What a board publishes: makes and stamps each kind of message, and puts it into the outbox or sends it at once.
 
 Rules of this file:
 
-1. What must not be lost goes through the outbox, also while no broker is there. A full disk loses it, and the log
-   says so; a damaged outbox is not for us to mend.
-2. Predictions, and answers to what was no command at all, are a courtesy: sent at once or never, so that nonsense
-   cannot fill the disk. They have seq 0, outside of the order of (boot, seq). An answer given again has its first seq.
-3. An answer goes at or below the board's own response topic, wherever the command wants it.
+1. A message that must not be lost goes through the outbox, also while there is no broker. On a full disk it is lost and
+   logged. `OutboxDamaged` is passed on: the next start replaces the outbox.
+2. Predictions, refusals of what is no command, and repeated responses are sent at once or dropped, so that they cannot
+   fill the disk. The first two have seq 0, outside of the order of (boot, seq); a repeated response keeps its seq.
+3. A response goes to the topic that the command names only if that is at or below the board's own response topic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from device.board.board import Seen
-from device.board.events import Event, bounded
+from device.board.events import BoardEvent, bounded
 from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
@@ -51,8 +51,8 @@ class Uplink(Protocol):
     def wake(self) -> None: ...
 
 
-class Outgoing:
-    """The messages of one session of the board at `address`, site and device. `clock` gives unix seconds."""
+class Publisher:
+    """Publishes for one session of the board at `address`, site and device. `clock` gives unix seconds."""
 
     def __init__(self, outbox: Outbox, address: tuple[str, str], session: str, clock: Callable[[], float]) -> None:
         self.outbox, self.session = outbox, session
@@ -60,32 +60,32 @@ class Outgoing:
         self._site, self._device = address
         self._clock, self._stamp = clock, messages.Stamper(session, outbox.boot)
 
-    def event(self, event: Event, generation: int) -> None:
-        """Something that an operator wants to know."""
+    def event(self, event: BoardEvent, generation: int) -> None:
+        """Publish an event of the board, or of the daemon."""
         facts = {"kind": event.kind, "text": bounded(event.text, MAX_TEXT), "at": event.at, "data": event.data}
         self._put(topics.EVENT, messages.Event, {**facts, "generation": generation})
 
     def expire(self) -> None:
-        """Drop what has waited longer than the outbox's age. A disk too full for that is met again at the next put."""
+        """Drop what has waited longer than the outbox allows. An error of the disk is logged, and tried again later."""
         try:
             self.outbox.expire(self._clock())
         except OutboxDamaged:
             raise
         except DeviceError as error:
-            LOG.error("the outbox keeps what is too old: %s", error)
+            LOG.error("the outbox cannot drop old messages: %s", error)
 
     def telemetry(self, facts: dict[str, Any]) -> None:
-        """The figures of a window."""
+        """Publish the fields of a telemetry message."""
         self._put(topics.TELEMETRY, messages.Telemetry, facts)
 
     def label_request(self, seen: Seen, until: float) -> None:
-        """A frame whose label is wanted, as a person would look at it; the board waits `until` then, unix seconds."""
+        """Ask for the label of a frame; the board waits until `until`, unix seconds."""
         guess = {"guess": seen.prediction.label, "route": seen.prediction.route}
         facts = {"at": seen.number, "image": picture(seen.frame), "until": until}
         self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
 
     def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
-        """The answer for a frame."""
+        """Send the answer for a frame, where a broker is connected."""
         if self.link is None:
             return
         message = messages.PredictionMessage(
@@ -99,8 +99,9 @@ class Outgoing:
         )
         self.link.publish_now(self._topic(topics.PREDICTION), message.payload())
 
-    def answer(self, inbound: Inbound, identity: str, outcome: Outcome) -> None:
-        """The response to a command, noted in the ledger in the same step. Raises `DeviceError` where neither was."""
+    def respond(self, inbound: Inbound, identity: str, outcome: Outcome) -> None:
+        """Put the response to a command into the outbox and the ledger, in one transaction. Raises `DeviceError` where
+        that failed."""
         topic, now = self._reply_topic(inbound), self._clock()
         properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
 
@@ -115,23 +116,23 @@ class Outgoing:
         facts |= {"outcome": outcome.outcome, "reason": outcome.reason and outcome.reason[: messages.MAX_REASON]}
         try:
             return messages.Response(**facts, result=outcome.result).payload()
-        except ValueError as error:  # what was done is done: better half an answer than none
+        except ValueError as error:  # the command took effect: its outcome must be told without the result
             LOG.error("the result of %s does not fit: %s", name, error)
             return messages.Response(**facts, result={"left_out": "the result does not fit into a message"}).payload()
 
-    def answer_again(self, inbound: Inbound, payload: bytes) -> None:
-        """The response that was given the first time; that one was in the outbox."""
+    def respond_again(self, inbound: Inbound, payload: bytes) -> None:
+        """Send the recorded response to a command that came again."""
         if self.link is not None:
             self.link.publish_now(self._reply_topic(inbound), payload, inbound.correlation)
 
     def refuse(self, inbound: Inbound, refusal: messages.Refusal) -> None:
-        """The answer to what was no command, or one that came too late."""
+        """Send a refusal of what is no command, or came too late."""
         if self.link is not None and (refusal.id or inbound.response_topic):
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
             self.link.publish_now(self._reply_topic(inbound), message.payload(), inbound.correlation)
 
     def status(self, state: Literal["online", "offline"], system: System) -> bytes:
-        """The payload of a birth or last will; it is the link that sends these."""
+        """The payload of a birth or last will, which the link sends."""
         return messages.Status(
             state=state,
             session=self.session,
@@ -155,7 +156,7 @@ class Outgoing:
         except OutboxDamaged:
             raise
         except DeviceError as error:
-            LOG.error("%s is lost: %s", row.name, error)
+            LOG.error("a message for %s is lost: %s", row.name, error)
         self._wake()
 
     def _wake(self) -> None:
@@ -172,13 +173,13 @@ class Outgoing:
 
 
 def outbox_facts(counters: OutboxCounters, now: float) -> dict[str, Any]:
-    """What telemetry says of the outbox."""
+    """The outbox's part of telemetry and of a report."""
     oldest = None if counters.oldest is None else max(0.0, now - counters.oldest)
     return {"depth": counters.depth, "bytes": counters.bytes, "oldest_s": oldest, "dropped": counters.dropped}
 
 
 def picture(frame: U8) -> str:
-    """A frame as JPEG in base64, as a person would label it."""
+    """A frame as JPEG in base64."""
     target = io.BytesIO()
     Image.fromarray(frame).save(target, "JPEG", quality=85)
     return base64.b64encode(target.getvalue()).decode("ascii")
