@@ -38,14 +38,16 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("edgeear")
 PICTURE = Path("picture.jpg")
-"""How a picture that came in a message is read: as JPEG or PNG, whichever it is."""
+"""Stands for the picture of a message, whose file may be JPEG or PNG."""
+MOST_CLASSES = 10
+"""Of the response to `infer`: the most probable ones."""
 SETTINGS, PAUSED = "settings", "paused"
-"""Keys under which an operator's choices survive a restart."""
+"""Keys of what the outbox keeps of an operator's choices across restarts."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a command, and the events that it caused."""
+    """The outcome of a command, and the events that it caused."""
 
     outcome: Literal["ok", "refused", "failed"]
     result: dict[str, Any] = field(default_factory=dict)
@@ -54,8 +56,8 @@ class Outcome:
 
 
 class Commands:
-    """Applies commands to a board; `now` is the time in seconds, `configured` the settings before an operator changed
-    any. `describe` gives the daemon's part of a report."""
+    """Applies commands to a board. `configured` are the settings before an operator changed any, `describe` gives the
+    daemon's part of a report."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Commands:
             board.pause(True)
 
     def apply(self, command: messages.Command, again: bool = False) -> Outcome:
-        """Do what `command` says; `again` where it was begun before, and power failed before it was noted as done."""
+        """Apply `command`. `again`: it was begun before, and power failed before it was noted as done."""
         row = TABLE[type(command)]
         try:
             return self._serving() if again and row.done(self, command) else row.do(self, command)
@@ -90,7 +92,7 @@ class Commands:
             return Outcome("failed", reason=f"internal error, {type(error).__name__}: {error}")
 
     def report(self) -> dict[str, Any]:
-        """All that an operator may want to know at once."""
+        """The whole report on a board."""
         board = self.board
         return {
             "generation": board.system.generation,
@@ -103,14 +105,15 @@ class Commands:
         }
 
     def _domains(self) -> list[Any]:
-        """All that is known of each domain, or their names alone where that is more than a response may hold."""
+        """The facts of each domain; names alone where the facts do not fit into a response."""
         known = [facts(domain) for domain in self.board.system.domains]
         return known if len(json.dumps(known)) < messages.MAX_RESULT // 2 else [domain["name"] for domain in known]
 
     def _infer(self, command: messages.Infer) -> Outcome:
         frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
-        return Outcome("ok", prediction_facts(prediction))
+        most = dict(list(prediction.probabilities.items())[:MOST_CLASSES])
+        return Outcome("ok", {**prediction_facts(prediction), "probabilities": most})
 
     def _adapt(self, command: messages.Adapt) -> Outcome:
         return Outcome("ok", events=self.board.adapt_now(command.domain))
@@ -132,8 +135,8 @@ class Commands:
         if command.session != self._session:
             return Outcome(
                 "refused",
-                reason=f"labels are for session {command.session}, this one is {self._session}: its frames are gone, "
-                "label those that the latest label-wanted event names",
+                reason=f"the labels are for session {command.session}, now it is {self._session} and those frames are "
+                "gone: label the frames of the latest label-wanted event",
             )
         held = {seen.number for seen in self.board.wanted()}
         fitting = {at: label for at, label in command.labels.items() if at in held}
@@ -171,11 +174,11 @@ class Commands:
 
 
 def prediction_facts(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON. `score` is the predicted class's, None where the board abstained (see PredictionMessage).
-    A novelty that is not finite (nothing learned) is None."""
+    """A prediction as JSON. `score` is the probability of the predicted class, None where the board abstained. An
+    infinite novelty (nothing learned) is None."""
     return {
         "label": prediction.label,
-        "score": messages.finite(prediction.scores.max()) if prediction.label is not None else None,
+        "score": None if prediction.label is None else prediction.probabilities.get(prediction.label),
         "route": prediction.route,
         "novelty": messages.finite(prediction.novelty),
         "p": prediction.p,

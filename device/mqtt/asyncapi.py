@@ -2,12 +2,12 @@
 
 Rules of this file:
 
-1. Nothing is said twice: topics, QoS, retain and expiry come from topics.py, payloads from messages.py.
-2. The document speaks for the board: it sends what goes up and receives what goes down.
-3. Same code, same text: docs/asyncapi.json is `dumped()` and a test keeps it so.
+1. Topics, QoS, retain and expiry come from topics.py, payloads and texts of commands from messages.py.
+2. The document takes the board's side: it sends what goes up and receives what goes down.
+3. docs/asyncapi.json is `dumped()`; a test compares them.
 
-Written from the AsyncAPI 3.0.0 specification and its MQTT binding 0.2.0. A reply whose address is found at run time
-needs a channel without an address; the topic that serves where a command names none is the channel `response`.
+Source: the AsyncAPI 3.0.0 specification and its MQTT binding 0.2.0. A reply whose address is known only at run time
+needs a channel without an address. Where a command names no response topic, the channel `response` is used.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def document() -> Object:
         "info": {
             "title": "edgeear board",
             "version": f"{VERSION}.0.0",
-            "description": "An edge board's life over MQTT: what it tells, and what an operator can ask of it. "
-            "Payloads are JSON objects; what a model does not name is refused. `(boot, seq)` orders the messages of a "
-            "board and marks a repeated one.",
+            "description": "What an edge board publishes over MQTT, and the commands that it takes. Payloads are JSON "
+            "objects; unknown fields are refused. `(boot, seq)` orders a board's messages and marks repeated ones.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": "application/json",
@@ -100,7 +99,7 @@ def _models(row: Topic) -> tuple[type[Message] | None, ...]:
 
 
 def _key(row: Topic, model: type[Message] | None) -> str:
-    """What the channel, and in camel case its message and operation, are called."""
+    """The name of the message and, with its action in front, of the operation."""
     return model.__name__ if model is not None else row.name.capitalize()
 
 

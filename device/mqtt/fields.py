@@ -1,11 +1,11 @@
-"""What a field of a message may hold: bounded numbers, names, texts, images and labels.
+"""Types of the fields of messages: bounded numbers, names, texts, images and labels.
 
 Rules of this file:
 
-1. Numbers are finite, whole ones fit 53 bits: what every reader of JSON keeps exactly.
-2. Every text, list and object has a bound, so that no message can be huge.
-3. What an operator sends is checked to the letter (printable names, strict base64, canonical sample numbers). A board's
-   own names (`Known`) are only bounded: whatever it has learned, it can tell.
+1. Numbers are finite, and whole numbers fit 53 bits, which every JSON reader keeps exactly.
+2. Every text, list and object is bounded, so that no message can be huge.
+3. Input of operators is checked strictly (printable names, strict base64, canonical sample numbers). A board's own
+   names (`Known`) are only bounded: it must be able to publish every name that it has learned.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _image(most: int) -> Any:
 
 
 def _labels(value: object) -> object:
-    """The first wrong entry speaks for all, so that ten thousand wrong ones cost no more than one."""
+    """Stops at the first wrong entry, so that ten thousand wrong ones cost no more than one."""
     if not isinstance(value, Mapping):
         return value
     if not 1 <= len(value) <= MAX_LABELS:
@@ -88,7 +88,7 @@ def _class_name(key: object, name: object) -> str:
 
 
 def shown(value: object) -> str:
-    """`value` for a person, in at most 60 characters that any encoding can carry."""
+    """`value` in at most 60 ASCII characters."""
     if isinstance(value, str):
         value = value[:60]
     elif isinstance(value, dict | list):
@@ -108,7 +108,7 @@ Moment = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
 """Of a class or a domain, as an operator may give it."""
 Known = Annotated[str, Field(min_length=1, max_length=255)]
-"""Of a class, a domain or an encoder that the board has: a folder may have given it."""
+"""Of a class, a domain or an encoder that the board has, possibly from the name of a folder."""
 Text = Annotated[str, Field(max_length=2000)]
 Session = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
 CommandId = Annotated[str, Field(pattern=ID)]

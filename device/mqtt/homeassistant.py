@@ -1,15 +1,15 @@
-"""Home Assistant's MQTT discovery: one retained message that makes a board a device with its sensors and buttons.
+"""Home Assistant's MQTT discovery: one retained message announces a board with its sensors and buttons.
 
 Rules of this file:
 
 1. Device-based discovery (Home Assistant 2024.11 and later): topic `homeassistant/device/{site}/{device}/config`, all
-   components in one payload. An empty retained payload on the same topic takes the device away again.
-2. A value template names fields of Telemetry or Status only, and gives `None`, Home Assistant's word for unknown, where
-   the board did not measure.
-3. All but the connectivity sensor are unavailable while the board's status is offline; that one says so.
-4. A button sends an ordinary command, under an id made of the time at which it was pressed.
+   components in one payload. An empty retained payload on the same topic removes the device.
+2. Sensors are those of the table of measures (measures.py). A template gives `None`, which Home Assistant shows as
+   unknown, where the board did not measure.
+3. While the board's status is offline, all are unavailable except the connectivity sensor.
+4. A button sends an ordinary command. Its id is made of the time of the press.
 
-Written from Home Assistant's documentation of the MQTT integration (home-assistant.io/integrations/mqtt).
+Source: Home Assistant's documentation of the MQTT integration (home-assistant.io/integrations/mqtt).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def discovery_topic(site: str, device: str) -> str:
 
 
 def discovery(site: str, device: str, version: str, encoder: str, telemetry_period_s: float = 60.0) -> dict[str, Any]:
-    """The discovery payload. A sensor turns unknown when three windows of telemetry have not come."""
+    """The discovery payload. A sensor becomes unknown after three telemetry windows without a message."""
     identity = f"edgeear/{site}/{device}"
     available = {"topic": topic_of(site, device, STATUS), "value_template": "{{ value_json.state }}"}
     components = {

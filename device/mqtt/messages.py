@@ -1,15 +1,14 @@
-"""What is said over MQTT, version 1: one model for each payload, and the parser that never raises.
+"""The MQTT messages, version 1: one model for each payload, and a parser that never raises.
 
 Rules of this file:
 
-1. Every payload is one JSON object with `v: 1`. A field that the model does not name is refused, so is a key given
-   twice.
-2. What was not measured is null. What a field may hold stands in fields.py; every field is bounded.
-3. Bytes and number of values of a payload are bounded, too, before it is read: none costs more time or memory than its
-   own kind may.
-4. `(boot, seq)` of a stamp orders all messages of a board and marks a repeated one; `time` is only for people.
-5. Input is judged, never trusted: `parse` and `parse_command` give a `Refusal` that names field, value and limit for
-   anything that is not a message of this version, with the command's id whenever that can be read.
+1. Every payload is one JSON object with `v: 1`. An unknown field and a repeated key are refused.
+2. What was not measured is null. Every field is bounded (fields.py).
+3. Size and number of values of a payload are checked before it is parsed, so that no payload costs more time or memory
+   than its kind may.
+4. `(boot, seq)` of a stamp orders all messages of a board and marks repeated ones; `time` is for people only.
+5. `parse` and `parse_command` return a `Refusal` for anything that is not a message of this version. It names field,
+   value and limit, and the command's id where that can be read.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ MAX_PAYLOAD: Final = 8 << 20
 SMALL: Final = 16 << 10
 """Bytes of a command that carries neither image nor labels."""
 MAX_PARTS: Final = 4 * MAX_LABELS
-"""Commas and brackets of a payload: what bounds the memory that reading it takes."""
+"""Commas and brackets of a payload; they bound the memory that parsing takes."""
 MAX_RESULT: Final = 65_536
 """Bytes of the JSON text of a response's result."""
 MAX_REASON: Final = 1000
@@ -87,7 +86,7 @@ EventKind = Literal[
 
 
 class Stamp(TypedDict):
-    """What marks a message that went through the outbox: `Event(**stamper(seq, now), kind=...)`."""
+    """Identifies a message that went through the outbox: `Event(**stamper(seq, now), kind=...)`."""
 
     session: str
     boot: int
@@ -112,7 +111,7 @@ def new_session() -> str:
 
 
 def finite(value: float) -> float | None:
-    """`value` as a plain float, None where it is no number: novelty is infinite before anything was learned."""
+    """`value` as a float, None where it is not finite: novelty is infinite before anything was learned."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -141,7 +140,7 @@ class _Stamped(Message):
 
 
 class Status(Message):
-    """Retained state of a board: sent at each connect; its offline form is the last will, whose time is that of the
+    """Retained state of a board, sent at each connect. The offline form is the last will; its time is that of the
     connect."""
 
     state: Literal["online", "offline"]
@@ -155,7 +154,7 @@ class Status(Message):
 
 
 class Event(_Stamped):
-    """Something an operator wants to know. `at` is the sample number of this session that it happened at."""
+    """Something that happened to a board, at the sample number `at` of this session."""
 
     kind: EventKind
     text: Text
@@ -246,9 +245,8 @@ MEASURES: Final = tuple(rows(Telemetry))
 
 
 class PredictionMessage(Message):
-    """The answer for one frame, `at` its sample number. `label` and `score` are null where the board abstained. `score`
-    is the predicted class's: the head's own score, larger is better, comparable within one head only; where two heads
-    answered, a share of 1."""
+    """The answer for one frame, `at` its sample number. `score` is the probability of the class `label`; both are null
+    where the board abstained."""
 
     session: Session
     boot: Count
@@ -265,7 +263,7 @@ class PredictionMessage(Message):
 
 
 class LabelRequest(_Stamped):
-    """A frame whose class the board wants to know: answer with the command `label`, this session and this `at`.
+    """A frame whose class the board asks for: answer with the command `label`, this session and this `at`.
     `guess` is the class that the board predicted, `route` the domain that answered, null where it abstained; `until` is
     when it stops waiting."""
 
@@ -414,13 +412,13 @@ COMMANDS: Final[Mapping[str, type[Command]]] = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a payload was not taken; `id` is the command's, None where none could be read."""
+    """Why a payload is refused; `id` is the command's, None where it cannot be read."""
 
     id: str | None
     reason: str
 
     def response(self, stamp: Stamp, command: str) -> Response:
-        """What to answer whoever sent `command`."""
+        """The response to the sender of `command`."""
         return Response(**stamp, id=self.id, command=_bare(command), outcome="refused", reason=self.reason)
 
 
@@ -428,7 +426,7 @@ M = TypeVar("M", bound=Message)
 
 
 def parse_command(name: str, payload: bytes) -> Command | Refusal:
-    """The command `name` that `payload` holds. Never raises, whatever the bytes."""
+    """The command `name` in `payload`. Never raises, whatever the bytes."""
     model = COMMANDS.get(name)
     if model is None:
         known = ", ".join(COMMANDS)
@@ -437,7 +435,7 @@ def parse_command(name: str, payload: bytes) -> Command | Refusal:
 
 
 def parse(model: type[M], payload: bytes) -> M | Refusal:
-    """The message that `payload` holds, or why it holds none. Never raises, whatever the bytes."""
+    """The message in `payload`, or why it is none. Never raises, whatever the bytes."""
     try:
         fields = _read(payload, model.limit)
     except ValueError as error:
@@ -452,8 +450,8 @@ def parse(model: type[M], payload: bytes) -> M | Refusal:
 
 
 def _read(payload: bytes, limit: int) -> dict[str, object]:
-    """The fields of a payload of at most `limit` bytes. Raises ValueError, its text the reason, for all but one
-    JSON object."""
+    """The fields of a payload of at most `limit` bytes. Raises ValueError with the reason where it is not one JSON
+    object."""
     if len(payload) > limit:
         raise ValueError(f"payload of {len(payload)} bytes, at most {limit} are taken: send less in one message")
     parts = payload.count(b",") + payload.count(b"[") + payload.count(b"{")
@@ -504,7 +502,7 @@ def _id_of(fields: Mapping[str, object]) -> str | None:
 
 
 def _mismatch(model: type[Message], fields: Mapping[str, object]) -> str | None:
-    """What is wrong with the version or the names of the fields."""
+    """The fault of the version or of a field's name."""
     version = fields.get("v", VERSION)
     if type(version) is not int or version != VERSION:
         return f"v is {shown(version)}: this board speaks version {VERSION}"
@@ -516,7 +514,7 @@ def _mismatch(model: type[Message], fields: Mapping[str, object]) -> str | None:
 
 
 def _reason(error: ValidationError) -> str:
-    """One sentence: field, what it must be, what it was."""
+    """One sentence: the field, what it must be, what it was."""
     first, *rest = error.errors(include_url=False)
     where = ".".join(_bare(part) for part in first["loc"])
     told = f"{where}: {first['msg']}" if where else first["msg"]

@@ -1,11 +1,11 @@
-"""The topics of a board, `edgeear/v1/{site}/{device}/...`: one table says all there is to say about each.
+"""The topics of a board, `edgeear/v1/{site}/{device}/...`, in one table.
 
 Rules of this file:
 
-1. `TOPICS` is the only place that says direction, QoS, retain, expiry, outbox class and payload of a topic.
-2. Site and device are names of 1 to 64 letters, digits, `_` and `-`, so that no topic holds a wildcard or a level more.
-3. A response goes where the command asks only at or below the board's own `response`, which is also all that the
-   broker's access list lets it write: nobody makes a board send commands.
+1. `TOPICS` alone gives direction, QoS, retain, expiry, outbox class and payload of a topic.
+2. Site and device are 1 to 64 letters, digits, `_` and `-`, so that no topic gets a wildcard or a further level.
+3. A command's response topic is used only at or below the board's own `response`. The broker's access list allows no
+   other, too. So nobody can make a board send commands.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ DAY: Final = 86_400
 
 @dataclass(frozen=True)
 class Topic:
-    """One row: `name` below the device's prefix; `expiry_s` is MQTT 5's message expiry, None for never (of a command:
-    the sender's choice); `cls` the class in the outbox, None for what bypasses it; `models` its payloads, none for the
-    bytes of an image file."""
+    """One row. `name`: below the device's prefix; `expiry_s`: MQTT 5's message expiry, None for never (a command's is
+    the sender's choice); `cls`: the class in the outbox, None for messages that bypass it; `models`: the payloads, none
+    for an image file; `about`: help."""
 
     name: str
     direction: Literal["up", "down"]
@@ -57,7 +57,7 @@ class Topic:
 
 STATUS: Final = Topic("status", "up", 1, True, None, None, (Status,), "Birth at each connect, offline as last will.")
 TELEMETRY: Final = Topic("telemetry", "up", 1, False, DAY, "telemetry", (Telemetry,), "Summary of a time window.")
-EVENT: Final = Topic("event", "up", 1, False, 7 * DAY, "event", (Event,), "What an operator wants to know.")
+EVENT: Final = Topic("event", "up", 1, False, 7 * DAY, "event", (Event,), "Something that happened to the board.")
 RESPONSE: Final = Topic("response", "up", 1, False, DAY, "response", (Response,), "Outcome of one command.")
 PREDICTION: Final = Topic(
     "prediction",
@@ -67,13 +67,13 @@ PREDICTION: Final = Topic(
     60,
     None,
     (PredictionMessage,),
-    "Answer for each frame, where telemetry.predictions is on.",
+    "The answer for each frame, if telemetry.predictions is on.",
 )
 LABEL_REQUEST: Final = Topic(
-    "label-request", "up", 1, False, DAY, "frame", (LabelRequest,), "A frame whose class the board wants to know."
+    "label-request", "up", 1, False, DAY, "frame", (LabelRequest,), "A frame whose class the board asks for."
 )
 COMMAND: Final = Topic(
-    "command/{name}", "down", 1, False, None, None, tuple(COMMANDS.values()), "What an operator can ask of a board."
+    "command/{name}", "down", 1, False, None, None, tuple(COMMANDS.values()), "A command to the board."
 )
 FRAME: Final = Topic("frame", "down", 0, False, 5, None, (), "A JPEG or PNG file: the next frame of the stream.")
 TOPICS: Final = (STATUS, TELEMETRY, EVENT, RESPONSE, PREDICTION, LABEL_REQUEST, COMMAND, FRAME)
@@ -82,7 +82,7 @@ _BY_NAME: Final[Mapping[str, Topic]] = {topic.name: topic for topic in TOPICS}
 
 @dataclass(frozen=True)
 class Address:
-    """An incoming topic, read: which board, which row of the table, and which `command` where it is one."""
+    """A parsed topic: the board, the row of the table, and the name of a `command`."""
 
     site: str
     device: str
@@ -105,13 +105,13 @@ def topic_of(site: str, device: str, topic: Topic, command: str | None = None) -
 
 
 def subscriptions(site: str, device: str) -> tuple[tuple[str, int], ...]:
-    """What a board subscribes to: (topic filter, QoS) of every row that goes down."""
+    """The subscriptions of a board: (topic filter, QoS) of every row that goes down."""
     return tuple((topic_of(site, device, row, "+"), row.qos) for row in TOPICS if row.direction == "down")
 
 
 def match(topic: str) -> Address | None:
-    """The row that an incoming `topic` belongs to, None for a topic of somebody else. Any command's name matches, known
-    or not, so that the board can refuse it in words."""
+    """The row of an incoming `topic`, None for a foreign topic. Unknown commands match, too, so that the board can
+    refuse them with a reason."""
     if not topic.startswith(f"{PROTOCOL}/") or len(topic) > MAX_TOPIC:
         return None
     site, device, *rest = (topic[len(PROTOCOL) + 1 :] + "//").split("/", 2)
@@ -125,7 +125,7 @@ def match(topic: str) -> Address | None:
 
 
 def may_respond(site: str, device: str, topic: str) -> bool:
-    """Whether a board sends a response to `topic` because a command asks for it: to its own `response`, or below."""
+    """Whether a board may respond to `topic`, which a command asks for: its own `response`, or a topic below."""
     own = topic_of(site, device, RESPONSE)
     if len(topic) > MAX_TOPIC or not topic.isprintable() or "+" in topic or "#" in topic:
         return False

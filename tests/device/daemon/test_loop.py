@@ -210,7 +210,11 @@ def test_a_prediction_carries_the_score_of_its_class(rig: Rig) -> None:
     response = rig.command("infer", image=jpeg(frame))
     assert response is not None
     for told in (rig.wire.sent[-1][1], response["result"]):
-        assert told["label"] == expected.label and told["score"] == pytest.approx(float(max(expected.scores)))
+        score = expected.probabilities[expected.label]
+        assert told["label"] == expected.label and told["score"] == pytest.approx(score) and 1 / 3 < score <= 1
+    probabilities = response["result"]["probabilities"]
+    assert probabilities == pytest.approx(expected.probabilities) and next(iter(probabilities)) == expected.label
+    assert set(probabilities) == set(fakes.CLASSES) and sum(probabilities.values()) == pytest.approx(1)
 
 
 def test_infer_answers_and_leaves_no_trace(rig: Rig) -> None:
