@@ -61,6 +61,25 @@ def signs_to_phase(seed: int, width: int) -> F32:
     return (phase_words(seed, width) * TURN).astype(np.float32)
 
 
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 1).bit_length()
+
+
+def transform_factors(n: int) -> tuple[int, int]:
+    """(a, b), a <= b, a * b = n: the transform of n numbers is made of one of a and one of b."""
+    a: int = 1 << (n.bit_length() - 1) // 2
+    return a, n // a
+
+
+def transform_macs(n: int, inputs: int, outputs: int) -> int:
+    """Work of a transform whose inputs beyond `inputs` are zero, as two products of matrices.
+
+    The `(a, b)` matrix of the inputs is cut to the rows that matter before, and of the outputs after."""
+    _, b = transform_factors(n)
+    before, after = -(-inputs // b), -(-outputs // b)
+    return before * after * b + min(before, after) * b * b
+
+
 def _stream(seed: int, label: str, count: int) -> bytes:
     return hashlib.shake_256(f"{seed}/{label}".encode()).digest(count)
 
@@ -70,8 +89,8 @@ def factors(n: int) -> tuple[F32, F32]:
     """`(a, a)` and `(b, b)`, a <= b, whose Kronecker product is the orthonormal transform; read-only."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"length {n} is not a power of two: pad to {1 << max(n, 1).bit_length()}")
-    a = 1 << (n.bit_length() - 1) // 2
-    left, right = sylvester(a), sylvester(n // a) / np.float32(np.sqrt(n))
+    a, b = transform_factors(n)
+    left, right = sylvester(a), sylvester(b) / np.float32(np.sqrt(n))
     left.setflags(write=False)
     right.setflags(write=False)
     return left, right

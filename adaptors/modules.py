@@ -1,8 +1,8 @@
 """Heads as torch modules: the operator, the reconfigurator, and the weights as plain named arrays.
 
 `Head(spec, shapes, classes, seed)` is random at birth and deterministic for a seed; `weights()` gives the arrays that
-the archive stores and `load()` takes them back. Everything random that is not learned (the signs of the structured
-Fourier projection, the prototype projection) comes from the seed alone, see `adaptors.hadamard`.
+the archive stores and `load()` takes them back. Everything random that is not learned (the signs of the
+projections) comes from the seed alone, see `adaptors.hadamard`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptors.hadamard import factors, signs, signs_to_phase
-from adaptors.spec import (
-    PROTOTYPE_DIMENSIONS,
-    PROTOTYPE_SCALE,
-    HeadSpec,
-    TapShapes,
-    adapted_width,
-    check_taps,
-    next_power_of_two,
-    vector_width,
-)
+from adaptors.fields import TapShapes
+from adaptors.hadamard import factors, next_power_of_two, signs, signs_to_phase
+from adaptors.spec import PROTOTYPE_DIMENSIONS, PROTOTYPE_SCALE, HeadSpec, check_taps, weight_shapes
 
 Weights = dict[str, NDArray[np.float32]]
 TapTensors = Mapping[str, Tensor]
@@ -36,6 +28,11 @@ def fwht(x: Tensor) -> Tensor:
     left, right = (torch.tensor(f) for f in factors(x.shape[-1]))
     y: Tensor = left @ x.reshape(-1, len(left), len(right)) @ right
     return y.reshape(x.shape)
+
+
+def scrambled(x: Tensor, seed: int, label: str, n: int) -> Tensor:
+    """`fwht` of `x (samples, width)`, filled up to `n` numbers and multiplied by the seeded signs of `label`."""
+    return fwht(F.pad(x, (0, n - x.shape[1])) * torch.from_numpy(signs(seed, label, n)))
 
 
 def pool_map(x: Tensor, how: str) -> Tensor:
@@ -66,8 +63,7 @@ class Head(nn.Module):
     """One head. `forward(taps)` maps tap tensors `(samples, *shape)` to class scores `(samples, classes)`.
 
     The vector input is normalised by `shift` and `scale` (fitted by `fit_normalisation`), which are data and not
-    learned; a random head has a random reconfigurator too. Every activation appends its input to `trace`, if that is
-    a list."""
+    learned; a random head has a random reconfigurator too."""
 
     shift: Tensor
     scale: Tensor
@@ -76,48 +72,16 @@ class Head(nn.Module):
         super().__init__()
         check_taps(spec, shapes)
         self.spec, self.classes, self.seed = spec, classes, seed
-        self.trace: list[Tensor] | None = None
-        vector, adapted = vector_width(spec, shapes), adapted_width(spec, shapes)
-        self.register_buffer("shift", torch.zeros(vector))
-        self.register_buffer("scale", torch.ones(vector))
         self.matrices = nn.ParameterDict()
         self.biases = nn.ParameterDict()
-        self._build_operator(shapes, vector)
-        self._build_reconfigurator(adapted)
+        for name, shape in weight_shapes(spec, shapes, classes).items():
+            kind, _, layer = name.partition(".")
+            if kind in ("matrix", "bias"):
+                held = self.matrices if kind == "matrix" else self.biases
+                held[layer] = nn.Parameter(torch.zeros(shape))
+            else:
+                self.register_buffer(name, torch.zeros(shape) if name == "shift" else torch.ones(shape))
         self.reset(seed)
-
-    def _build_operator(self, shapes: TapShapes, vector: int) -> None:
-        spec, w = self.spec, self.spec.width
-        if spec.operator == "fourier":
-            n = next_power_of_two(max(vector, w))
-            for i in range(3):
-                self.register_buffer(
-                    f"signs{i}", torch.from_numpy(signs(self.seed, f"fourier/{i}", n)), persistent=False
-                )
-            phase = signs_to_phase(self.seed, w)
-            self.register_buffer("phase", torch.from_numpy(phase), persistent=False)
-        elif spec.operator == "mlp":
-            for i in range(spec.depth):
-                self._matrix(f"layer{i}", (w, vector if i == 0 else w))
-        elif spec.convolutional:
-            assert spec.spatial is not None
-            self._matrix("stem", (w, shapes[spec.spatial][0], 1, 1))
-            for i in range(spec.depth):
-                if spec.operator == "depthwise":
-                    self.matrices[f"spread{i}"] = nn.Parameter(torch.zeros(w, 1, 3, 3))
-                self._matrix(f"block{i}", (w, w, 1, 1))
-
-    def _build_reconfigurator(self, adapted: int) -> None:
-        width = adapted
-        if self.spec.reconfigurator == "prototypes":
-            width = PROTOTYPE_DIMENSIONS
-            n = next_power_of_two(max(adapted, width))
-            self.register_buffer("role", torch.from_numpy(signs(self.seed, "prototypes", n)), persistent=False)
-        self._matrix("readout", (self.classes, width))
-
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> None:
-        self.matrices[name] = nn.Parameter(torch.zeros(*shape))
-        self.biases[name] = nn.Parameter(torch.zeros(shape[0]))
 
     def reset(self, seed: int) -> None:
         """Draw all learned parameters anew (Kaiming, biases zero) from `seed`."""
@@ -130,15 +94,10 @@ class Head(nn.Module):
 
     def vector(self, taps: TapTensors) -> Tensor:
         """The vector input before shift and scale, `(samples, vector width)`."""
-        parts = [taps[t] for t in self.spec.taps]
-        if self.spec.spatial is not None and not self.spec.convolutional:
-            parts.append(pool_map(taps[self.spec.spatial], self.spec.pool))
+        parts = [taps[tap] if pool is None else pool_map(taps[tap], pool) for tap, pool in self.spec.parts]
         if self.spec.normalisation == "unit":
             parts = [F.normalize(p, dim=1, eps=1e-6) for p in parts]
-        if not parts:
-            assert self.spec.spatial is not None
-            return taps[self.spec.spatial].new_zeros(len(taps[self.spec.spatial]), 0)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1) if parts else torch.zeros(len(next(iter(taps.values()))), 0)
 
     def fit_normalisation(self, taps: TapTensors) -> None:
         """Set `shift` and `scale` from data by `normaliser`."""
@@ -151,66 +110,15 @@ class Head(nn.Module):
 
     def adapted(self, taps: TapTensors) -> Tensor:
         """The operator's output `(samples, adapted width)`."""
-        spec = self.spec
-        x: Tensor = (self.vector(taps) - self.shift) * self.scale
-        if spec.operator == "linear":
-            return x
-        if spec.operator == "fourier":
-            return self._fourier(x)
-        if spec.operator == "mlp":
-            return self.layers(x * x.shape[1] ** 0.5)
-        assert spec.spatial is not None
-        maps = self.blocks(self.stem(taps[spec.spatial]))
-        return torch.cat([pool_map(maps, spec.pool), x * x.shape[1] ** 0.5], 1)
-
-    def _act(self, x: Tensor) -> Tensor:
-        if self.trace is not None:
-            self.trace.append(x)
-        return F.relu(x) if self.spec.activation == "relu" else F.hardswish(x)
-
-    def _fourier(self, x: Tensor) -> Tensor:
-        signs0, signs1, signs2 = (getattr(self, f"signs{i}") for i in range(3))
-        n = signs0.shape[0]
-        y = F.pad(x, (0, n - x.shape[1]))
-        y = fwht(fwht(fwht(y * signs0) * signs1) * signs2)[:, : self.spec.width]
-        gain = (2.0 * self.spec.bandwidth * n) ** 0.5
-        phase = self.phase
-        assert isinstance(phase, Tensor)
-        code: Tensor = torch.cos(y * gain + phase) * (2.0 / self.spec.width) ** 0.5
-        return code
-
-    def layers(self, x: Tensor) -> Tensor:
-        """The bottleneck layers of `mlp`, from inputs of mean squared one a channel."""
-        for i in range(self.spec.depth):
-            y = self._act(F.linear(x, self.matrices[f"layer{i}"], self.biases[f"layer{i}"]))
-            x = x + y if self.spec.residual and i else y
-        return x
-
-    def stem(self, x: Tensor) -> Tensor:
-        """The first convolution of a spatial tap `(samples, channels, height, width)`, before its activation."""
-        return F.conv2d(x, self.matrices["stem"], self.biases["stem"])
-
-    def blocks(self, x: Tensor) -> Tensor:
-        """The convolutions after the stem, from the stem's result."""
-        spec, m, b = self.spec, self.matrices, self.biases
-        x = self._act(x)
-        for i in range(spec.depth):
-            y = x
-            if spec.operator == "depthwise":
-                y = F.conv2d(y, m[f"spread{i}"], padding=1, groups=spec.width)
-            y = self._act(F.conv2d(y, m[f"block{i}"], b[f"block{i}"]))
-            x = x + y if spec.residual else y
-        return x
+        adapted: Tensor = self.spec.row.module(TensorLayers(self, taps), self.spec)
+        return adapted
 
     def code(self, z: Tensor) -> Tensor:
         """What the readout multiplies: the adapted features, or their unit hypervector for `prototypes`."""
         if self.spec.reconfigurator != "prototypes":
             return z
-        role = self.role
-        assert isinstance(role, Tensor)
-        return F.normalize(
-            fwht(F.pad(z, (0, len(role) - z.shape[1])) * role)[:, :PROTOTYPE_DIMENSIONS], dim=1, eps=1e-6
-        )
+        n = next_power_of_two(max(z.shape[1], PROTOTYPE_DIMENSIONS))
+        return F.normalize(scrambled(z, self.seed, "prototypes", n)[:, :PROTOTYPE_DIMENSIONS], dim=1, eps=1e-6)
 
     def read(self, code: Tensor) -> Tensor:
         """Class scores of codes: linear, or scaled cosine similarity to the class prototypes."""
@@ -237,3 +145,49 @@ class Head(nn.Module):
         arrays = self._arrays()
         for name, value in weights.items():
             arrays[name].data.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+
+class TensorLayers:
+    """The layers of a head (`adaptors.operators.base.Tensors`) on the taps of a batch."""
+
+    def __init__(self, head: Head, taps: TapTensors) -> None:
+        self.head, self.taps, self.spec, self.seed = head, taps, head.spec, head.seed
+        self.matrices, self.biases = head.matrices, head.biases
+
+    def vector(self) -> Tensor:
+        return (self.head.vector(self.taps) - self.head.shift) * self.head.scale
+
+    def scaled(self) -> Tensor:
+        x = self.vector()
+        scaled: Tensor = x * x.shape[1] ** 0.5
+        return scaled
+
+    def map(self) -> Tensor:
+        return self.taps[str(self.spec.spatial)]
+
+    def dense(self, x: Tensor, name: str, width: int) -> Tensor:
+        return F.linear(x, self.matrices[name], self.biases[name])
+
+    def conv(self, x: Tensor, name: str, width: int) -> Tensor:
+        return F.conv2d(x, self.matrices[name], self.biases[name])
+
+    def spread(self, x: Tensor, name: str) -> Tensor:
+        return F.conv2d(x, self.matrices[name], padding=1, groups=x.shape[1])
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.relu(x) if self.spec.activation == "relu" else F.hardswish(x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def pool(self, x: Tensor) -> Tensor:
+        return pool_map(x, self.spec.pool)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.scaled()], 1)
+
+    def scrambled(self, x: Tensor, label: str, n: int) -> Tensor:
+        return scrambled(x, self.seed, label, n)
+
+    def phase(self, width: int) -> Tensor:
+        return torch.from_numpy(signs_to_phase(self.seed, width))

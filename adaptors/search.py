@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 
 from adaptors import transfer
+from adaptors.cost import Cost
 from adaptors.halving import halve
 from adaptors.progress import Progress
 from adaptors.proxies import PROXIES, Probe, Sample
 from adaptors.search_space import Budget, SearchSpace
-from adaptors.spec import Cost, HeadSpec
+from adaptors.spec import HeadSpec
 from adaptors.transfer import Ranker
 
 F64 = NDArray[np.float64]

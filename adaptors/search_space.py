@@ -13,11 +13,13 @@ from math import prod
 
 import numpy as np
 
+from adaptors.cost import Cost, cost
+from adaptors.fields import TapShapes
 from adaptors.latency import DEFAULT, LatencyModel
-from adaptors.spec import Cost, HeadSpec, TapShapes, cost
+from adaptors.operators import OPERATORS
+from adaptors.operators.base import Axis, axis
+from adaptors.spec import HeadSpec
 
-Axis = tuple[tuple[str, ...], list[tuple[object, ...]]]
-"""Fields set together, and the values they may take together."""
 Family = list[Axis]
 
 
@@ -70,30 +72,19 @@ class SearchSpace:
         return sorted(sets, key=lambda s: (len(s), s))
 
     def _families(self) -> list[Family]:
-        """The space is the union of the families' products. An axis may set several fields at once, where a field
-        means something only for some values of another; so no two specs are the same head."""
+        """The space is the union of the families' products. Operators with equal axes share a family."""
         spatial = [t for t, s in self.shapes.items() if len(s) == 3]
-        vectors = self.tap_sets()
-        short: list[tuple[str, ...]] = [(), *(s for s in vectors if len(s) <= 3)]
-        pools = ("average", "max", "gem", "pyramid")
-        pooled = [(None, "average"), *product(spatial, pools)]
-        closed, trained = (
-            _axis("reconfigurator", "ridge", "prototypes"),
-            _axis("reconfigurator", "linear", "prototypes"),
-        )
-        activation, residual = _axis("activation", "relu", "hardswish"), _axis("residual", False, True)
-        common = [_axis("normalisation", "standard", "unit"), _axis("bits", 32, 8)]
-        taps = _axis("taps", *vectors)
-        fourier = [_axis("width", 1024, 2048, 4096, 8192), _axis("bandwidth", 0.1, 0.3, 1.0)]
-        layers: Axis = (("depth", "residual"), [(1, False), (2, False), (2, True)])
-        convolution = [_axis("width", 16, 32, 64, 96, 128), _axis("depth", 1, 2), _axis("pool", *pools), residual]
-        inputs = [_axis("spatial", *spatial), _axis("taps", *short)]
-        return [
-            [_axis("operator", "linear"), taps, (("spatial", "pool"), [*pooled]), closed, *common],
-            [_axis("operator", "fourier"), taps, *fourier, closed, *common],
-            [_axis("operator", "mlp"), taps, _axis("width", 8, 16, 32, 64), layers, activation, trained, *common],
-            [_axis("operator", "conv", "depthwise"), *inputs, *convolution, activation, trained, *common],
-        ]
+        taps = self.tap_sets()
+        rest = [axis("normalisation", "standard", "unit"), axis("bits", 32, 8)]
+        families: list[tuple[list[str], Family]] = []
+        for name, operator in OPERATORS.items():
+            readout = axis("reconfigurator", "linear" if operator.learned else "ridge", "prototypes")
+            axes = [*operator.axes(taps, spatial), readout, *rest]
+            if alike := [names for names, known in families if known == axes]:
+                alike[0].append(name)
+            else:
+                families.append(([name], axes))
+        return [[axis("operator", *names), *axes] for names, axes in families]
 
     def __iter__(self) -> Iterator[HeadSpec]:
         for family in self._families():
@@ -136,10 +127,6 @@ class SearchSpace:
             f"no head fits {budget}; the smallest has {least.parameters} parameters, {least.bytes} bytes, "
             f"{least.macs} MACs and {least.latency_ms:.2f} ms: raise the limits to at least these"
         )
-
-
-def _axis(field: str, *choices: object) -> Axis:
-    return (field,), [(choice,) for choice in choices]
 
 
 def _spec(family: Family, values: tuple[tuple[object, ...], ...]) -> HeadSpec:

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptors.fields import TapShapes
 from adaptors.modules import Head, Weights
 from adaptors.progress import Progress
+from adaptors.proxies.spectral import residuals_left_out
 from adaptors.quantise import dequantised
-from adaptors.spec import PROTOTYPE_SCALE, HeadSpec, TapShapes
+from adaptors.spec import PROTOTYPE_SCALE, HeadSpec
 from adaptors.temperature import fit_temperature
 
 Views = Sequence[Mapping[str, NDArray[np.float32]]]
@@ -184,22 +186,16 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
     """The ridge strength of least leave-one-out squared error, and there the accuracy (fraction of one) and the scores
     `(samples, classes)` of the samples left out.
 
-    Residuals of the sample left out are r_i / (1 - H_ii) (Allen's PRESS, 1974), H the hat matrix, centring included."""
+    See `adaptors.proxies.spectral` for the residuals."""
     z = (codes - codes.mean(0)).double()
     values, vectors = torch.linalg.eigh(z @ z.T)
     values = values.clamp_min(0)
     targets = F.one_hot(y, classes).double()
-    centred = targets - targets.mean(0)
-    aligned, unit = vectors.T @ centred, float(values.sum()) / len(y) + 1e-12
-    best = (np.inf, strengths[0], float("nan"), targets)
-    for strength in strengths:
-        keep = values / (values + strength * unit)
-        hat = (vectors.square() @ keep + 1 / len(y)).clamp(0, 1 - 1e-6)
-        residual = (centred - vectors @ (keep[:, None] * aligned)) / (1 - hat)[:, None]
-        right = float(((targets - residual).argmax(1) == y).double().mean())
-        found = (float(residual.square().mean()), strength, right, targets - residual)
-        best = min(best, found, key=lambda one: one[:3])
-    return best[1:]
+    ridge = torch.tensor(strengths, dtype=torch.float64)[:, None] * (float(values.sum()) / len(y) + 1e-12)
+    residual = residuals_left_out(values, vectors, targets - targets.mean(0), ridge)[0]
+    best = int(residual.square().mean((1, 2)).argmin())
+    scores = targets - residual[best]
+    return strengths[best], float((scores.argmax(1) == y).double().mean()), scores
 
 
 def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -> Solver:

@@ -162,11 +162,9 @@ def _words_of(spec: HeadSpec) -> dict[str, float]:
         "int8": float(spec.bits == 8),
     }
     taps = {"taps": len(spec.taps) / 5, "no pooled tap": float(not spec.taps), "unit": found["unit"]}
-    if spec.operator == "fourier":
-        found |= {"log bandwidth": float(np.log(spec.bandwidth)), "wide bandwidth": float(spec.bandwidth >= 1)}
-        found |= {"log dimensions": float(np.log2(spec.width / 2048))}
-    elif spec.width:
+    if spec.row.learned:
         taps["log width"] = float(np.log2(spec.width)) / 3
+    found |= spec.row.terms(spec)
     if spec.spatial is not None:
         found[f"{spec.pool} pool"] = 1.0
     how = ["all", *(["prototypes"] if spec.reconfigurator == "prototypes" else [])]

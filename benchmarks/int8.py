@@ -25,8 +25,9 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from adaptors.archive import pack
+from adaptors.fields import TapShapes
 from adaptors.search import single_thread
-from adaptors.spec import HeadSpec, TapShapes
+from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, train
 from device.encoder.engine import open_session
 from device.evaluation.data import I64, DataOptions, open_encoder, read_domains

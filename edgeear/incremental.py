@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptors.archive import HeadArchive, pack
-from adaptors.spec import HeadSpec, cost
+from adaptors.cost import cost
+from adaptors.spec import HeadSpec
 from edgeear.errors import DataError, UsageError
 from edgeear.memory import F64, DomainMemory
 from edgeear.system import HYPERVECTOR

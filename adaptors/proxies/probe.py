@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptors.modules import Head, normaliser, pool_map
-from adaptors.spec import Cost, HeadSpec, TapShapes
+from adaptors.cost import Cost
+from adaptors.fields import Normalisation, Pool, TapShapes
+from adaptors.modules import Head, TensorLayers, normaliser, pool_map
+from adaptors.spec import HeadSpec
 
 KEPT_BYTES = 96 << 20
 """Most that a sample keeps for later heads."""
@@ -81,7 +83,7 @@ class Sample:
 
     def normalisation(self, spec: HeadSpec) -> Moments:
         """`shift` and `scale` of the head's vector input, as `Head.fit_normalisation` finds them."""
-        moments = [self._moments(*part, spec.normalisation) for part in _parts(spec)]
+        moments = [self._moments(*part, spec.normalisation) for part in spec.parts]
         if not moments:
             return torch.zeros(0), torch.ones(0)
         means, deviations = zip(*moments, strict=True)
@@ -89,7 +91,7 @@ class Sample:
 
     def inputs(self, spec: HeadSpec) -> Tensor:
         """The head's normalised vector input `(samples, vector width)`."""
-        parts = [self._part(*part, spec.normalisation) for part in _parts(spec)]
+        parts = [self._part(*part, spec.normalisation) for part in spec.parts]
         if not parts:
             return torch.zeros(len(self), 0)
         shift, scale = self.normalisation(spec)
@@ -102,24 +104,25 @@ class Sample:
             x = self.inputs(spec)
             return (x @ x.T,)
 
-        return self.kept.get(("gram", *_parts(spec), spec.normalisation), make)[0]
+        return self.kept.get(("gram", *spec.parts, spec.normalisation), make)[0]
 
-    def stem(self, head: Head) -> Tensor:
-        """`Head.stem` of a convolutional head, cut from a wider one where the head's weights are its beginning."""
-        spatial, weight = cast(str, head.spec.spatial), head.matrices["stem"]
+    def stem(self, head: Head, tap: str) -> Tensor | None:
+        """The stem of a convolutional head before its activation, cut from a wider one; None where the head's weights
+        are not the beginning of that one."""
+        weight = head.matrices["stem"]
 
         def make() -> tuple[Tensor, ...]:
-            x = self.taps[spatial].contiguous(memory_format=torch.channels_last)
+            x = self.taps[tap].contiguous(memory_format=torch.channels_last)
             generator = torch.Generator().manual_seed(self.seed)
             wide = torch.randn((STEM, *weight.shape[1:]), generator=generator) * (2.0 / x.shape[1]) ** 0.5
             return wide, F.conv2d(x, wide)
 
-        wide, maps = self.kept.get(("stem", spatial), make)
+        wide, maps = self.kept.get(("stem", tap), make)
         if not torch.equal(wide[: len(weight)], weight) or head.biases["stem"].any():
-            return head.stem(self.taps[spatial])
+            return None
         return maps[:, : len(weight)].contiguous(memory_format=torch.channels_last)
 
-    def _part(self, tap: str, pool: str | None, normalisation: str) -> Tensor:
+    def _part(self, tap: str, pool: Pool | None, normalisation: Normalisation) -> Tensor:
         """One part of a vector input, before shift and scale."""
 
         def make() -> tuple[Tensor, ...]:
@@ -130,18 +133,12 @@ class Sample:
             return self.taps[tap]
         return self.kept.get(("part", tap, pool, normalisation), make)[0]
 
-    def _moments(self, tap: str, pool: str | None, normalisation: str) -> Moments:
+    def _moments(self, tap: str, pool: Pool | None, normalisation: Normalisation) -> Moments:
         def make() -> tuple[Tensor, ...]:
             x = self._part(tap, pool, normalisation)
             return x.mean(0), x.std(0, unbiased=False)
 
         return cast(Moments, self.kept.get(("moments", tap, pool, normalisation), make))
-
-
-def _parts(spec: HeadSpec) -> list[tuple[str, str | None]]:
-    """The taps of a vector input, each with how it is pooled."""
-    spatial = [] if spec.spatial is None or spec.convolutional else [(spec.spatial, spec.pool)]
-    return [*((t, None) for t in spec.taps), *spatial]
 
 
 class Probe:
@@ -174,7 +171,7 @@ class Probe:
     @property
     def random_features(self) -> float:
         """How many random features stand behind the kernel that `gram` holds; infinity where it is exact."""
-        return self.spec.width if self.spec.operator == "fourier" else float("inf")
+        return self.spec.row.random_features(self.spec)
 
     @cached_property
     def narrow(self) -> Tensor | None:
@@ -232,30 +229,46 @@ class Probe:
 
     @cached_property
     def _operated(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """What the learned layers make of the sample `(samples, features)`, and the inputs of their activations."""
-        if self.spec.operator in ("linear", "fourier"):
+        """What the learned layers make of the sample `(samples, features)`, before the pooled taps of a convolutional
+        head are joined, and the inputs of their activations."""
+        if not self.spec.row.learned:
             return None, ()
-        head, x = self.head, self.sample.inputs(self.spec) if self.spec.operator == "mlp" else None
-        head.trace = []
+        layers = SampledLayers(self)
         with torch.no_grad():
-            if x is not None:
-                features = head.layers(x * x.shape[1] ** 0.5)
-            else:
-                features = pool_map(head.blocks(self.sample.stem(head)), self.spec.pool)
-        hidden, head.trace = tuple(head.trace), None
-        return features, hidden
+            features = self.spec.row.module(layers, self.spec)
+        return features, tuple(layers.hidden)
 
     def _adapted_gram(self) -> Tensor:
         spec, features = self.spec, self._operated[0]
-        if spec.operator == "mlp" and features is not None:
+        if features is not None and not spec.convolutional:
             return features @ features.T
         gram = self.sample.gram(spec)
-        if spec.operator == "fourier":
-            size = gram.diagonal()
-            return (size + size[:, None] - 2 * gram).clamp_min_(0).mul_(-spec.bandwidth).exp_()
-        if features is not None:
-            return torch.addmm(gram, features, features.T, beta=len(self.head.shift))
-        return gram
+        if features is None:
+            kernel: Tensor = spec.row.kernel(gram, spec)
+            return kernel
+        return torch.addmm(gram, features, features.T, beta=len(self.head.shift))
+
+
+class SampledLayers(TensorLayers):
+    """The layers of a probe's head on its sample, with what the sample keeps; `hidden` are the activations' inputs."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__(probe.head, probe.sample.taps)
+        self.sample, self.hidden = probe.sample, list[Tensor]()
+
+    def vector(self) -> Tensor:
+        return self.sample.inputs(self.spec)
+
+    def conv(self, x: Tensor, name: str, width: int) -> Tensor:
+        stem = self.sample.stem(self.head, str(self.spec.spatial)) if name == "stem" else None
+        return super().conv(x, name, width) if stem is None else stem
+
+    def act(self, x: Tensor) -> Tensor:
+        self.hidden.append(x)
+        return super().act(x)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x
 
 
 def patterns(probe: Probe) -> Tensor | None:

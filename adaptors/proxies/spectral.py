@@ -66,14 +66,22 @@ def spectrum_loo(
     """`kernel_loo` from eigenvalues `(k,)` and eigenvectors `(n, k)`; `features` random ones stand behind them."""
     values = values.clamp_min(0)
     ridge = torch.from_numpy(strengths * max(float(values.sum()) / 10, 1e-12)).to(values.dtype)[:, None]
-    keep = values / (values + ridge)  # (strengths, k)
-    aligned = vectors.T @ targets
-    squares = vectors.square()
-    free = 1 - (squares @ keep.T + 1 / len(targets)).clamp(0, 1 - 1e-6)  # (n, strengths)
-    fitted = vectors @ (keep[:, :, None] * aligned)  # (strengths, n, c)
-    error = ((targets - fitted) / free.T[:, :, None]).square().mean((1, 2))
+    residual, keep, free = residuals_left_out(values, vectors, targets, ridge)
+    error = residual.square().mean((1, 2))
     if np.isfinite(features):
         shaken = keep * (1 - keep) / ridge  # eigenvalues of R K R
-        spread = (squares @ shaken.T / (free / ridge.T).square()).mean(0)
-        error = error + spread * (shaken @ aligned.square().sum(1)) / (features * targets.shape[1])
+        spread = (vectors.square() @ shaken.T / (free / ridge.T).square()).mean(0)
+        aligned = (vectors.T @ targets).square().sum(1)
+        error = error + spread * (shaken @ aligned) / (features * targets.shape[1])
     return float(error.min())
+
+
+def residuals_left_out(
+    values: Tensor, vectors: Tensor, targets: Tensor, ridge: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residuals of each sample left out `(strengths, n, classes)` for `ridge (strengths, 1)`; what each eigenvector
+    keeps `(strengths, k)`; and 1 - H_ii `(n, strengths)`. `values` are not negative, `targets` are centred."""
+    keep = values / (values + ridge)
+    free = 1 - (vectors.square() @ keep.T + 1 / len(targets)).clamp(0, 1 - 1e-6)
+    fitted = vectors @ (keep[:, :, None] * (vectors.T @ targets))
+    return (targets - fitted) / free.T[:, :, None], keep, free

@@ -20,7 +20,7 @@ from adaptors.proxies.probe import Probe
 def synflow(probe: Probe) -> float | None:
     """Log of the synaptic flow."""
     spec, sample = probe.spec, probe.sample
-    if spec.operator in ("linear", "fourier"):
+    if not spec.row.learned:
         return None
     head = Head(replace(spec, activation="relu", reconfigurator="linear"), sample.shapes, sample.classes, sample.seed)
     weights = list(head.matrices.values())

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptors.archive import HeadArchive
-from adaptors.hadamard import TURN, phase_words, signs, thirds
-from adaptors.spec import next_power_of_two
+from adaptors.hadamard import TURN, next_power_of_two, phase_words, signs, thirds
 from edgeear.types import F32, Features
 
 AGREEMENT = 1e-5

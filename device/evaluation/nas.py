@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from adaptors import transfer
+from adaptors.cost import cost
 from adaptors.progress import Progress
 from adaptors.proxies import PROXIES, Probe, Sample
 from adaptors.search import COMBINED, DEFAULT_PROXY, Scored, SearchPolicy, balanced, cheap_first, search, single_thread
 from adaptors.search_space import Budget, SearchSpace
-from adaptors.spec import HeadSpec, cost
+from adaptors.spec import HeadSpec
 from adaptors.transfer import Ranker
 from device.evaluation.nas_table import (
     CHEAP,

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.fields import TapShapes
 from adaptors.progress import Progress
 from adaptors.search import single_thread
 from adaptors.search_space import Budget, SearchSpace
-from adaptors.spec import HeadSpec, TapShapes
+from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, accuracy, train
 from adaptors.transfer import INPUTS, Example
 from device.files import write_whole

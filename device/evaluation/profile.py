@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptors.archive import pack
-from adaptors.latency import DEFAULT, InvalidModel, LatencyModel, fit, work
+from adaptors.fields import TapShapes
+from adaptors.latency import DEFAULT, InvalidModel, LatencyModel, fit
 from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS, SearchSpace
-from adaptors.spec import HeadSpec, TapShapes, weight_shapes
+from adaptors.spec import HeadSpec, weight_shapes
 from device.encoder.engine import open_session
 from device.provenance import machine, versions
 from edgeear.errors import DataError, FormatError, UsageError
@@ -97,11 +98,11 @@ def profile(
         calls.append(opened(spec, shapes, seed))
         on_progress("open heads", i + 1, len(specs))
     ms = measure(calls, rounds or ROUNDS, seed, clock, on_progress)
-    works = [work(spec, shapes, CLASSES) for spec in specs]
+    works = [spec.plan(shapes, CLASSES).work for spec in specs]
     order = np.random.default_rng(seed).permutation(len(specs))
     held, kept = np.split(order, [max(1, int(VALIDATED * len(specs)))])
     model = fit([works[i] for i in kept], ms[kept], DEFAULT)
-    predicted = np.array([model.predict_ms(specs[i], shapes, CLASSES) for i in held])
+    predicted = np.array([model.ms(works[i]) for i in held])
     error = np.abs(predicted / ms[held] - 1)
     return Profile(
         format=FORMAT,

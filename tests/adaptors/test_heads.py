@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adaptors.archive import METADATA_KEY, ArchiveError, HeadArchive, pack
-from adaptors.hadamard import factors, phase_words, signs_to_phase
+from adaptors.cost import cost
+from adaptors.hadamard import factors, next_power_of_two, phase_words, signs_to_phase, transform_macs
 from adaptors.modules import Head, Weights, fwht, pool_map
 from adaptors.quantise import F32, dequantised, quantise_rows
 from adaptors.search_space import Budget, SearchSpace
-from adaptors.spec import HeadSpec, InvalidSpec, cost, next_power_of_two, transform_macs
+from adaptors.spec import HeadSpec, InvalidSpec
 
 SHAPES = {"a.mean": (8,), "b.mean": (16,), "m": (6, 5, 5)}
 CLASSES = ("cat", "dog", "owl")

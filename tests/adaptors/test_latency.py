@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import nnls
 
-from adaptors.latency import DEFAULT, LANES, UNITS, InvalidModel, LatencyModel, fit, nonnegative, work
+from adaptors.cost import cost
+from adaptors.latency import DEFAULT, InvalidModel, LatencyModel, fit
+from adaptors.plan import LANES, UNITS, Work
 from adaptors.search_space import BUDGETS, Budget, SearchSpace
-from adaptors.spec import HeadSpec, cost
+from adaptors.spec import HeadSpec
 from device.evaluation.profile import Profile, ProfileError, measure, profile, read_latency, read_profile, to_json
 from edgeear.errors import DataError, FormatError, UsageError
 from tests.adaptors.test_heads import CLASSES, ODD, SHAPES, SPECS, packed, random_head
@@ -29,6 +32,10 @@ from tests.support import fakes
 
 FAKE = {t.name: t.shape for t in fakes.TAPS}
 HEADS = SPECS + ODD
+
+
+def work(spec: HeadSpec, shapes: Mapping[str, tuple[int, ...]], classes: int) -> Work:
+    return spec.plan(shapes, classes).work
 
 
 def graph_work(spec: HeadSpec) -> Counter[str]:
@@ -96,29 +103,29 @@ def test_more_work_never_takes_less_time(prices: dict[str, float], spec: HeadSpe
     if spec.reconfigurator == "linear":  # prototypes pad what does not fill a row: more may be a node less
         larger += [replace(spec, width=2 * spec.width)] if spec.width else []
         larger += [replace(spec, taps=tuple(t for t in SHAPES if len(SHAPES[t]) == 1))]
-    least = model.predict_ms(spec, SHAPES, classes)
+    least = model.ms(work(spec, SHAPES, classes))
     allowed = least * (1 - 1e-12)
-    assert all(model.predict_ms(more, SHAPES, classes) >= allowed for more in larger)
-    assert model.predict_ms(spec, SHAPES, classes + 1) >= allowed
+    assert all(model.ms(work(more, SHAPES, classes)) >= allowed for more in larger)
+    assert model.ms(work(spec, SHAPES, classes + 1)) >= allowed
     if spec.spatial is not None and spec.pool != "pyramid":
-        assert model.predict_ms(spec, {**SHAPES, "m": (6, 9, 9)}, classes) >= allowed
+        assert model.ms(work(spec, {**SHAPES, "m": (6, 9, 9)}, classes)) >= allowed
 
 
 def test_bits_cost_no_time_and_a_board_twice_as_slow_takes_twice_as_long() -> None:
     slow = LatencyModel({kind: 2 * price for kind, price in DEFAULT.prices.items()})
     for spec in HEADS:
-        once = DEFAULT.predict_ms(spec, SHAPES, 3)
-        assert slow.predict_ms(spec, SHAPES, 3) == pytest.approx(2 * once)
-        assert DEFAULT.predict_ms(replace(spec, bits=40 - spec.bits), SHAPES, 3) == once
+        once = DEFAULT.ms(work(spec, SHAPES, 3))
+        assert slow.ms(work(spec, SHAPES, 3)) == pytest.approx(2 * once)
+        assert DEFAULT.ms(work(replace(spec, bits=40 - spec.bits), SHAPES, 3)) == once
 
 
 def test_the_cost_and_the_space_use_the_model_that_they_are_given() -> None:
     slow = LatencyModel({kind: 1e3 * price for kind, price in DEFAULT.prices.items()})
     space, fast = SearchSpace(SHAPES, 3, slow), SearchSpace(SHAPES, 3)
     limit = Budget(10**9, 10**9, 10**12, latency_ms=1.01 * min(fast.cost(s).latency_ms for s in fast) * 1e3)
-    assert cost(HEADS[0], SHAPES, 3).latency_ms == DEFAULT.predict_ms(HEADS[0], SHAPES, 3)
+    assert cost(HEADS[0], SHAPES, 3).latency_ms == DEFAULT.ms(work(HEADS[0], SHAPES, 3))
     for spec, price in space.sample(5, limit, 0):
-        assert price.latency_ms == slow.predict_ms(spec, SHAPES, 3) <= limit.latency_ms
+        assert price.latency_ms == slow.ms(work(spec, SHAPES, 3)) <= limit.latency_ms
     assert len(fast.sample(50, limit, 0)) > len(space.sample(50, limit, 0))
 
 
@@ -127,12 +134,12 @@ def test_fit_finds_the_prices_that_made_the_times() -> None:
     true = LatencyModel({kind: price * rng.uniform(0.2, 5) for kind, price in DEFAULT.prices.items()})
     shapes = {"a.mean": (8,), "b.mean": (100,), "c.mean": (320,), "m": (64, 14, 14), "n": (96, 7, 7)}
     heads = [s for s, _ in SearchSpace(shapes, 7).sample(200, BUDGETS["large"], 0)]
-    ms = np.array([true.predict_ms(s, shapes, 7) for s in heads])
+    ms = np.array([true.ms(work(s, shapes, 7)) for s in heads])
     works = [work(s, shapes, 7) for s in heads]
     exact = fit(works[:120], ms[:120], DEFAULT)
     assert dict(exact.prices) == pytest.approx(dict(true.prices), rel=1e-6)
     noisy = fit(works[:120], ms[:120] * rng.uniform(0.95, 1.05, 120), DEFAULT)
-    off = [abs(noisy.predict_ms(s, shapes, 7) / t - 1) for s, t in zip(heads[120:], ms[120:], strict=True)]
+    off = [abs(noisy.ms(work(s, shapes, 7)) / t - 1) for s, t in zip(heads[120:], ms[120:], strict=True)]
     assert np.mean(np.array(off) < 0.05) > 0.9
 
 
@@ -142,14 +149,17 @@ def test_fit_leaves_alone_what_no_head_does() -> None:
     assert found.prices["cosine"] == DEFAULT.prices["cosine"] and found.prices["conv"] == DEFAULT.prices["conv"]
 
 
-@given(
-    hnp.arrays(np.float64, (9, 5), elements=st.integers(-9, 9)), hnp.arrays(np.float64, 9, elements=st.integers(-9, 9))
-)
-@settings(max_examples=200)
-def test_nonnegative_least_squares_equal_a_known_solver(a: np.ndarray, y: np.ndarray) -> None:
-    found, (_, norm) = nonnegative(a, y), nnls(a, y)
-    assert found.min() >= 0
-    assert np.linalg.norm(a @ found - y) == pytest.approx(norm, rel=1e-7, abs=1e-7)
+@given(hnp.arrays(np.float64, 9, elements=st.floats(0.01, 9)))
+@settings(max_examples=50)
+def test_fitted_prices_are_the_nonnegative_ones_of_least_relative_error(ms: np.ndarray) -> None:
+    works = [work(s, SHAPES, 3) for s in HEADS[:9]]
+    found = fit(works, ms, DEFAULT)
+    kinds = [k for k in UNITS if any(w[k] for w in works)]
+    rows = np.array([[w[k] for k in kinds] for w in works]) / 1e3 / ms[:, None]
+    best = nnls(rows, np.ones(len(ms)))[1]
+    errors = [found.ms(w) / t - 1 for w, t in zip(works, ms, strict=True)]
+    assert min(found.prices.values()) >= 0
+    assert np.linalg.norm(errors) == pytest.approx(best, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf"), "1", True, None])
@@ -199,7 +209,7 @@ def test_a_profile_measures_fits_and_validates() -> None:
     assert {phase for phase, done, total in phases if done == total} == {"open heads", "measure"}
     # Every call takes one tick, so a good model says a millisecond for every head.
     spec = HeadSpec(("a.mean",))
-    assert found.latency.predict_ms(spec, FAKE, 10) == pytest.approx(1.0, rel=0.5)
+    assert found.latency.ms(work(spec, FAKE, 10)) == pytest.approx(1.0, rel=0.5)
     assert found.within_20_percent == pytest.approx(round(found.within_20_percent * 4) / 4)
     assert 0 <= found.median_error <= found.worst_error
     with pytest.raises(UsageError, match="at least 5"):

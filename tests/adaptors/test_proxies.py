@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptors.modules import Head
+from adaptors.cost import cost
+from adaptors.modules import Head, TensorLayers
 from adaptors.proxies import PROXIES, Probe, Sample, kernel_loo
-from adaptors.proxies.probe import STEM, Kept
+from adaptors.proxies.probe import STEM, Kept, SampledLayers
 from adaptors.proxies.spectral import STRENGTHS, spectrum_loo
-from adaptors.spec import HeadSpec, cost
+from adaptors.spec import HeadSpec
 from tests.adaptors.test_search import HEADS, SHAPES, labelled, probe
 
 F64 = NDArray[np.float64]
@@ -144,7 +145,9 @@ def test_the_stem_is_the_heads_own(width: int, trained: bool) -> None:
     if trained:
         p.head.matrices["stem"].data.add_(0.1)
         p.head.biases["stem"].data.add_(0.2)
-    assert torch.allclose(shared.stem(p.head), p.head.stem(shared.taps["m"]), atol=1e-5)
+    found, own = SampledLayers(p), TensorLayers(p.head, shared.taps)
+    stems = [layers.conv(layers.map(), "stem", width) for layers in (found, own)]
+    assert torch.allclose(stems[0], stems[1], atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

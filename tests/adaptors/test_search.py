@@ -9,6 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from adaptors.cost import cost
+from adaptors.fields import TapShapes
 from adaptors.halving import halve, merit
 from adaptors.proxies import PROXIES, Probe, Sample, kernel_loo
 from adaptors.quantise import F32
@@ -24,7 +26,7 @@ from adaptors.search import (
     single_thread,
 )
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget, SearchSpace
-from adaptors.spec import HeadSpec, TapShapes, cost
+from adaptors.spec import HeadSpec
 from adaptors.train import Trained
 from adaptors.transfer import Ranker, family
 

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from adaptors import train as training
+from adaptors.fields import TapShapes
 from adaptors.modules import Head
 from adaptors.quantise import F32, dequantised
-from adaptors.spec import PROTOTYPE_DIMENSIONS, PROTOTYPE_SCALE, HeadSpec, TapShapes
+from adaptors.spec import PROTOTYPE_DIMENSIONS, PROTOTYPE_SCALE, HeadSpec
 from adaptors.train import Trained, TrainPolicy, split, train
 
 SHAPES: TapShapes = {"a.mean": (8,), "b.mean": (16,), "m": (6, 5, 5)}

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from adaptors import transfer
+from adaptors.fields import TapShapes
 from adaptors.search_space import BUDGETS, SearchSpace
-from adaptors.spec import HeadSpec, TapShapes
+from adaptors.spec import HeadSpec
 from adaptors.transfer import INPUTS, Example, Ranker, estimates, family, fit, logit, standardised
 from benchmarks import ranker as shipped
 from device.evaluation.nas_table import examples
