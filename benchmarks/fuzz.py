@@ -100,7 +100,7 @@ class Inside:
 
     def __init__(self, rig: Rig) -> None:
         self.rig, self.daemon, self.wire = rig, rig.daemon, Wire()
-        self.daemon.link = self.wire
+        self.daemon.out.link = self.wire
         self._source = MessageFrames(Feed((fakes.SIZE, fakes.SIZE), rig.frames, lambda: rig.now), 4)
         policy, status = LinkPolicy("nowhere", "plant", "cam-1", frames=True), self.daemon.status
         self.link = Link(

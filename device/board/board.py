@@ -28,8 +28,9 @@ from adaptors.progress import Progress
 from device.board import events
 from device.board.events import BoardEvent
 from device.board.learner import Failed, InlineLearner, Job, LabelledJob, Learner, Outcome, UnlabelledJob
-from device.board.phases import Phase, Signal, after
+from device.board.phases import Signal, after
 from device.encoder.engine import OrtEngine
+from device.mqtt.messages import Phase
 from device.mqtt.settings import LiveSettings
 from device.state import generations
 from device.state.store import Store

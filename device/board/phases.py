@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from device.mqtt.messages import Phase
 from edgeear.errors import UsageError
 
-Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 Signal = Literal[
     "shift", "enough", "known", "labels", "too few", "admitted", "rejected", "failed", "good", "foreign",
     "adapt", "offer", "pause", "replace",

@@ -238,7 +238,7 @@ def _link(
         random.Random(),  # boards that lost the same broker must not reconnect at the same moment
         now,
     )
-    daemon.link = link
+    daemon.out.link = link
     stack.callback(link.stop, FAREWELL_S)
     link.start()
     if config.mqtt.discovery:

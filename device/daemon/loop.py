@@ -36,7 +36,7 @@ from device.daemon import machine
 from device.daemon.commands import Commands
 from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
-from device.daemon.publisher import Publisher, Uplink, outbox_facts
+from device.daemon.publisher import Publisher, outbox_facts
 from device.daemon.telemetry import Window
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxDamaged
@@ -120,15 +120,6 @@ class Daemon:
             **machine.readings(),
         }
         """How the fields of telemetry that describe a state are read."""
-
-    @property
-    def link(self) -> Uplink | None:
-        """The link to the broker; None for a board without one."""
-        return self.out.link
-
-    @link.setter
-    def link(self, link: Uplink | None) -> None:
-        self.out.link = link
 
     # Called by other threads
 
@@ -244,8 +235,8 @@ class Daemon:
                 self._held -= len(command.payload)
                 return command
             overflowed, self._overflowed = self._overflowed, False
-        if overflowed and self.link is not None:
-            self.link.request_redelivery()
+        if overflowed and self.out.link is not None:
+            self.out.link.request_redelivery()
         return None
 
     def _command(self, inbound: Inbound) -> None:
@@ -261,8 +252,8 @@ class Daemon:
                 raise
             except DeviceError as error:
                 self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
-        if self.link is not None:
-            self.link.acknowledge(inbound)
+        if self.out.link is not None:
+            self.out.link.acknowledge(inbound)
 
     def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
         ends = [t for t in (inbound.expires, command.expires) if t is not None]

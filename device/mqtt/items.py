@@ -21,13 +21,13 @@ import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from device.mqtt.ledger import CLOCK_SET, ItemTooLarge, LedgerPolicy, read_tally, write_tally
+from device.mqtt.messages import OutboxClass
 from edgeear.errors import UsageError
 
-Class = Literal["telemetry", "frame", "response", "event"]
-CLASSES: tuple[Class, ...] = get_args(Class)
+CLASSES: tuple[OutboxClass, ...] = get_args(OutboxClass)
 """In the order in which they are dropped."""
 _FRAME = CLASSES.index("frame")
 ITEM_BYTES = 96
@@ -73,7 +73,7 @@ class Item:
     """One message. `properties`: JSON values, as passed to `put`. `created`: unix seconds."""
 
     id: int
-    cls: Class
+    cls: OutboxClass
     topic: str
     payload: bytes
     properties: dict[str, Any]

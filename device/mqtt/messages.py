@@ -62,6 +62,7 @@ MAX_REASON: Final = 1000
 
 
 OutboxClass = Literal["telemetry", "frame", "response", "event"]
+"""In the order in which the outbox drops them."""
 Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 EventKind = Literal[
     "start",

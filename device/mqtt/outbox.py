@@ -30,8 +30,9 @@ from typing import Any, TypeVar
 
 from device.mqtt import items, ledger
 from device.mqtt.database import Database, OutboxDamaged, OutboxFull, SetAside
-from device.mqtt.items import CLASSES, Class, Draft, Item, OutboxPolicy, Tally
+from device.mqtt.items import CLASSES, Draft, Item, OutboxPolicy, Tally
 from device.mqtt.ledger import Recorded, read_tally, write_tally
+from device.mqtt.messages import OutboxClass
 from edgeear.errors import UsageError
 
 __all__ = ["Outbox", "OutboxCounters", "OutboxDamaged", "OutboxFull", "OutboxPolicy"]
@@ -56,7 +57,7 @@ class OutboxCounters:
     depth: int
     bytes: int
     oldest: float | None
-    dropped: dict[Class, int]
+    dropped: dict[OutboxClass, int]
     sent: int
 
 
@@ -102,7 +103,7 @@ class Outbox:
         return outbox
 
     def put(
-        self, cls: Class, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
+        self, cls: OutboxClass, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
     ) -> int | None:
         """Stores a message durably and returns its id; None if the bounds dropped it at once.
 
@@ -164,7 +165,7 @@ class Outbox:
     def finish(
         self,
         command_id: str,
-        cls: Class,
+        cls: OutboxClass,
         topic: str,
         make: Make,
         now: float,
@@ -219,7 +220,7 @@ class Outbox:
             self._database.shrink()
 
     def _put(
-        self, cls: Class, topic: str, make: Make, now: float, properties: Mapping[str, Any], command: str | None
+        self, cls: OutboxClass, topic: str, make: Make, now: float, properties: Mapping[str, Any], command: str | None
     ) -> int | None:
         if cls not in CLASSES or not math.isfinite(now):
             raise UsageError(f"class {cls!r}, now={now}: use one of {CLASSES} and finite seconds")

@@ -86,7 +86,7 @@ class Rig:
             timer=lambda: self.now,
         )
         self.session = self.daemon.session
-        self.wire = self.daemon.link = Wire()
+        self.wire = self.daemon.out.link = Wire()
 
     def show(self, background: int, count: int, seed: int = 1) -> None:
         """Frames of a domain, ten a second."""

@@ -26,8 +26,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from benchmarks.outbox import measure
 from device.mqtt import items as items_module
 from device.mqtt.database import NewerOutbox, OutboxBusy
-from device.mqtt.items import CLASSES, ITEM_BYTES, Class, Tally, item_id
+from device.mqtt.items import CLASSES, ITEM_BYTES, Tally, item_id
 from device.mqtt.ledger import CLOCK_SET, ItemTooLarge, LedgerPolicy, read_tally
+from device.mqtt.messages import OutboxClass
 from device.mqtt.outbox import Outbox, OutboxDamaged, OutboxFull, OutboxPolicy
 from edgeear.errors import DeviceError, UsageError
 
@@ -51,7 +52,7 @@ def outbox(path: Path) -> Iterator[Outbox]:
         yield outbox
 
 
-def put(outbox: Outbox, cls: Class, payload: bytes = b"", now: float = NOW) -> int | None:
+def put(outbox: Outbox, cls: OutboxClass, payload: bytes = b"", now: float = NOW) -> int | None:
     return outbox.put(cls, "t", lambda seq: payload, now)
 
 
@@ -166,11 +167,11 @@ def test_settings_survive(path: Path) -> None:
 # Bounds
 
 
-def many(cls: Class, count: int) -> list[Class]:
+def many(cls: OutboxClass, count: int) -> list[OutboxClass]:
     return [cls] * count
 
 
-def fills(outbox: Outbox, *classes: Class) -> list[Class]:
+def fills(outbox: Outbox, *classes: OutboxClass) -> list[OutboxClass]:
     """Puts one item of each class in turn; the classes that are left."""
     for cls in classes:
         put(outbox, cls)
@@ -313,7 +314,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory(dir=RAM)
         self.policy = OutboxPolicy(max_bytes=12 * EMPTY, max_count=9, max_age_s=50, frame_bytes=4 * EMPTY)
-        self.items: list[tuple[int, Class, float, int]] = []
+        self.items: list[tuple[int, OutboxClass, float, int]] = []
         self.dropped = dict.fromkeys(CLASSES, 0)
         self.sent = self.boot = self.seq = 0
         self.now, self.last = NOW, 0
@@ -333,7 +334,7 @@ class Model(RuleBasedStateMachine):
         assert self.outbox.boot == self.boot
 
     @rule(cls=st.sampled_from(CLASSES), size=st.integers(0, 5 * EMPTY) | st.just(0), early=st.sampled_from([0, 0, 30]))
-    def put(self, cls: Class, size: int, early: int) -> None:
+    def put(self, cls: OutboxClass, size: int, early: int) -> None:
         assert self.outbox is not None
         seqs: list[int] = []
         charge, created = EMPTY + size, self.now - early
@@ -355,7 +356,7 @@ class Model(RuleBasedStateMachine):
         self.drop(victims)
         self.items.append((number, cls, created, charge))
 
-    def victims(self, cls: Class, charge: int) -> list[tuple[int, Class, float, int]] | None:
+    def victims(self, cls: OutboxClass, charge: int) -> list[tuple[int, OutboxClass, float, int]] | None:
         """What is dropped for a new item; None if the new item is."""
         order = sorted(self.items, key=lambda item: (CLASSES.index(item[1]), item[0]))
         gone = []
@@ -371,7 +372,7 @@ class Model(RuleBasedStateMachine):
             gone.append(frames.pop(0))
         return gone
 
-    def drop(self, victims: list[tuple[int, Class, float, int]]) -> None:
+    def drop(self, victims: list[tuple[int, OutboxClass, float, int]]) -> None:
         for victim in victims:
             self.items.remove(victim)
             self.dropped[victim[1]] += 1

@@ -488,7 +488,7 @@ def served(rig: Rig, port: int) -> Iterator[threading.Thread]:
         return rig.now
 
     link = Link(policy, rig.outbox, rig.daemon.status, rig.daemon.receive, lambda _: None, changed, Random(0), clock)
-    rig.daemon.link = link
+    rig.daemon.out.link = link
     thread = threading.Thread(target=rig.daemon.run, args=(stop,))
     link.start()
     try:
