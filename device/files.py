@@ -1,4 +1,4 @@
-"""What the rooms ask of a POSIX file system beside reading and writing, and where the cache folder is."""
+"""Locks, syncs and whole-file writes on a POSIX file system, and the place of the cache folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from edgeear.errors import UsageError
 
 TEMPORARY = ".partial-"
-"""How a file is named that is still being written."""
+"""Prefix of the name of a file that is still being written."""
 
 
 def take_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock file `path`, made when missing, until it is closed or this process ends; None
-    where somebody else holds it. Advisory, and of this open file: a second call in one process is somebody else."""
+    """Lock the file `path`, which is made if missing. Returns a descriptor that holds the lock until it is closed or
+    this process ends, or None if the lock is taken, also by another call in this process. The lock is advisory."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,7 +27,7 @@ def take_lock(path: Path) -> int | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """What was made, renamed or removed in `folder` is on the disk when this returns."""
+    """Wait until files made, renamed or removed in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
-    """The cache folder, which need not exist. A relative `XDG_CACHE_HOME` is ignored, as specified."""
+    """The cache folder, which may not exist yet. A relative `XDG_CACHE_HOME` is ignored, as its standard says."""
     variables = os.environ if environment is None else environment
     if variables.get("EDGEEAR_CACHE"):
         return Path(variables["EDGEEAR_CACHE"]).expanduser().absolute()

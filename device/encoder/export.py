@@ -2,16 +2,14 @@
 
 Rules of this file:
 
-1. A map `(1, C, H, W)` named `t` becomes the pooled taps `t.mean` and `t.std` and, where asked for, the
-   spatial tap `t.map`. A vector `(1, C)` named `t` becomes the pooled tap `t`.
-2. Mean and standard deviation are those over a regular grid of positions: every k-th row and column, k
-   the smallest step that leaves at most `grid` of them. `std = sqrt(mean((x - mean)^2) + 1e-6)`, of
-   centred values: the shortcut mean(x^2) - mean^2 cancels in float32, by up to 0.1 on flat frames in
-   shallow stages.
-3. The network is frozen as it would infer: evaluation mode, one frame at a time.
-4. The same module, weights and exporter give the same bytes: no date, no path, no stack trace is in the
-   file.
-5. An export is run against torch before anybody sees it, and appears under its name whole or not at all.
+1. A map `(1, C, H, W)` named `t` becomes the pooled taps `t.mean` and `t.std` and, if requested, the spatial tap
+   `t.map`. A vector `(1, C)` named `t` becomes the pooled tap `t`.
+2. Mean and standard deviation are taken over a regular grid of positions: every k-th row and column, with the smallest
+   k that leaves at most `grid` of them. `std = sqrt(mean((x - mean)^2) + 1e-6)` is computed from centred values:
+   mean(x^2) - mean^2 loses precision in float32, by up to 0.1 on flat frames in shallow stages.
+3. The network is exported as it infers: in evaluation mode, one frame at a time.
+4. The same module, weights and exporter give the same bytes: the file holds no date, no path and no stack trace.
+5. An export is compared with torch before it is written. The file appears when it is complete.
 
 Only the learning side imports this file. The exporter's warnings are silenced for the whole process while
 it runs.
@@ -55,7 +53,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class _Plan:
-    """What goes into the file beside the module. `classifier` makes `logits` of the tap `head.mean`."""
+    """What the file holds beside the module. `classifier` computes `logits` from the tap `head.mean`."""
 
     preprocessing: Preprocessing
     provenance: Mapping[str, Any]
@@ -66,9 +64,9 @@ class _Plan:
 
 
 def default_encoder_path(cache: Path, *, progress: Tell | None = None) -> Path:
-    """The default encoder's file in `cache`, verified; exported first where there is none (some seconds).
+    """The default encoder's verified file in `cache`. If there is none, it is exported first, which takes seconds.
 
-    Raises `DeviceError` where the cache cannot be written, `ImportError` without the weights package.
+    Raises `DeviceError` if the cache cannot be written, `ImportError` without the weights package.
     """
     report = progress or _ignore
     return publish_encoder(cache, DEFAULT_ENCODER, lambda: _default_encoder(report), lambda: report("saving"))
@@ -90,13 +88,12 @@ def export_module(
     """Export `module`, which takes `(1, 3, height, width)` on the CPU, to `path`; returns the file's SHA-256.
 
     A frame is normalised as `(frame - mean) / scale` for each RGB channel in 8-bit units: ImageNet's mean
-    0.485 is 123.675 here. `taps` maps tap name -> path of a submodule ("layer3.1") whose output is tapped;
-    without it the module's own outputs are the taps: a tensor ("output"), a tuple ("output0", ...) or a
-    dictionary. `spatial` names the maps that are kept as spatial taps, None all of them. `grid` None pools
-    all positions.
+    0.485 is 123.675 here. `taps` maps tap name -> path of a submodule ("layer3.1") whose output becomes a tap. Without
+    it the module's own outputs are the taps: a tensor ("output"), a tuple ("output0", ...) or a dictionary. `spatial`
+    names the maps that are kept as spatial taps; None keeps all. `grid` None pools all positions.
 
     Raises `UsageError` for unknown submodules, for outputs that cannot be taps and for modules that torch
-    cannot trace, `FormatError` where ONNX Runtime does not agree with torch, `DeviceError` where `path`
+    cannot trace, `FormatError` if ONNX Runtime does not agree with torch, `DeviceError` if `path`
     cannot be written.
     """
     target, report = Path(path), progress or _ignore
@@ -106,12 +103,12 @@ def export_module(
     try:
         write_whole(target, content, lambda: report("saving"))
     except OSError as error:
-        raise DeviceError(f"{target}: cannot be written ({error.strerror}), choose another path") from error
+        raise DeviceError(f"{target}: cannot be written ({error.strerror}): choose another path") from error
     return hashlib.sha256(content).hexdigest()
 
 
 def pooled(feature_map: Tensor, grid: int | None = GRID) -> tuple[Tensor, Tensor]:
-    """What the taps `.mean` and `.std` of a map `(B, C, H, W)` are, in torch: two tensors `(B, C)`."""
+    """The taps `.mean` and `.std` of a map `(B, C, H, W)`, computed by torch: two tensors `(B, C)`."""
     step = export_graph.grid_step(feature_map.shape[2], feature_map.shape[3], grid)
     sampled = feature_map[:, :, ::step, ::step]
     variance = sampled.var((2, 3), unbiased=False)
@@ -188,7 +185,7 @@ def _metadata(expected: Mapping[str, Tensor], plan: _Plan) -> Metadata:
 
 
 def _compare(content: bytes, example: Tensor, expected: Mapping[str, Tensor]) -> None:
-    """Raise `FormatError` where ONNX Runtime computes something else than torch did."""
+    """Raise `FormatError` if ONNX Runtime and torch disagree."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -203,7 +200,7 @@ def _compare(content: bytes, example: Tensor, expected: Mapping[str, Tensor]) ->
 
 
 class _Tapped(nn.Module):
-    """A module whose outputs are picked by name from what `module` returns, or from what its hooks caught."""
+    """A module whose outputs are selected by name, from the result of `module` or from its hooks."""
 
     def __init__(self, module: nn.Module, pick: Callable[[Any], dict[str, Any]]) -> None:
         super().__init__()
@@ -254,7 +251,7 @@ def _own_outputs(output: Any) -> dict[str, Any]:
 
 
 def _checked(outputs: dict[str, Any], plan: _Plan) -> dict[str, Tensor]:
-    """The outputs, once each of them can be a tap."""
+    """The outputs. Raises `UsageError` unless each of them can be a tap."""
     if not outputs:
         raise UsageError("no taps: name at least one submodule, or pass None for the module's own outputs")
     unknown = sorted(set(plan.spatial or ()) - set(outputs))
@@ -286,7 +283,7 @@ def _check_value(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the export; the caller's module is left as it was."""
+    """Evaluation mode during the export. Afterwards the module is in its old mode."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -312,7 +309,7 @@ def _traced(network: _Tapped, example: Tensor, outputs: Mapping[str, Tensor]) ->
             )
     except torch.onnx.OnnxExporterError as error:
         what = f"{type(network.module).__qualname__} cannot be traced ({str(error).strip()[:200]})"
-        raise UsageError(f"{what}: its path through forward must not depend on the data") from error
+        raise UsageError(f"{what}: forward must not branch on the data") from error
     if program is None:
         raise FormatError("torch's exporter gave no program: install the torch version that pyproject.toml names")
     return program.model_proto
@@ -320,7 +317,7 @@ def _traced(network: _Tapped, example: Tensor, outputs: Mapping[str, Tensor]) ->
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Nothing of what the exporter prints, warns or logs; its exceptions pass."""
+    """Suppress what the exporter prints, warns or logs, but not its exceptions."""
     before = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

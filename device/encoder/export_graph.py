@@ -1,13 +1,12 @@
-"""The ONNX side of an export: taps, the gated classifier, and the clean-up that makes equal exports equal
-bytes.
+"""The ONNX side of an export: taps, the gated classifier, and the clean-up that makes an export reproducible.
 
 Rules of this file:
 
-1. The statistics of a map are taken of centred values on a regular grid of its positions, as
-   `device.encoder.export` says. The grid is a max-pooling of kernel 1, which ONNX Runtime runs in its blocked
-   layout, so that only the sampled positions of a large map are ever reordered.
-2. The last map's statistics come first in the file: ONNX Runtime walks back from the outputs, latest
-   first, and so pools each map while it is still in the caches.
+1. The statistics of a map are computed from centred values on a regular grid of its positions, as
+   `device.encoder.export` says. The grid is a max-pooling of kernel 1: ONNX Runtime runs it in its blocked layout, so
+   only the sampled positions of a large map are reordered.
+2. The last map's statistics come first in the file: ONNX Runtime orders nodes backwards from the outputs, the last
+   output first, so each map is pooled while it is still in the CPU caches.
 3. Doc strings and node metadata (stack traces, local paths) are removed from every part of the model.
 """
 
@@ -33,7 +32,7 @@ _NOTES = ("doc_string", "metadata_props")
 
 
 def grid_step(height: int, width: int, grid: int | None) -> int:
-    """The smallest step that leaves at most `grid` rows and columns; 1 for `grid` None."""
+    """The smallest step that leaves at most `grid` rows and columns. 1 for `grid` None."""
     return 1 if grid is None else -(-max(height, width) // grid)
 
 

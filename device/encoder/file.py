@@ -1,13 +1,13 @@
-"""Opening an encoder file: what ONNX image model will do, and which taps it has.
+"""Opening an encoder file: which ONNX image models are accepted, and which taps they have.
 
 Rules of this file:
 
-1. Any ONNX image model will do: one image input of three channels, one or more outputs. Outputs of rank 2
-   are pooled taps, of rank 4 spatial taps; all others are ignored, and `OpenEncoder.notes` says so.
-2. What the file says about itself (see encoder_metadata) is checked against its graph. Where it says
-   nothing, a frame is scaled to [0, 1], and every usable output is a tap.
-3. The file is read whole and its SHA-256 identifies all of it, so weights kept outside of it are refused.
-4. Threads are set explicitly and never spin: the machine belongs to others as well.
+1. Any ONNX image model with one image input of three channels and at least one output is accepted. Outputs of rank 2
+   are pooled taps, of rank 4 spatial taps. Others are ignored, and `OpenEncoder.notes` names them.
+2. The file's own metadata (metadata.py) is checked against its graph. Without metadata, a frame is scaled to [0, 1],
+   and every usable output is a tap.
+3. The file is read whole and identified by its SHA-256. Weights outside of the file are refused.
+4. The number of threads is set explicitly, and they never spin, because other programs share the machine.
 5. Every fault is an `EncoderError` that names the file, the fault and the remedy.
 """
 
@@ -56,7 +56,7 @@ _ERRORS_ONLY = 3  # a log severity of ONNX Runtime
 
 @dataclass(frozen=True)
 class OpenEncoder:
-    """A file that can serve as an encoder. `metadata` is complete, also where the file has none."""
+    """A file that can serve as an encoder. `metadata` is complete even if the file has none."""
 
     session: onnxruntime.InferenceSession
     digest: str
@@ -69,9 +69,9 @@ class OpenEncoder:
 
 
 def open_encoder(path: Path, threads: int, preprocessing: Preprocessing | None = None) -> OpenEncoder:
-    """Open `path` for `threads` threads; `preprocessing` overrides the file's own.
+    """Open `path` for `threads` threads. `preprocessing` overrides the file's own.
 
-    Raises `EncoderError` for a file that cannot serve, `UsageError` for fewer than 1 thread.
+    Raises `EncoderError` for a file that cannot serve as an encoder, `UsageError` for fewer than 1 thread.
     """
     if threads < 1:
         raise UsageError(f"{threads} threads: an encoder needs at least 1")
@@ -129,7 +129,7 @@ def _session(content: bytes, threads: int) -> onnxruntime.InferenceSession:
         session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
     except _OPENING_ERRORS as error:
         raise _refused(content, error) from error
-    session._model_bytes = None  # the whole file, kept for another choice of providers, which there is not
+    session._model_bytes = None  # onnxruntime keeps the whole file for a change of providers, which never happens
     return session
 
 
@@ -158,7 +158,7 @@ def _image_input(session: onnxruntime.InferenceSession) -> Any:
 
 
 def _preprocessing(shape: list[Any], wanted: Preprocessing | None) -> Preprocessing:
-    """What is wanted where the input agrees, or the default for the size that the input states."""
+    """`wanted` if it agrees with the input, or the default for the input's size."""
     layout = _layout(shape, wanted)
     height, width = shape[2:] if layout == "NCHW" else shape[1:3]
     if wanted is None:
@@ -177,7 +177,7 @@ def _layout(shape: list[Any], wanted: Preprocessing | None) -> Layout:
     if wanted is None:
         candidates: tuple[Layout, ...] = ("NCHW", "NHWC")
         agreeing = [layout for layout in candidates if shape[layout.index("C")] == 3]
-    else:  # a free number of channels agrees with what is wanted
+    else:  # a free number of channels agrees with `wanted`
         channels = shape[wanted.layout.index("C")]
         agreeing = [wanted.layout] if channels == 3 or not isinstance(channels, int) else []
     if not agreeing:
@@ -189,7 +189,7 @@ def _layout(shape: list[Any], wanted: Preprocessing | None) -> Layout:
 def _tap_outputs(
     session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
 ) -> tuple[list[Tap], list[Problem]]:
-    """All usable outputs as taps; the others as warnings."""
+    """All usable outputs as taps, and a warning for each other one."""
     shapes = _output_shapes(session, image, preprocessing)
     taps, notes = [], []
     for output in session.get_outputs():
@@ -208,7 +208,7 @@ def _tap_outputs(
 def _output_shapes(
     session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes for one frame: as stated, or as found on a black frame where the file leaves a size open."""
+    """The shapes for one frame: as stated, or measured on a black frame if the file leaves a size open."""
     outputs = session.get_outputs()
     if all(_is_stated(output.shape) for output in outputs):
         return {output.name: (1, *output.shape[1:]) for output in outputs}
@@ -227,7 +227,7 @@ def _is_stated(shape: list[Any]) -> bool:
 
 
 def _check_against_graph(stored: Metadata, taps: list[Tap], session: onnxruntime.InferenceSession) -> None:
-    """What the metadata names must be in the graph; outputs that it does not name are no taps."""
+    """Raise `EncoderError` unless all taps and gates of the metadata are in the graph."""
     shapes = {tap.name: tap.shape for tap in taps}
     for tap in stored.taps:
         if shapes.get(tap.name) != tap.shape:

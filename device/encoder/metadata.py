@@ -1,14 +1,12 @@
-"""What an encoder file says about itself: one JSON object under the metadata key `edgeear`.
+"""The metadata of an encoder file: one JSON object under the key `edgeear`.
 
 Rules of this file:
 
-1. It states everything that the inference process must know beside the graph: how a frame becomes the
-   input, the taps with their shapes, and where the network comes from. It names no date and no path, so
-   that the same inputs give the same bytes.
-2. A tap may name its gate: a 1-element int64 input of the graph with a default. Fed with 0 it switches
-   off the nodes behind it, because ONNX Runtime computes every output of a file, also those that nobody
-   fetches.
-3. Reading refuses what it does not understand: `EncoderError`, never another exception.
+1. It holds what the inference process needs beside the graph: how a frame becomes the input, the taps with their
+   shapes, and the origin of the network. It holds no date and no path, so that the same inputs give the same bytes.
+2. A tap may name its gate: a 1-element int64 input of the graph with a default. A gate of 0 switches off the nodes
+   behind it. Without gates, ONNX Runtime computes every output of a file, even if it is not fetched.
+3. Reading raises `EncoderError` for anything that it does not understand, and no other exception.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ Layout = Literal["NCHW", "NHWC"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with an encoder file, and what to do about it."""
+    """A fault of an encoder file, and the remedy."""
 
     severity: Literal["error", "warning"]
     what: str
@@ -47,7 +45,7 @@ class Problem:
 
 
 class EncoderError(FormatError):
-    """The file cannot serve as an encoder. `what` names the fault, `remedy` the way out."""
+    """The file cannot serve as an encoder. `what` names the fault, `remedy` says how to fix it."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what, remedy)
@@ -123,7 +121,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Metadata:
-    """`gates` maps a tap to the input that switches it off; `pooling` states what `.mean` and `.std` mean."""
+    """`gates` maps a tap to the input that switches it off. `pooling` says how `.mean` and `.std` are computed."""
 
     preprocessing: Preprocessing
     taps: tuple[Tap, ...]
@@ -133,7 +131,7 @@ class Metadata:
 
 
 def write_metadata(metadata: Metadata) -> str:
-    """The JSON text; equal metadata give equal text."""
+    """The JSON text. Equal metadata give equal text."""
     taps = [
         {"name": tap.name, "shape": list(tap.shape)}
         | ({"gate": metadata.gates[tap.name]} if tap.name in metadata.gates else {})
@@ -150,7 +148,7 @@ def write_metadata(metadata: Metadata) -> str:
 
 
 def read_metadata(text: str) -> Metadata:
-    """Parse what `write_metadata` wrote. Raises `EncoderError` for anything else."""
+    """Parse the text of `write_metadata`. Raises `EncoderError` for any other text."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

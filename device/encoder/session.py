@@ -2,13 +2,12 @@
 
 Rules of this file:
 
-1. Frames go through the network one at a time, whatever the batch: the same frame always gives the same
-   bits, and memory does not grow with the batch. On one thread a batch is no faster than its frames.
-2. Only the named taps are fetched. Gated taps that nobody names are not computed either.
-3. Features that are not finite never leave: `DataError` names the tap.
-4. `check_encoder` runs the file on frames of its own and reports all that it finds; it raises for
-   nothing.
-5. numpy and ONNX Runtime only: this file is part of what a board imports.
+1. Frames go through the network one at a time, whatever the batch: the same frame always gives the same bits, and
+   memory does not grow with the batch. On one thread, batches would not be faster.
+2. Only the named taps are fetched. Gated taps that are not named are not computed.
+3. Features that are not finite are never returned: `DataError` names the tap.
+4. `check_encoder` runs the file on test frames and reports all problems. It never raises.
+5. A board imports this file, so it needs numpy and ONNX Runtime only.
 """
 
 from __future__ import annotations
@@ -34,15 +33,19 @@ __all__ = ["EncoderError", "Metadata", "OnnxEncoder", "Preprocessing", "Problem"
 Severity = Literal["error", "warning"]
 
 _OFF = np.zeros(1, np.int64)
-_RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)  # a bound run raises the plain one
-_SAME = 1e-3  # relative: far above rounding, far below what batch statistics do to a frame
+_RUN_ERRORS: tuple[type[Exception], ...] = (
+    *ORT_ERRORS,
+    RuntimeError,
+)  # a run with bound memory raises RuntimeError itself
+_SAME = 1e-3  # relative: far above rounding, far below the effect of batch statistics
 _EVAL = "export it in evaluation mode: no dropout, no batch statistics"
 
 
 @dataclass(frozen=True, eq=False)
 class _Lane:
-    """The memory of one run for one choice of taps, bound to the session once: the network reads `image` and writes
-    into `flat`, tap by tap at `places`. `converted` are outputs of another type or layout, and where they belong."""
+    """The memory of one run for one choice of taps, bound to the session once. The network reads `image` and writes
+    into `flat`, each tap at its slice in `places`. `converted` pairs outputs of another type or layout with the
+    features that they are copied to."""
 
     names: tuple[str, ...]
     image: NDArray[Any]
@@ -55,15 +58,15 @@ class _Lane:
 class OnnxEncoder:
     """A frozen network in an ONNX file, run by `threads` threads that never spin.
 
-    Raises `EncoderError` where the file cannot serve, `UsageError` for fewer than 1 thread. `preprocessing`
-    overrides what the file says about itself, and is needed where its input size is not fixed.
+    Raises `EncoderError` if the file cannot serve as an encoder, `UsageError` for fewer than 1 thread. `preprocessing`
+    overrides the file's own, and is needed if the file does not fix its input size.
     """
 
     def __init__(self, path: str | Path, threads: int = 1, *, preprocessing: Preprocessing | None = None) -> None:
         self._file = open_encoder(Path(path), threads, preprocessing)
         self._taps = {tap.name: tap for tap in self._file.metadata.taps}
         self._idle: deque[_Lane] = deque(maxlen=1)
-        self._asked: tuple[str, ...] = ()  # the taps of the last call, known to be ours
+        self._asked: tuple[str, ...] = ()  # the taps of the last call, which are known to exist
 
     @property
     def digest(self) -> str:
@@ -87,12 +90,12 @@ class OnnxEncoder:
 
     @property
     def metadata(self) -> Metadata:
-        """What the file says about itself, completed by what was inferred."""
+        """The file's metadata, completed by what its graph says."""
         return self._file.metadata
 
     @property
     def notes(self) -> tuple[Problem, ...]:
-        """Warnings of opening the file: ignored outputs, missing metadata."""
+        """Warnings from opening the file: ignored outputs, missing metadata."""
         return self._file.notes
 
     def encode(self, frames: U8, taps: Sequence[str]) -> dict[str, F32]:
@@ -112,7 +115,7 @@ class OnnxEncoder:
         return features
 
     def _features(self, frames: U8, names: tuple[str, ...]) -> tuple[dict[str, F32], bool]:
-        """What `encode` returns, and whether it is certainly finite."""
+        """The result of `encode`, and whether it is certainly finite."""
         lane = self._lane(names)
         block = np.empty((len(frames), len(lane.flat)), np.float32)
         flat = block.reshape(-1)
@@ -120,7 +123,7 @@ class OnnxEncoder:
             for row, frame in zip(block, frames, strict=True):
                 self.preprocessing.apply(frame, lane.image[0])
                 row[:] = self._run(lane)
-            # One dot product instead of a mask: NaN and infinity spread to it, and so may a huge finite value.
+            # One dot product is cheaper than a mask. NaN and infinity show in it; so may a huge finite value.
             surely_finite = math.isfinite(flat.dot(flat))
         self._idle.append(lane)
         if len(frames) == 1:
@@ -133,7 +136,7 @@ class OnnxEncoder:
         return features, surely_finite
 
     def _run(self, lane: _Lane) -> F32:
-        """All features of the frame in `lane.image`, side by side, in memory that the next run overwrites."""
+        """All features of the frame in `lane.image`, concatenated, in memory that the next run overwrites."""
         try:
             self._file.session.run_with_iobinding(lane.binding)
         except _RUN_ERRORS as error:
@@ -144,7 +147,7 @@ class OnnxEncoder:
         return lane.flat
 
     def _lane(self, names: tuple[str, ...]) -> _Lane:
-        """An idle lane for these taps or a new one. One in use is in nobody else's hands: threads may share us."""
+        """An idle lane for these taps or a new one. Each lane is used by one thread at a time."""
         try:
             lane = self._idle.pop()
         except IndexError:
@@ -168,7 +171,7 @@ class OnnxEncoder:
         return _Lane(names, image, flat, tuple(zip(names, columns, shapes, strict=True)), binding, tuple(converted))
 
     def _found(self, name: str, feature: F32) -> NDArray[Any]:
-        """Where the network writes a tap: into the feature itself, or into memory of its own type and layout."""
+        """The memory that the network writes a tap to: the feature itself, or an array of its own type and layout."""
         dtype = self._file.output_dtypes[name]
         if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
             return np.empty(feature.transpose(0, 2, 3, 1).shape, dtype)
@@ -206,7 +209,7 @@ def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
 
 
 def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:
-    """Everything that is wrong with an encoder file, errors first; empty for a sound one."""
+    """All problems of an encoder file, errors first. Empty for a sound file."""
     try:
         encoder = OnnxEncoder(path, preprocessing=preprocessing)
         problems = [*encoder.notes, *_probe(encoder)]
@@ -216,7 +219,7 @@ def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = Non
 
 
 def _probe(encoder: OnnxEncoder) -> list[Problem]:
-    """What two unlike frames bring to light."""
+    """Run two different frames; report taps that are constant, unstable or not finite."""
     first, second = _probe_frames(*encoder.input_size)
     names = tuple(tap.name for tap in encoder.taps)
     once, again, other = (encoder._features(frame[None], names)[0] for frame in (first, first, second))
@@ -227,7 +230,7 @@ def _probe(encoder: OnnxEncoder) -> list[Problem]:
     problems = _listed(broken, "error", "NaN or infinity on a sound frame", "check weights and preprocessing")
     problems += _listed(unstable, "error", "another result for the same frame", _EVAL)
     severity: Severity = "error" if len(constant) == len(sound) else "warning"
-    problems += _listed(constant, severity, "the same features for two unlike frames", "check its weights")
+    problems += _listed(constant, severity, "the same features for two different frames", "check its weights")
     return problems + ([] if unstable or broken else _batch_dependence(encoder, first, second, once))
 
 
@@ -236,7 +239,7 @@ def _listed(names: list[str], severity: Severity, what: str, remedy: str) -> lis
 
 
 def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mapping[str, F32]) -> list[Problem]:
-    """A frame whose features change with its neighbour in the batch: batch statistics in use."""
+    """Taps whose features depend on the other frame of the batch, as with batch statistics."""
     if not encoder._file.dynamic_batch:
         return []
     names = list(alone)
@@ -246,7 +249,7 @@ def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mappin
     try:
         found = encoder._file.session.run(names, {encoder._file.input_name: images})
     except ORT_ERRORS:
-        return []  # one frame at a time is all that is asked of it
+        return []  # only single frames are needed
     dependent = [
         name
         for name, value in zip(names, found, strict=True)
@@ -260,7 +263,7 @@ def _close(value: F32, reference: F32) -> bool:
 
 
 def _probe_frames(height: int, width: int) -> tuple[U8, U8]:
-    """A colour ramp and noise: unlike in mean, contrast and texture."""
+    """A colour ramp and noise: different in mean, contrast and texture."""
     ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return ramp, noise

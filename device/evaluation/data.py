@@ -1,10 +1,11 @@
-"""From a folder of domains to the arrays that the benchmarks read: split, featurised once, encoded once.
+"""From a folder of domains to the arrays that the benchmarks need: split, featurised and encoded.
 
 Rules of this file:
 
-1. The encoder sees an image once per view: features come through the feature cache.
-2. Test images are only ever seen plain, and never by anything that learns.
-3. Labels index the classes of the whole data set; `samples` turns them into the labels of one domain, by name.
+1. The encoder sees an image once for each view: features come from the feature cache.
+2. Test images are only used plain, and never for learning.
+3. Labels index the classes of the whole data set. `samples` converts them to the labels of one domain, by name.
+4. What makes a figure weaker than it looks is a warning: copied files, classes without an image, skipped files.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ TRAINING_VIEWS = ("plain", "flip")
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images, and how they are read.
+    """Which images to use, and how.
 
-    `order` None takes all domains, sorted. `shots` is the number of training images a class, None for all. `spatial`
-    is how many of the encoder's last spatial taps are read: none, because closed-form heads on the pooled taps do
-    better on these data and maps multiply the memory. `test_on_rest` adds the training images that `shots` left out to
-    the test images. `cache` is the feature cache's folder, None for the default one. `on_bad` says
-    whether an undecodable file stops the run or is left out.
+    `order` None takes all domains, sorted. `shots` is the number of training images of each class, None for all.
+    `spatial` is how many of the encoder's last spatial taps are used. The default is none: closed-form heads on the
+    pooled taps do better on small data, and maps multiply the memory. `test_on_rest` adds the training images that
+    `shots` leaves out to the test images. `cache` is the folder of the feature cache, None for the default one.
+    `on_bad` says whether a file that cannot be decoded stops the run or is left out.
     """
 
     data: Path
@@ -57,7 +58,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.shots is not None and self.shots < 1:
-            raise UsageError(f"shots is {self.shots}: at least 1 image a class is needed, or none for all")
+            raise UsageError(f"shots is {self.shots}: give at least 1 image a class, or None for all")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}: it must not be negative")
 
@@ -65,7 +66,7 @@ class DataOptions:
 @dataclass(frozen=True, eq=False)
 class DomainData:
     """One domain: training views (plain first) and test features, labels `(samples,)` into the data set's classes,
-    hypervectors `(samples, D)` of the plain images, and where the test images lie."""
+    hypervectors `(samples, D)` of the plain images, and the paths of the test images."""
 
     name: str
     train: tuple[dict[str, F32], ...]
@@ -77,12 +78,12 @@ class DomainData:
     test_paths: tuple[Path, ...]
 
     def samples(self, classes: Sequence[str]) -> Samples:
-        """The training images as the flow wants them: the domain's own classes only."""
+        """The training images as `adapt` takes them: with the domain's own classes only."""
         own, labels = np.unique(self.train_labels, return_inverse=True)
         return Samples(self.name, self.train, labels.astype(np.int64), tuple(classes[c] for c in own))
 
     def of_classes(self, name: str, wanted: Sequence[int]) -> DomainData:
-        """The part of this domain that shows the classes of the given indices."""
+        """The images of this domain whose classes have the given indices."""
         train = np.flatnonzero(np.isin(self.train_labels, wanted))
         test = np.flatnonzero(np.isin(self.test_labels, wanted))
         return DomainData(
@@ -99,7 +100,7 @@ class DomainData:
 
 @dataclass(frozen=True, eq=False)
 class EvalData:
-    """A featurised data set. `warnings` are sentences of the reader and of the cache."""
+    """A featurised data set. `warnings` are sentences about the data and the cache."""
 
     domains: tuple[DomainData, ...]
     classes: tuple[str, ...]
@@ -108,7 +109,7 @@ class EvalData:
 
 
 def open_encoder(options: DataOptions) -> tuple[Encoder, Path]:
-    """The encoder that the options name, or the default one, which is exported when it is not there yet."""
+    """The encoder that the options name, or the default one, which is exported if it is missing."""
     from device.encoder.session import OnnxEncoder
 
     path = options.encoder
@@ -124,8 +125,8 @@ def read_domains(
 ) -> EvalData:
     """Read, split and featurise every domain.
 
-    Raises `DataError` for a missing domain, a domain without a test image, a file that does not decode (unless they are
-    skipped) and for features that are not finite.
+    Raises `DataError` for a missing domain, a domain without a test image, a file that cannot be decoded (unless
+    `on_bad` skips it) and for features that are not finite.
     """
     folder = read_folder(options.data, options.order)
     space = HypervectorSpace(pooled_taps(encoder))
@@ -139,7 +140,7 @@ def read_domains(
 
 
 class _Reader:
-    """What reading one domain needs, beside the domain."""
+    """Reads one domain after another and collects the warnings."""
 
     def __init__(
         self, options: DataOptions, encoder: Encoder, taps: list[str], cache: FeatureCache, on_progress: Progress
@@ -185,7 +186,7 @@ class _Reader:
             workers=self.options.workers,
             on_bad=self.options.on_bad,
         )
-        for bad in found.bad:  # a file is bad in every view, and is named once
+        for bad in found.bad:  # a bad file is bad in every view: name it once
             self.bad.setdefault(bad.paths, str(bad))
         return found.items, found.features
 

@@ -1,6 +1,6 @@
 """Peak memory: of this process, and of a fresh one that does nothing but serve.
 
-The second is a child process that never imports torch: it gets the final system, opens the encoder, and infers.
+The second is a child process that never imports torch: it receives the final system, opens the encoder and infers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from edgeear.system import System
 
 
 def peak_rss_mb() -> float:
-    """Largest resident set that this process ever had, in MB."""
+    """Peak resident set of this process, in MB."""
     try:
-        # getrusage's figure outlives exec: a child would report its parent's size.
+        # getrusage keeps its figure across exec: a child would report its parent's size.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
@@ -36,9 +36,9 @@ def peak_rss_mb() -> float:
 
 
 def inference_memory(encoder: Path | None, system: System, frames: Sequence[Path]) -> tuple[float | None, str | None]:
-    """Peak of a process that infers the images `frames` with `system`, in MB, or None and the reason."""
+    """Peak resident set, in MB, of a process that infers the images `frames` with `system`; or None and the reason."""
     if encoder is None:
-        return None, "the encoder was handed over as an object, and a fresh process needs its file"
+        return None, "the encoder was given as an object, and a new process needs its file"
     try:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -50,7 +50,7 @@ def inference_memory(encoder: Path | None, system: System, frames: Sequence[Path
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return serving.result(), None
     except (BrokenProcessPool, OSError) as error:
-        return None, f"the process that should serve did not ({error})"
+        return None, f"the process that measures it failed ({error})"
 
 
 def _serve(path: Path, system: System, frames: Sequence[Path]) -> float:

@@ -1,9 +1,9 @@
-"""`edgeear bench nas`: do training-free scores find good heads? Every proxy and the search against trained heads.
+"""`edgeear bench nas`: compare every training-free proxy, and the search, with the accuracies of trained heads.
 
 Rules of this file:
 
-1. What is trained is trained once (nas_table.py); proxies and search see training images only.
-2. The combination of proxies is learned from the tables of other domains, never from the one that it is judged on.
+1. Each head is trained once (nas_table.py). Proxies and search see training images only.
+2. The combination of proxies is learned from the tables of other domains, never from the one that it is tested on.
 3. Figures are means over the seeds of the sample and of the random heads.
 """
 
@@ -42,10 +42,10 @@ from device.evaluation.nas_table import (
 
 TRAINING_SEEDS = (0, 1)
 TIE = 0.003
-"""Accuracy, fraction of one, that the thrifty picks may cost by the search's own estimate: absolute, where
+"""Accuracy, as a fraction of one, that a cheap head may lose by the search's estimate. It is absolute;
 `adaptors.search.PREFERENCES` are relative."""
 QUICK = SearchPolicy(filtered=2000, specs=150, reference=75, finalists=4, closer=700)
-"""The search whose time is held against one training."""
+"""The search whose time is compared with one training."""
 
 
 def make_truth(
@@ -62,7 +62,7 @@ def make_truth(
     samples: int = SearchPolicy.samples,
     on_progress: Progress = lambda *_: None,
 ) -> Truth:
-    """Train the domain's draw of `heads` specifications and score them by every proxy, once a seed."""
+    """Train `heads` specifications drawn for the domain, and score them by every proxy, once for each seed."""
     specs = draw(space, budget, domain, heads)
     accuracy = measure(specs, images, regime, TRAINING_SEEDS, cache, on_progress)
     scores, _ = score(specs, images, samples, seeds, on_progress)
@@ -72,7 +72,7 @@ def make_truth(
 def score(
     specs: Sequence[HeadSpec], images: Images, samples: int, seeds: Sequence[int], on_progress: Progress
 ) -> tuple[dict[str, F64], dict[str, float]]:
-    """Scores `(seeds, specs)` by every proxy, NaN where it is undefined, and the seconds that each took a seed."""
+    """Scores `(seeds, specs)` by every proxy, NaN where it is undefined, and the seconds of each for one seed."""
     scores = {name: np.full((len(seeds), len(specs)), np.nan) for name in PROXIES}
     seconds = dict.fromkeys(PROXIES, 0.0)
     for k, seed in enumerate(seeds):
@@ -103,8 +103,8 @@ def bench_nas(
     specs: int = 2000,
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """The JSON of DESIGN section 7. `others` are the tables that the combination is learned from; with none of them
-    it is the built-in one, which may have seen this domain."""
+    """The JSON of `edgeear bench nas`. The combination of proxies is learned from the tables `others`; without any, the
+    built-in one is used, which may have seen this domain."""
     ranker = transfer.fit([e for o in others for e in examples(o)]) if others else transfer.built_in()
     scores, seconds = score(truth.specs, images, SearchPolicy.samples, seeds, on_progress)
     columns = [{name: rows[k] for name, rows in scores.items()} for k in range(len(seeds))]
@@ -138,7 +138,7 @@ def bench_nas(
 def _searches(
     policy: SearchPolicy, truth: Truth, images: Images, space: SearchSpace, budget: Budget, cache: Path
 ) -> list[dict[str, Any]]:
-    """Several searches of one seed, and the thrifty picks of the default one, each with the accuracy of its pick."""
+    """Several searches of one seed and the cheap heads of the default one, each with the accuracy of its choice."""
     plain = images.views[0]
     rows = []
 
@@ -175,14 +175,14 @@ def _searches(
 
 
 def fidelity(domain: str, truth: Truth, full: Images, cache: Path, heads: int, on_progress: Progress) -> dict[str, Any]:
-    """Does the regime keep the ranking? Kendall's tau between the table and full training of its first heads, and the
-    seconds that one full training takes."""
+    """Kendall's tau between the table and full training of its first heads, which shows whether the regime keeps the
+    ranking; and the seconds of one full training."""
     from scipy.stats import kendalltau
 
     specs = truth.specs[:heads]
     accuracy = measure(specs, full, FULL, TRAINING_SEEDS, cache, on_progress).mean(axis=1)
     begun = time.perf_counter()
-    for spec in specs[:4]:  # one of each operator: families are drawn in turn
+    for spec in specs[:4]:  # one of each operator, because families are drawn in turn
         trained_accuracy(spec, full, FULL, 2)
     return {
         "domain": domain,
@@ -195,7 +195,7 @@ def fidelity(domain: str, truth: Truth, full: Images, cache: Path, heads: int, o
 
 
 def _family(ranker: Ranker, specs: Sequence[HeadSpec]) -> F64:
-    """Control: what the combination knows of a head's family alone."""
+    """A control: the combination's score from a head's family alone."""
     return np.array([ranker.weights.get(transfer.family(s), 0.0) for s in specs])
 
 

@@ -1,4 +1,4 @@
-"""What `edgeear bench nas` reads and writes: images of one domain, tables of trained heads."""
+"""Input and output of `edgeear bench nas`: the images of one domain, and tables of trained heads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from edgeear.errors import DataError, UsageError
 from edgeear.types import Encoder
 
 SPATIAL_TAPS = 2
-"""Of the encoder's spatial taps the last ones are in the space: earlier maps are large, and say little of classes."""
+"""How many of the last spatial taps are in the space: earlier maps are large and tell little about classes."""
 
 
 @dataclass(frozen=True)
 class NasOptions:
-    """What the command is asked for; `tables` None keeps no table, and takes the built-in combination of proxies."""
+    """Options of the command. `tables` None keeps no table and uses the built-in combination of proxies."""
 
     data: Path
     domain: str
@@ -46,7 +46,7 @@ def run(options: NasOptions, on_progress: Progress) -> dict[str, Any]:
     """Every figure of the command. Raises DataError for unusable images or tables, UsageError for options that
     contradict each other."""
     if options.only_table and options.tables is None:
-        raise UsageError("--only-table makes a table and has no folder to put it: name one with --tables")
+        raise UsageError("--only-table needs a folder for the table: name one with --tables")
     encoder, _ = open_encoder(DataOptions(options.data, encoder=options.encoder))
     cache, seeds = cache_dir() / "nas", tuple(range(options.seed, options.seed + 3))
     images = read_images(options, encoder, CHEAP, on_progress)
@@ -83,18 +83,20 @@ def run(options: NasOptions, on_progress: Progress) -> dict[str, Any]:
 
 
 def read_table(path: Path, encoder: Encoder) -> Truth:
-    """A table of heads on this encoder; raises DataError where it is none, or of another encoder."""
+    """A table of heads on this encoder. Raises DataError if the file is no table, or one of another encoder."""
     try:
         truth = from_json(json.loads(path.read_text()))
     except (ValueError, DataError) as error:
         raise DataError(f"{path}: {error}") from error
     if truth.encoder != encoder.digest:
-        raise DataError(f"{path} is of encoder {truth.encoder[:12]}, this one is {encoder.digest[:12]}: make it again")
+        raise DataError(
+            f"{path} is of encoder {truth.encoder[:12]}, but this one is {encoder.digest[:12]}: make it again"
+        )
     return truth
 
 
 def read_images(options: NasOptions, encoder: Encoder, regime: Regime, on_progress: Progress) -> Images:
-    """The domain's images in the regime: what is not trained on is tested on."""
+    """The domain's images under the regime: images that are not trained on are test images."""
     asked = DataOptions(
         options.data,
         (options.domain,),

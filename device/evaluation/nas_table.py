@@ -1,11 +1,11 @@
-"""Ground truth of the search: random heads of the space, trained, and what they reach on images they never saw.
+"""Ground truth of the search: random heads of the space, trained, and their accuracy on images they never saw.
 
 Rules of this file:
 
-1. A table says how its heads were trained (the regime), on what encoder and with which seeds; a head is trained once
-   for a regime and a seed, and read from the cache ever after, so that an interrupted run goes on where it was.
-2. Accuracies are those of the head as it would be served: fp32 or int8, as its specification says.
-3. The specifications are drawn with a seed of the domain's name: no two domains share their draw.
+1. A table says how its heads were trained (the regime), on which encoder and with which seeds. A head is trained once
+   for a regime and a seed and then read from the cache, so that an interrupted run continues where it stopped.
+2. Accuracies are those of the head as it is served: fp32 or int8, as its specification says.
+3. The specifications are drawn with a seed from the domain's name, so that domains have different heads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regime:
-    """How the heads of a table are trained: `shots` images a class (None for all), `epochs` at most of gradient
-    descent. Heads in closed form are solved as always."""
+    """How the heads of a table are trained: `shots` images of each class (None for all), at most `epochs` of
+    gradient descent. Closed-form heads are solved as usual."""
 
     shots: int | None = 200
     epochs: int = 12
@@ -68,7 +68,7 @@ class Images:
 @dataclass(frozen=True, eq=False)
 class Truth:
     """Measured heads: `accuracy (heads, seeds)`, fractions of one, on `test_images` images; `scores[proxy] (seeds,
-    heads)`, NaN where the proxy is undefined, whose seeds are other ones: those of the sample and the random heads."""
+    heads)`, NaN where the proxy is undefined. The seeds of the scores are those of the sample and the random heads."""
 
     domain: str
     specs: tuple[HeadSpec, ...]
@@ -87,7 +87,7 @@ class Truth:
 
 
 def draw(space: SearchSpace, budget: Budget, domain: str, heads: int) -> tuple[HeadSpec, ...]:
-    """The specifications of a domain's table: a seeded draw within the budget, families in equal shares."""
+    """The specifications of a domain's table: drawn within the budget, the same number from each family."""
     seed = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:4], "big")
     return tuple(spec for spec, _ in space.sample(heads, budget, seed))
 
@@ -123,7 +123,7 @@ def trained_accuracy(spec: HeadSpec, images: Images, regime: Regime, seed: int) 
 
 
 def to_json(truth: Truth) -> dict[str, object]:
-    """The table as JSON: a column a field, so that the file stays small."""
+    """The table as JSON, one column for each field, which keeps the file small."""
     rows = [spec.to_dict() for spec in truth.specs]
     return {
         "domain": truth.domain,
@@ -143,7 +143,7 @@ def _short(value: float) -> float | None:
 
 
 def from_json(content: Mapping[str, Any]) -> Truth:
-    """Inverse of `to_json`; raises DataError where the content is none."""
+    """Inverse of `to_json`. Raises DataError if the content is no table."""
     try:
         columns = content["specs"]
         rows = zip(*columns.values(), strict=True)
@@ -162,6 +162,6 @@ def from_json(content: Mapping[str, Any]) -> Truth:
 
 
 def examples(truth: Truth) -> list[Example]:
-    """What the ranker learns from: one example a seed of the scores."""
+    """What the ranker learns from: one example for each seed of the scores."""
     seeds = range(len(truth.scores[INPUTS[0]]))
     return [Example(truth.domain, truth.specs, {n: truth.scores[n][k] for n in INPUTS}, truth.mean) for k in seeds]

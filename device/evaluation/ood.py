@@ -1,11 +1,11 @@
-"""`edgeear bench ood`: our novelty against published scores, on the same features.
+"""`edgeear bench ood`: our novelty score and published ones, on the same features.
 
 Rules of this file:
 
 1. Every score is fitted on the known domain's training images alone and scored on both test splits; larger = more
    novel. No score sees the unknown domain before it is measured.
-2. The anchors are the published ones, or say in their name what was left out. `concatenated` is the control that any
-   bundling of taps has to beat: the same taps, no projection.
+2. The anchors are published scores; their docstrings say what differs. `concatenated` is the control that any bundling
+   of taps must beat: the same taps without a projection.
 """
 
 from __future__ import annotations
@@ -36,17 +36,15 @@ Scores = Callable[[DomainData], F32]
 
 @dataclass(frozen=True)
 class OodOptions(DataOptions):
-    """What `edgeear bench ood` is asked for, beside the images."""
+    """Options of `edgeear bench ood`, beside those of the images."""
 
     policy: SystemPolicy = field(default_factory=SystemPolicy)
     date: str | None = None
 
 
-def _silent(_phase: str, _done: int, _total: int) -> None:
-    """No progress is shown."""
-
-
-def bench_ood(options: OodOptions, on_progress: Progress = _silent, *, encoder: Encoder | None = None) -> OodResult:
+def bench_ood(
+    options: OodOptions, on_progress: Progress = lambda *_: None, *, encoder: Encoder | None = None
+) -> OodResult:
     """Every score on every ordered pair of domains, and the mean of each.
 
     Raises `UsageError` for fewer than two domains, and what reading the images raises.
@@ -55,7 +53,7 @@ def bench_ood(options: OodOptions, on_progress: Progress = _silent, *, encoder: 
         encoder, _ = open_encoder(options)
     data = read_domains(options, encoder, on_progress, views=("plain",))
     if len(data.domains) < 2:
-        raise UsageError(f"{len(data.domains)} domain: a pair of a known and an unknown one needs at least 2")
+        raise UsageError(f"{len(data.domains)} domain: at least 2 are needed, a known and an unknown one")
     pairs: list[PairScores] = []
     for done, known in enumerate(data.domains):
         on_progress(f"{known.name}: scores", done, len(data.domains))
@@ -122,19 +120,19 @@ def fitted(data: EvalData, known: DomainData, m: int, seed: int) -> dict[str, Sc
 
 
 def last_tap(space: HypervectorSpace) -> str:
-    """The deepest mean of a feature map, which is what published scores take; else the last tap."""
+    """The deepest mean of a feature map, as published scores use it; without one, the last tap."""
     means = [t.name for t in space.taps if t.name.endswith(".mean")]
     return means[-1] if means else space.taps[-1].name
 
 
 def unit(x: F32) -> F32:
-    """Rows of `x (samples, channels)` at length one; a zero row stays zero."""
+    """Rows of `x (samples, channels)` scaled to length one. A zero row stays zero."""
     out: F32 = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
     return out
 
 
 def concatenated(space: HypervectorSpace, features: Features) -> F32:
-    """All taps side by side, each at length one: `(samples, sum of channels)`."""
+    """All taps concatenated, each scaled to length one: `(samples, sum of channels)`."""
     return np.concatenate([unit(features[t.name]) for t in space.taps], axis=1)
 
 
@@ -143,7 +141,7 @@ def concatenated(space: HypervectorSpace, features: Features) -> F32:
 
 def nearest_mean(x: F32, labels: I64) -> Callable[[F32], F32]:
     """One minus the cosine to the nearest class mean. After a bundling projection this is HDFF (Wilson et al., WACV
-    2023), here without its centring of maps and with seeded structured projections."""
+    2023), here without its centring of maps and with seeded, structured projections."""
     means = unit(np.stack([x[labels == c].mean(axis=0) for c in np.unique(labels)]))
     return lambda y: 1 - (unit(y) @ means.T).max(axis=1)
 

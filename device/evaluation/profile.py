@@ -1,12 +1,12 @@
-"""`edgeear profile`: how long the work of heads takes on this board, measured once and kept in a small file.
+"""`edgeear profile`: how long heads take on this board, measured once and kept in a small file.
 
 Rules of this file:
 
-1. Whole heads are timed, packed and opened as they are served, one input and one thread; weights are random, which time
-   does not depend on. What a head never is, is never timed.
-2. Heads take turns in a new order every round; a head's time is the least of its rounds' medians, so that what else
-   runs on the board disturbs neither one head nor the result.
-3. The file says how well the prices predict heads that they were not fitted to. It names no host.
+1. Whole heads are timed, packed and opened as they are served, with one input and one thread. Weights are random: time
+   does not depend on them.
+2. Heads take turns in a new order every round. A head's time is the smallest of its rounds' medians, so that other
+   programs on the board disturb no single head.
+3. The file says how well the prices predict heads that they were not fitted to. It does not name the machine's host.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ CLASSES = 10
 VALIDATED = 0.4
 """Share of the measured heads that the prices are not fitted to."""
 CLOSE = 0.2
-"""A prediction is close where it is off by no more than this share of the measured time."""
+"""A prediction is close if its error is at most this share of the measured time."""
 ROUNDS, WARM, CALLS, TURN_S = 10, 3, (7, 60), 0.02
-"""Rounds; calls of a turn that do not count; least and most that do; seconds of a turn in between."""
+"""Rounds; warm-up calls of a turn; least and most timed calls; seconds of a turn between these bounds."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ProfileError(FormatError):
-    """A file that is no profile of a board, or not one of this version."""
+    """A file that is no profile of a board, or one of another version."""
 
 
 class Profile(BaseModel):
-    """What the file holds: prices in microseconds a unit (`adaptors.latency.UNITS`), where they hold and how well.
+    """The content of the file: microseconds for each unit of work (`adaptors.latency.UNITS`), the machine, and errors.
 
-    `within_20_percent` is a share of the `heads_validated`; errors are theirs, relative to the measured time."""
+    `within_20_percent` is a share of the `heads_validated`. The errors are theirs, relative to the measured time."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -90,7 +90,7 @@ def profile(
 
     Raises UsageError for fewer than five heads."""
     if heads < LEAST_HEADS:
-        raise UsageError(f"heads is {heads}: at least {LEAST_HEADS} must be measured, 150 by default")
+        raise UsageError(f"heads is {heads}: measure at least {LEAST_HEADS}; 150 is the default")
     begun = clock()
     specs = drawn(SearchSpace(shapes, CLASSES), heads, seed)
     calls = []
@@ -120,7 +120,7 @@ def profile(
 
 
 def drawn(space: SearchSpace, heads: int, seed: int) -> list[HeadSpec]:
-    """Different random heads, medium and large ones in turn."""
+    """Different random heads, alternately medium and large."""
     draws = [space.sample(heads, BUDGETS[name], seed) for name in ("medium", "large")]
     mixed = dict.fromkeys(spec for pair in zip(*draws, strict=False) for spec, _ in pair)
     return list(mixed)[:heads]
@@ -139,7 +139,7 @@ def opened(spec: HeadSpec, shapes: TapShapes, seed: int) -> Callable[[], object]
 
 
 def measure(calls: Sequence[Callable[[], object]], rounds: int, seed: int, clock: Clock, on_progress: Progress) -> F64:
-    """Milliseconds `(calls,)` of each call: the least over the rounds of the median within its turn."""
+    """Milliseconds `(calls,)` of each call: the smallest over the rounds of the median within a turn."""
     rng, least = np.random.default_rng(seed), np.full(len(calls), np.inf)
     for done in range(rounds):
         for i in rng.permutation(len(calls)):
@@ -149,7 +149,7 @@ def measure(calls: Sequence[Callable[[], object]], rounds: int, seed: int, clock
 
 
 def _turn(call: Callable[[], object], clock: Clock) -> float:
-    """The median seconds of a call, warm."""
+    """The median seconds of a call, after a warm-up."""
     for _ in range(WARM):
         call()
     seconds: list[float] = []
@@ -162,7 +162,7 @@ def _turn(call: Callable[[], object], clock: Clock) -> float:
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in a file. Raises ProfileError where it is damaged, foreign or of another version, DataError where it
+    """The profile in a file. Raises ProfileError if it is damaged, no profile or of another version, DataError if it
     cannot be read."""
     remedy = "measure this board again with `edgeear profile`"
     try:
@@ -173,7 +173,7 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"{path}: not text ({error.reason}); {remedy}") from error
     try:
         found = Profile.model_validate_json(content)
-        LatencyModel(found.microseconds)  # refuses prices that cannot be
+        LatencyModel(found.microseconds)  # refuses impossible prices
     except ValidationError as error:
         what = error.errors()[0]
         where = ".".join(map(str, what["loc"])) or "content"
@@ -186,7 +186,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def read_latency(path: Path | None) -> LatencyModel | None:
-    """The model of a profile file; None, for the built-in model, where none is named."""
+    """The latency model of a profile file. None, which means the built-in model, if `path` is None."""
     return None if path is None else read_profile(path).latency
 
 

@@ -2,12 +2,11 @@
 
 Rules of this file:
 
-1. Domains are learned in the order given, each through the flow's one door: adapt, then commit and confirm, or a
-   recorded rejection, after which the protocol goes on without that domain.
-2. A domain's training images are read by its own adaptation and by nothing later; test images are read by nothing
-   that learns.
+1. Domains are learned in the given order: adapt, then commit and confirm. If admission rejects a domain, the rejection
+   is recorded and the protocol continues without that domain.
+2. A domain's training images are used by its own adaptation only. Test images are never used for learning.
 3. Every accuracy is routed by the router. Labels are matched by name: a head knows the classes of its own domain only.
-4. The figures depend on the data, the options and the seed; only times and memory sizes depend on the machine.
+4. The figures depend on the data, the options and the seed. Only times and memory sizes depend on the machine.
 """
 
 from __future__ import annotations
@@ -52,18 +51,14 @@ FEW_TESTS = 30
 """Test sets below this size are named in the warnings."""
 
 
-def _silent(_phase: str, _done: int, _total: int) -> None:
-    """No progress is shown."""
-
-
 def evaluate(
     options: EvalOptions,
-    on_progress: Progress = _silent,
+    on_progress: Progress = lambda *_: None,
     *,
     encoder: Encoder | None = None,
     clock: Clock = time.perf_counter,
 ) -> EvalResult:
-    """Run the protocol and return every figure. `encoder` stands in for the one that the options name.
+    """Run the protocol and return every figure. `encoder` replaces the one that the options name.
 
     Raises `DataError` for images that cannot be used and for a domain of one class, `UsageError` for options that
     contradict the data, `EmptyBudget` when no head fits the budget.
@@ -225,8 +220,8 @@ def _confusion(run: Run) -> tuple[tuple[float, ...], ...]:
 
 
 def wrong_routes(run: Run) -> WrongRoutes:
-    """What wrong routes cost in the end. Inputs that no head served are no wrong routes, and domains that were never
-    learned have no right one."""
+    """What wrong routes cost in the end. Inputs that no head served do not count as wrong routes, and domains that were
+    never learned are left out."""
     names, domains = run.systems[-1].names, run.data.domains
     learned = [j for j, d in enumerate(domains) if d.name in names]
     wrong = {j: (run.routes[j] >= 0) & (run.routes[j] != names.index(domains[j].name)) for j in learned}
@@ -246,7 +241,7 @@ def _false_ood(system: System, domain: DomainData) -> float:
 
 
 def separations(data: EvalData, policy: SystemPolicy, seed: int, on_progress: Progress) -> tuple[OodFigures, ...]:
-    """Every ordered pair of domains: what is learned of the known one alone, scored on both test splits."""
+    """For every ordered pair of domains: learn the known one alone and score the test images of both."""
     found = []
     for done, a in enumerate(data.domains):
         on_progress("out of distribution", done, len(data.domains))

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-1. Percentages are fractions of one, times seconds. What was not measured is None, `null` in JSON.
-2. Same result, same JSON: keys keep their order and nothing is added from outside.
+1. Percentages are fractions of one, times are seconds. A figure that was not measured is None, `null` in JSON.
+2. The same result gives the same JSON: keys keep their order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Part(BaseModel):
 
 
 class OodFigures(_Part):
-    """How well one domain alone tells another; OOD is the positive class."""
+    """How well a system that knows one domain detects another. OOD is the positive class."""
 
     known: str
     unknown: str
@@ -49,7 +49,7 @@ class ShiftFigures(_Part):
 class GrowthFigures(_Part):
     """One head that was grown. `memory_s` is the time for the domain's memory, calibration and admission."""
 
-    model_config = ConfigDict(extra="ignore")  # a domain's record of its growth may hold more than is reported
+    model_config = ConfigDict(extra="ignore")  # a domain's growth record may hold more
 
     domain: str
     spec: dict[str, JsonValue]
@@ -70,15 +70,15 @@ class GrowthFigures(_Part):
 
 
 class Rejection(_Part):
-    """A domain that admission turned down; its inputs are served through the route that they get."""
+    """A domain that admission rejected. Its inputs are served by the heads that they are routed to."""
 
     domain: str
     reasons: tuple[str, ...]
 
 
 class WrongRoutes(_Part):
-    """What wrong routes cost: test images of learned domains that another domain's head served in the end, the accuracy
-    that they had, and the one that their own head would have had. None where there were none."""
+    """The cost of wrong routes: the number of test images of learned domains that the final system routed to another
+    domain's head, their accuracy, and the accuracy that their own head would have had. None if there are none."""
 
     inputs: Count
     share: Fraction

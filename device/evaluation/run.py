@@ -1,10 +1,10 @@
-"""What the protocols of `edgeear eval` share: options, the run that learning leaves behind, and predictions.
+"""What the protocols of `edgeear eval` share: options, the result of learning, and predictions.
 
 Rules of this file:
 
-1. A prediction is routed by the router and named by the classes of the one or two heads that answer, as on a board; an
+1. A prediction is routed by the router and named by the classes of the one or two heads that answer, as on a board. An
    input that no head serves counts as wrong.
-2. Times come from the clock that is passed in, split where an adaptation's progress names a new phase.
+2. Times come from the clock argument. A phase ends when the adaptation's progress names a new one.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from edgeear.types import F32, Encoder
 
 Clock = Callable[[], float]
 CHUNK = 256
-"""Samples that a head scores at once: bounds its scratch memory."""
+"""How many samples a head scores at once, which bounds its scratch memory."""
 WITNESSES = 32
-"""Test images of a domain whose scores must not change by a bit while others are learned."""
+"""How many test images of a domain must keep their scores bit for bit while others are learned."""
 
 
 @dataclass(frozen=True)
 class EvalOptions(DataOptions):
-    """What `edgeear eval` is asked for, beside the images.
+    """Options of `edgeear eval`, beside those of the images.
 
-    `budget` names one of the search room's budgets. `specs` is how many heads a search scores. `classes_per_step` runs
-    the class-incremental protocol on the one domain of `order`, with `step_dimensions` of second-order memory.
-    `latency` is the model of a profiled board. `prefer` names one of the search's preferences; `halving` heads of a
-    search are trained for a few steps before one is picked.
+    `budget` names one of `adaptors.search_space.BUDGETS`. `specs` is how many heads a search scores.
+    `classes_per_step` runs the class-incremental protocol on the one domain of `order`, with a second-order memory of
+    `step_dimensions`. `latency` is the model of a profiled board. `prefer` names one of
+    `adaptors.search.PREFERENCES`. `halving` heads of a search are trained for a few steps before one is chosen.
     """
 
     budget: str = "medium"
@@ -66,8 +66,8 @@ class EvalOptions(DataOptions):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What learning leaves behind: `systems[i]` after domain i, `predictions[i][j]` and `routes[j]` on the test images
-    of domain j, and what is already measured."""
+    """The result of learning: `systems[i]` after domain i, its `predictions[i][j]` and the final `routes[j]` on the
+    test images of domain j, and the figures measured meanwhile."""
 
     data: EvalData
     encoder: Encoder
@@ -81,7 +81,7 @@ class Run:
 
 
 class Laps:
-    """Seconds of every phase of an adaptation, from the moments when its progress first names them."""
+    """Seconds of every phase of an adaptation. A phase begins when the progress first names it."""
 
     def __init__(self, clock: Clock, domain: str, on_progress: Progress, phase: str) -> None:
         self._clock, self._domain, self._on_progress = clock, domain, on_progress
@@ -95,14 +95,14 @@ class Laps:
         self._on_progress(f"{self._domain}: {phase}", done, total)
 
     def finish(self) -> None:
-        """End the phase that is under way."""
+        """End the current phase."""
         now = self._clock()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + max(0.0, now - self._since)
         self._since = now
 
 
 def growth_figures(grown: Domain, domain: DomainData, seconds: Mapping[str, float]) -> GrowthFigures:
-    """The record of one growth, without the picture of its search."""
+    """The figures of one grown head, without the candidates of its search."""
     facts = {k: v for k, v in grown.growth.items() if k != "candidates"}
     return GrowthFigures.model_validate(
         {
@@ -138,7 +138,7 @@ def named(classes: Sequence[str], served: Domain) -> I64:
 
 
 def _features(system: System, domain: DomainData, rows: I64) -> dict[str, F32]:
-    """What any head may read of some test images of `domain`."""
+    """The features of some test images of `domain` that any head of the system may need."""
     features = {t: domain.test[t][rows] for t in system.wanted_taps}
     return {**features, HYPERVECTOR: domain.test_h[rows, : system.policy.memory_dimensions]}
 

@@ -1,12 +1,13 @@
-"""`edgeear bench runtime`: the whole path of one frame against the bare encoder, in one run, alternating.
+"""`edgeear bench runtime`: time the whole path of a frame and the bare encoder, alternating, in one run.
 
-The parent makes generations of 1, 8, 64 ... domains (real encoder, real head operator, random weights: time does not
-depend on values); the child is a fresh inference process that measures itself. Times compare as ratios within a row.
+The parent writes generations of 1, 8, 64 ... domains with the real encoder, a real head operator and random weights;
+time does not depend on their values. The child is a fresh inference process that measures itself. Compare times as
+ratios within a row.
 
-There are two baselines. `encoder_ms_p50` is the session of the encoder file itself, which computes its taps whoever
-asks. `stripped_ms_p50` is the same network cut down to its last pooled output, as a plain classifier would run it: the
-ratio to it, `stripped_ratio`, charges the taps to edgeear, too. `core_ms_p50` is the part between features and head:
-hypervector, route and verdict; `core_bytes_per_domain` what it stores of a domain.
+There are two baselines. `encoder_ms_p50` is the session of the encoder file itself, which always computes all of its
+taps. `stripped_ms_p50` is the same network with its last pooled output only, as a plain classifier would run it:
+`stripped_ratio` therefore includes the cost of the taps. `core_ms_p50` is the part between features and head:
+hypervector, route and verdict. `core_bytes_per_domain` is what that part stores for a domain.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CHILD = "device.evaluation.runtime"
 def bench_runtime(
     encoder: Path, domains: Sequence[int] = (1, 8, 64), batch: int = 1, threads: int = 1, rounds: int = ROUNDS
 ) -> dict[str, Any]:
-    """The JSON of DESIGN section 7. `batch` frames are answered one after another by both sides."""
+    """The JSON of `edgeear bench runtime`. Both sides answer the `batch` frames one after another."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         for count in domains:
@@ -79,7 +80,7 @@ def _write_generation(encoder: Path, folder: Path, count: int) -> None:
 
 
 def _head(space: Any, classes: tuple[str, ...], seed: int) -> Any:
-    """The head that search usually picks: 8192 Fourier dimensions over the deeper half of the taps."""
+    """The head that search usually chooses: 8192 Fourier dimensions over the deeper half of the taps."""
     from adaptors.archive import pack
     from adaptors.spec import HeadSpec
 
@@ -97,7 +98,7 @@ def _head(space: Any, classes: tuple[str, ...], seed: int) -> Any:
 
 
 def _write_stripped(encoder: Path, target: Path) -> None:
-    """The encoder with nothing but its last pooled tap (not the classifier) as output."""
+    """Write the encoder with its last pooled tap (not the classifier) as the only output."""
     import onnx
     from onnx.utils import Extractor
 
@@ -110,7 +111,7 @@ def _write_stripped(encoder: Path, target: Path) -> None:
 
 
 def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
-    """Runs in the child: everything that a board's inference process would do, and nothing else."""
+    """Measure in the child, which does what a board's inference process does, and nothing else."""
     import onnxruntime
 
     from device.encoder.engine import OrtEngine
@@ -132,7 +133,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
         features = engine.encode(frame, system.wanted_taps)
         return system, encoder, {"path": path, "core": lambda: judge(system, system.space.encode(features))}
 
-    # Memory and readiness first, before anything that a board would not load.
+    # Memory and readiness first, before loading anything that a board would not load.
     usual = max([c for c in plan["domains"] if c <= USUAL_DOMAINS], default=plan["domains"][0])
     system, encoder, _ = opened(usual)
     ready = time.perf_counter() - started
@@ -158,7 +159,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
 
 
 def _session(file: Path, size: tuple[int, int]) -> Callable[[], object]:
-    """One run of the network alone, on a frame that needs no preparing; its last pooled tap is fetched."""
+    """One run of the network alone, without preprocessing, that fetches its last pooled tap."""
     from device.encoder.engine import open_session
 
     session = open_session(file.read_bytes())
@@ -192,7 +193,7 @@ def _row(plan: dict[str, Any], count: int, calls: dict[str, Callable[[], object]
 
 
 def _peak_mb() -> float:
-    """Peak resident memory of this process image; getrusage would count the parent's before exec, too."""
+    """Peak resident memory of this process in MB. getrusage would include the parent's before exec."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

@@ -1,12 +1,12 @@
-"""The class-incremental protocol: one domain, whose classes arrive a few at a time.
+"""The class-incremental protocol: one domain whose classes arrive a few at a time.
 
 Rules of this file:
 
-1. No exemplar is kept: a step's images update the domain's memory, and the head of all classes seen so far is refitted
-   from that memory alone (edgeear/incremental.py).
-2. A step keeps a memory and a calibration of its own as well, so that verdicts, routes and shifts are those of a system
-   whose domains are the steps; whatever the route, the one refitted head answers.
-3. A refitted head is another head, so old outputs are not bit-identical, and the result says so.
+1. No image is kept: a step's images update the domain's memory, and the head of all classes so far is refitted from
+   that memory alone (edgeear/incremental.py).
+2. Each step also has its own memory and calibration, so that verdicts, routes and shifts are those of a system whose
+   domains are the steps. Whatever the route, the refitted head answers.
+3. A refitted head differs from the old one, so old outputs are not bit-identical, and the result says so.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def class_steps(data: EvalData, per_step: int, seed: int) -> tuple[DomainData, .
     Raises `UsageError` unless there is exactly one domain, `DataError` for a step without a test image.
     """
     if len(data.domains) != 1:
-        raise UsageError(f"{len(data.domains)} domains: classes come step by step on one, name it as the order")
+        raise UsageError(f"{len(data.domains)} domains: steps of classes need exactly one; name it with `order`")
     domain = data.domains[0]
     order = np.random.default_rng(seed).permutation(np.unique(domain.train_labels))
     steps: list[DomainData] = []
@@ -89,7 +89,7 @@ def _learned(step: DomainData, classes: Sequence[str], m: int) -> DomainMemory:
 def _grown(
     system: System, step: DomainData, classes: Sequence[str], head: HeadArchive, growth: dict[str, object], seed: int
 ) -> System:
-    """The system after a step: one domain more, and the new head in all of them."""
+    """The system after a step: one more domain, and the new head in all domains."""
     own = step.samples(classes)
     domain = learned(system, step.name, step.train_h, own.labels, own.classes, head, growth, seed)
     grown = system.grown(domain)
@@ -97,7 +97,7 @@ def _grown(
 
 
 def _within_step(system: System, engine: OrtEngine, classes: Sequence[str], step: DomainData) -> I64:
-    """Predictions when it is known which step an image belongs to."""
+    """Predictions when the step of each image is known."""
     served = system.domain(step.name)
     index = named(classes, served)
     scores = head_scores(system, engine, served, step, np.arange(len(step.test_labels)))

@@ -1,7 +1,7 @@
-"""The stream's side of the evaluation: how late a shift is declared, and how often one is declared in vain.
+"""The evaluation on streams: the delay of declared shifts, and the number of false alarms.
 
-Streams are drawn from test images (and, for a domain that is new, its training images as well) in a seeded order; what
-the shift test takes are the conditional p-values of the verdict.
+Streams are drawn in a seeded order from test images, and for a new domain from its training images, too. The shift test
+takes the conditional p-values of the verdict.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from edgeear.system import System
 from edgeear.types import F32
 
 WARMUP = 300
-"""Samples of the known domains before the new one begins."""
+"""Samples of the known domains before the new domain begins."""
 QUIET = 10_000
-"""Samples of a known domain in which an alarm is false."""
+"""Samples of a known domain; every alarm in them is false."""
 
 
 def shifts(
@@ -37,7 +37,7 @@ def shifts(
 
 def _shift(system: System, old: Sequence[DomainData], new: DomainData, seed: int) -> ShiftFigures:
     names = {"from": old[-1].name, "to": new.name}
-    if not system.domains:  # nothing was learned, so there is nothing to leave
+    if not system.domains:  # nothing was learned, so there is no known domain to leave
         return ShiftFigures.model_validate(
             {**names, "detected": False, "delay_samples": None, "warmup": 0, "early_alarms": 0}
         )
@@ -78,7 +78,7 @@ def _alarms(p: F32, policy: ShiftPolicy) -> tuple[ShiftState, int]:
 
 
 def _first(state: ShiftState, p: F32, policy: ShiftPolicy) -> int | None:
-    """At which of the samples, from 1, the shift is declared; None if it never is."""
+    """The number of the sample, from 1, at which the shift is declared. None if it never is."""
     for at, value in enumerate(p, start=1):
         state, shift = observe(state, float(value), policy)
         if shift is not None:

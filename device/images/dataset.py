@@ -44,14 +44,13 @@ class FolderData:
 
 
 def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
-    """List the data set under `root`; no file is opened.
+    """List the data set under `root`. No file is opened.
 
-    Hidden names are passed over in silence, files of other kinds and empty classes with a warning. A class
-    with one image is kept (`split` trains on it) and warned about. An empty domain is an error if it was
-    asked for by name, else a warning.
+    Hidden names are skipped silently, files of other kinds and empty classes with a warning. A class with one image
+    is kept, with a warning: `split` trains on it. An empty domain is an error if `domains` names it, else a warning.
 
     Raises `DataError` (no such folder or domain, nothing to read, names that differ only in their Unicode
-    form), `UsageError` (no domain or one domain twice), `DeviceError` (permission denied).
+    form), `UsageError` (no domain, or one domain twice), `DeviceError` (permission denied).
     """
     folder, warnings = Path(root), _Warnings()
     present = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
@@ -96,7 +95,7 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is not a folder: give the one that holds DOMAIN/CLASS/ folders") from error
+        raise DataError(f"{folder} is not a folder: name the folder that holds DOMAIN/CLASS/ folders") from error
     except OSError as error:
         raise DeviceError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
 
@@ -136,7 +135,7 @@ def _refuse_twins(names: tuple[str, ...], what: str) -> None:
     for name in names:
         twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
         if twin != name:
-            raise DataError(f"{what} {twin!a} and {name!a} differ only in Unicode form: spell them alike")
+            raise DataError(f"{what} {twin!a} and {name!a} differ only in Unicode form: rename one")
 
 
 def _warn_of_gaps(files: Mapping[str, dict[str, list[str]]], classes: tuple[str, ...], warnings: _Warnings) -> None:
@@ -170,7 +169,7 @@ def is_test(relative: str, fraction: float = 0.2) -> bool:
     """
     if not 0 <= fraction < 1:
         raise UsageError(f"test fraction {fraction} is outside 0 <= fraction < 1: 0.2 is the usual choice")
-    # One file system stores a name decomposed and another composed; the split must not move with the disk.
+    # File systems differ in the Unicode form of names. The split must not depend on it.
     path = unicodedata.normalize("NFC", relative).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(path).digest()[:6], "big") < fraction * 2**48
 
@@ -178,7 +177,7 @@ def is_test(relative: str, fraction: float = 0.2) -> bool:
 def split(items: Sequence[Item], fraction: float = 0.2) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """`(training, test)` items of one domain by `is_test`, in order.
 
-    A class all of whose items are test files keeps its first by name to train on.
+    If all items of a class are test files, the first by name is used for training instead.
     """
     trained = {item.label for item in items if not is_test(item.relative, fraction)}
     rescued: dict[int, str] = {}
@@ -192,9 +191,9 @@ def split(items: Sequence[Item], fraction: float = 0.2) -> tuple[tuple[Item, ...
 
 
 def shots(items: Sequence[Item], k: int, seed: int) -> tuple[Item, ...]:
-    """Pick `k` of the training `items` of every class (all where there are fewer), sorted by path.
+    """Pick `k` of the training `items` of every class, or all if there are fewer, sorted by path.
 
-    The pick of a class depends on its own files, its label and `seed` only; k shots are among k + 1 shots.
+    The pick of a class depends on its own files, its label and `seed` only. The pick of k is part of that of k + 1.
     Raises `UsageError` for `k < 1` or a negative seed.
     """
     if k < 1 or seed < 0:

@@ -36,7 +36,7 @@ NAMED = 10
 
 
 class UndecodableInput(DataError):
-    """Files that give no frame. `paths` holds all; the message names up to ten, with reason and remedy."""
+    """Files that cannot be decoded. `paths` holds all; the message names up to ten, with reason and remedy."""
 
     def __init__(self, message: str, paths: tuple[Path, ...]) -> None:
         super().__init__(message)
@@ -50,7 +50,7 @@ class UndecodableInput(DataError):
         """One error for all of `errors`, which must not be empty."""
         if len(errors) == 1:
             return errors[0]
-        lines = [f"{len(errors)} files cannot be decoded; mend, remove or skip them (on_bad='skip'):"]
+        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them (on_bad='skip'):"]
         lines += [f"  {error}" for error in errors[:NAMED]]
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
@@ -76,13 +76,13 @@ def read_input(path: Path) -> bytes:
 
 
 def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
-    """The frame `(height, width, 3)` of a file's content; the suffix of `path` says how to read it.
+    """The frame `(height, width, 3)` of a file's content. The suffix of `path` says how to read it.
 
-    Images: EXIF orientation obeyed, transparency laid on white, 16-bit scaled to 8, shorter side resized to
-    fit (bilinear), centre cropped. wav (PCM) and one-dimensional npy: a grey log-spectrogram, time to the
-    right, 0 Hz at the bottom and half the sampling rate at the top, 80 dB below the loudest point is black.
-    npy images: `(H, W)` or `(H, W, 3)`, uint8, uint16, bool, or float in 0..1.
-    Raises `UndecodableInput` for any content that gives no frame, `UsageError` for an empty `size`.
+    Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, the shorter side is
+    resized to fit (bilinear) and the centre is cropped. wav (PCM) and one-dimensional npy become a grey
+    log-spectrogram: time to the right, 0 Hz at the bottom, half the sampling rate at the top, black at 80 dB below the
+    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16, bool, or float in 0..1.
+    Raises `UndecodableInput` for content that cannot be decoded, `UsageError` for an empty `size`.
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
@@ -103,8 +103,8 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
 
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
-    """The frame of an image that is decoded already, uint8 `(H, W)` or RGB `(H, W, 3)`: bit for bit what `decode_bytes`
-    gives for a PNG of it. Raises `UsageError` for another type or shape, `DataError` for too few pixels or too many.
+    """The frame of decoded pixels, uint8 `(H, W)` or RGB `(H, W, 3)`: the same bits that `decode_bytes` gives for a
+    PNG of them. Raises `UsageError` for another type or shape, `DataError` for too few pixels or too many.
     """
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise UsageError(f"pixels are {pixels.dtype} {pixels.shape}: they must be uint8 (H, W) or (H, W, 3)")
@@ -163,10 +163,10 @@ def _named(path: Path) -> Iterator[None]:
     except _Refused as refusal:
         raise _undecodable(path, refusal.reason, refusal.remedy) from None
     except _BROKEN as error:
-        # Pillow's own words hold a memory address here, and one bad file must give one message.
+        # Pillow's text holds a memory address here, and a bad file must always give the same message.
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         reason = f"broken content ({type(error).__name__}{detail})"
-        raise _undecodable(path, reason, "replace it by an intact file or remove it") from error
+        raise _undecodable(path, reason, "replace it with an intact file or remove it") from error
 
 
 def _refuse(reason: str, remedy: str) -> NoReturn:
@@ -180,7 +180,7 @@ def _undecodable(path: Path, reason: str, remedy: str) -> UndecodableInput:
 def _image_frame(data: bytes, size: tuple[int, int]) -> U8:
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
         _bound_pixels(*image.size)
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the frame.
+        # Decode a large JPEG at 1/2, 1/4 or 1/8 of its size, but at least at twice the frame's size.
         image.draft(None, (2 * max(size), 2 * max(size)))
         image.load()
         return _fit(_rgb(_upright(image)), size)
@@ -205,7 +205,7 @@ _TURNS = {
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _BROKEN:  # a damaged EXIF block says nothing about the pixels
+    except _BROKEN:  # the pixels may be intact although the EXIF block is damaged
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -233,7 +233,7 @@ def _wav_frame(data: bytes, size: tuple[int, int]) -> U8:
     if len(raw) != claimed * channels * width:
         _refuse(f"truncated: {len(raw)} bytes of {claimed * channels * width}", "record or copy it again")
     samples = _pcm(raw, width).reshape(-1, channels).mean(axis=1)
-    # 32 ms: a power of two, so that 8 kHz gives the 256 samples that a bare signal gets.
+    # 32 ms, rounded to a power of two: 256 samples at 8 kHz, as for an npy signal.
     window = 2 ** round(math.log2(min(max(0.032 * rate, 64), 4096)))
     return _spectrogram(samples, window, size)
 
@@ -251,7 +251,7 @@ def _pcm(raw: bytes, width: int) -> NDArray[np.float64]:
 def _npy_frame(data: bytes, size: tuple[int, int]) -> U8:
     array = _npy(data)
     if array.ndim == 1:
-        with np.errstate(over="ignore"):  # a longer float that overflows becomes infinity, refused below
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
             signal = array.astype(np.float64)
         return _spectrogram(signal, 256, size)
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
@@ -265,7 +265,7 @@ def _array_frame(array: NDArray[Any], size: tuple[int, int]) -> U8:
 
 
 def _npy(data: bytes) -> NDArray[Any]:
-    """The array, refused before anything is allocated unless its header fits its length. Never unpickles."""
+    """The array. A header that does not fit the length is refused before anything is allocated. Never unpickles."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -282,7 +282,7 @@ def _npy(data: bytes) -> NDArray[Any]:
 
 
 def _levels(array: NDArray[Any]) -> U8:
-    """An image array of any accepted type as 0..255."""
+    """An image array of any accepted type, scaled to 0..255."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
@@ -293,13 +293,13 @@ def _levels(array: NDArray[Any]) -> U8:
         _refuse(f"image array of {array.dtype}", "give uint8 in 0..255 or float32 in 0..1")
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # written so that NaN fails it
+    if not (low >= 0 and high <= 1):  # NaN fails this comparison, too
         _refuse(f"float image with values {low:.6g} to {high:.6g}", "remove NaN and scale the image to 0..1")
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _spectrogram(samples: NDArray[np.float64], window: int, size: tuple[int, int]) -> U8:
-    """Log-spectrogram of a mono signal `(samples,)` as a grey frame; offset and loudness are taken out."""
+    """Log-spectrogram of a mono signal `(samples,)` as a grey frame, after removing offset and loudness."""
     if not MIN_SAMPLES <= len(samples) <= MAX_SAMPLES:
         _refuse(f"a signal of {len(samples)} samples", f"give clips of {MIN_SAMPLES} to {MAX_SAMPLES}")
     peak = float(np.abs(samples).max())
@@ -307,7 +307,7 @@ def _spectrogram(samples: NDArray[np.float64], window: int, size: tuple[int, int
         _refuse("the signal holds NaN or infinity", "repair or remove it")
     scaled = samples / (peak or 1.0)
     signal = (scaled - scaled.mean()).astype(np.float32)
-    if float(np.abs(signal).max()) < 1e-6:  # silence: only rounding is left, which must not be amplified
+    if float(np.abs(signal).max()) < 1e-6:  # silence: do not amplify rounding errors
         return np.zeros((*size, 3), np.uint8)
     signal = np.pad(signal, (0, max(0, window - len(signal))))
     hop = max(1, (len(signal) - window) // (2 * size[1]))

@@ -5,10 +5,10 @@
 - `photo_digits`: the absolute difference of MNIST digits and crops of colour photographs, as in MNIST-M
   (Ganin et al., JMLR 2016); photographs of scikit-image and scikit-learn.
 
-Rules that this file owns:
+Rules of this file:
 1. No digit is in two domains: `photo_digits` is made from other digits than `mnist`.
 2. The same seed and packages give the same bytes.
-3. The folder is there whole or not at all.
+3. The folder appears when it is complete.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from edgeear.errors import DataError, DeviceError, UsageError
 from edgeear.types import U8
 
 PER_CLASS = 200
-"""Images a class and domain; `optdigits` has 174 to 183 and gives all."""
+"""Images of each class in each domain, at most: `optdigits` has 174 to 183 of a class."""
 VERSION = 1
-"""Raise it when other bytes are written: it is part of the folder's name."""
+"""Raise it when the written bytes change: it is part of the folder's name."""
 
 _PHOTOS = (
     ("skimage.data", ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")),
@@ -48,7 +48,7 @@ Digit = tuple[str, int, U8]
 
 
 def write_demo_data(root: Path, seed: int = 0, on_progress: Progress | None = None) -> Path:
-    """Make the data set in a folder under `root`, and return that folder; at once if it is already there.
+    """Make the data set in a folder under `root` unless it exists, and return that folder.
 
     `on_progress("images", written, total)` counts files. `seed` picks digits and photo crops.
     Raises `UsageError` for a negative seed, `DataError` without the packages, `DeviceError` if writing fails.
@@ -88,7 +88,7 @@ def _domains(rng: np.random.Generator) -> dict[str, list[Digit]]:
 
 
 def _pick(labels: NDArray[np.integer], rng: np.random.Generator, count: int, times: int) -> list[list[int]]:
-    """`times` disjoint lists of places, each with up to `count` of every label, sorted."""
+    """`times` disjoint, sorted lists of indices, each with up to `count` of every label."""
     picks: list[list[int]] = [[] for _ in range(times)]
     for label in range(_LABELS):
         places = rng.permutation(np.flatnonzero(labels == label))
@@ -108,7 +108,7 @@ def _on_photo(digit: U8, photos: list[U8], rng: np.random.Generator) -> U8:
 
 
 def _photos() -> list[U8]:
-    """Colour photographs `(height, width, 3)`, read as files: the packages' loaders may use the network."""
+    """Colour photographs `(height, width, 3)`, read as files: the packages' own loaders may use the network."""
     found: list[U8] = []
     for package, names in _PHOTOS:
         folder = resources.files(_module(package))
@@ -123,7 +123,7 @@ def _photos() -> list[U8]:
 
 
 def _module(name: str) -> ModuleType:
-    """Imported late: only the demo needs these packages."""
+    """Import a package that only the demo needs."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -146,7 +146,7 @@ def _files(folder: Path, domains: dict[str, list[Digit]]) -> Iterator[tuple[Path
 
 
 def _move(made: Path, target: Path) -> None:
-    os.sync()  # or a power cut may leave the new name with empty files behind it
+    os.sync()  # without it, a power cut may leave empty files under the new name
     try:
         made.rename(target)
     except OSError:

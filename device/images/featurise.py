@@ -1,11 +1,11 @@
-"""Features of many files: what the cache has is read, the rest is decoded and encoded on a few threads.
+"""Features of many files: read from the cache, or decoded and encoded on a few threads.
 
-Rules that this file owns:
+Rules of this file:
 1. Results do not depend on the cache: spatial taps are rounded to float16 with and without it.
-2. All pooled taps of the encoder are computed and stored together, each spatial tap apart.
-3. A file that does not decode stops nothing: the others are encoded and cached first, then it is reported.
-4. Features are stored under the digest of the very bytes that were decoded.
-5. An interruption or a kill loses the batches in work.
+2. All pooled taps of the encoder are computed and stored together, each spatial tap separately.
+3. A file that cannot be decoded does not stop the others: they are encoded and cached first, then it is reported.
+4. Features are stored under the digest of the bytes that were decoded.
+5. An interruption or a kill loses only the batches in progress.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgeear.types import F32, Encoder, Tap
 
 BATCH = 8
 DECODER = 1
-"""Raise it when `decode.py` or `views.py` gives other pixels for the same bytes: it is part of every cache key."""
+"""Raise it when `decode.py` or `views.py` changes the pixels of the same bytes: it is part of every cache key."""
 
 OnBad = Literal["raise", "skip"]
 
@@ -56,8 +56,8 @@ def featurise(
 ) -> dict[str, F32]:
     """Features of the named taps, in item order: tap name -> `(len(items), *tap.shape)` float32.
 
-    `on_progress("features", done, total)` is called on this thread, first when the cache was read.
-    Raises `UndecodableInput` for all bad files at once, after the good ones are cached, `DataError` for NaN
+    `on_progress("features", done, total)` is called on this thread, for the first time after the cache was read.
+    Raises `UndecodableInput` for all bad files together after the good ones are cached, `DataError` for NaN
     features, `UsageError` for an unknown tap or view, no tap or no worker.
     """
     return featurise_items(
@@ -76,7 +76,7 @@ def featurise_items(
     workers: int = 2,
     on_bad: OnBad = "raise",
 ) -> Featurised:
-    """As `featurise`; with `on_bad="skip"` undecodable files are left out of the result and listed in it."""
+    """As `featurise`. With `on_bad="skip"` the result leaves out files that cannot be decoded, and lists them."""
     if workers < 1:
         raise UsageError(f"workers={workers}: at least 1 thread is needed")
     run = _Run(tuple(items), encoder, tuple(taps), view, cache, on_progress)
@@ -92,7 +92,7 @@ def featurise_items(
 
 @dataclass(frozen=True)
 class _Group:
-    """Taps that share a cache row: all pooled ones end to end as float32, or a spatial one as float16."""
+    """Taps that share a cache row: all pooled ones, concatenated, as float32, or a spatial one as float16."""
 
     name: str
     taps: tuple[Tap, ...]
@@ -112,7 +112,7 @@ class _Group:
         return values.clip(-limit, limit).astype(np.float16)
 
     def unpack(self, stored: Array, out: Mapping[str, F32], row: int) -> None:
-        """Copy what `pack` gave into row `row` of those of its taps that `out` holds."""
+        """Copy the result of `pack` into row `row` of each of its taps that is in `out`."""
         start = 0
         for tap in self.taps:
             if tap.spatial:
@@ -137,7 +137,7 @@ def _groups(encoder: Encoder, names: Sequence[str]) -> tuple[_Group, ...]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch that a worker finished: item places with their content digest and one array a group."""
+    """A finished batch: for each item its index, the digest of its content, and one array for each group."""
 
     rows: tuple[tuple[int, bytes, tuple[Array, ...]], ...]
     bad: dict[int, UndecodableInput]
@@ -145,7 +145,7 @@ class _Encoded:
 
 @dataclass
 class _Run:
-    """One call of `featurise`: everything that its steps share."""
+    """The state of one call of `featurise`."""
 
     items: tuple[Item, ...]
     encoder: Encoder
@@ -189,7 +189,7 @@ class _Run:
         return True
 
     def encode_missing(self, workers: int) -> None:
-        """Encode what is missing; what is done is written even when this is interrupted."""
+        """Encode the missing items. Finished batches are stored even if this is interrupted."""
         batches = [self.missing[start : start + BATCH] for start in range(0, len(self.missing), BATCH)]
         left = len(self.missing)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="featurise")
@@ -202,7 +202,7 @@ class _Run:
             pool.shutdown(cancel_futures=True)
 
     def _encode(self, places: Sequence[int]) -> _Encoded:
-        """Decode, augment and encode one batch. Runs on a worker: touches neither cache nor results."""
+        """Decode, augment and encode one batch. Runs on a worker thread: uses neither the cache nor the results."""
         good: list[tuple[int, bytes]] = []
         frames, bad = [], {}
         for place in places:
@@ -246,7 +246,7 @@ def _in_order(
     batches: Sequence[list[int]],
     ahead: int,
 ) -> Iterator[tuple[list[int], _Encoded]]:
-    """Results in the batches' order, with no more than `ahead` batches in the pool: memory stays bounded."""
+    """Results in the order of the batches. At most `ahead` batches are in the pool, which bounds the memory."""
     queue: deque[tuple[list[int], Future[_Encoded]]] = deque()
     for batch in batches:
         queue.append((batch, pool.submit(work, batch)))

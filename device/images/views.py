@@ -16,8 +16,8 @@ from edgeear.types import U8
 def view(frame: U8, name: str) -> U8:
     """An augmented `frame (height, width, 3)` of the same shape: "plain", "flip", or "crop1" to "crop9999".
 
-    A crop is a random resized crop of 0.6 to 1 of the area, flipped half the time, with brightness and
-    contrast changed by up to a fifth; its randomness is the SHA-256 of the name and the pixels.
+    A crop is a random resized crop of 0.6 to 1 of the area, flipped half the time, with brightness and contrast
+    changed by up to 20 %. Its seed is the SHA-256 of the name and the pixels.
     Raises `UsageError` for another name, shape or type.
     """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:

@@ -290,7 +290,7 @@ def lying(tap: Tap, gates: dict[str, str] | None = None) -> Callable[[], bytes]:
         (lambda: model([means(axes=[2])], {"mean": (1, 3)}, shape=(1, 3, SIZE)), "shape [1, 3, 8]"),
         (lambda: sound(dtype=TensorProto.DOUBLE, output_type=TensorProto.DOUBLE), "tensor(double)"),
         (not_finite, "tap mean: NaN or infinity"),
-        (constant_tap, "tap mean: the same features for two unlike frames"),
+        (constant_tap, "tap mean: the same features for two different frames"),
         (random_like, "tap mean: another result for the same frame"),
         (batch_statistics, "tap mean: features depend on the other frames"),
         (tagged("{"), "metadata is damaged (not JSON)"),
