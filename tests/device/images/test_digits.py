@@ -143,7 +143,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=rf"{package}.*edgeear\[demo\]"):
+    with pytest.raises(DataError, match=rf"{package}.*pip install -e '\.\[demo\]'"):
         write_demo_data(tmp_path)
 
 
