@@ -6,6 +6,7 @@ The rules themselves (rooms, purity, who may name torch) are import-linter's con
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ LEARNING = {
     "device.encoder.export",
     "device.encoder.export_graph",
 }
+# `from edgeear import Ear` (PEP 562): the one import upwards.
+LAZY = {"device.api"}
 # Rooms of device/ for a desk or a bench, where a command may load what it needs.
 DESK = ("device.evaluation", "device.simulation")
 
@@ -42,6 +45,33 @@ def modules(room: str) -> set[str]:
     """Dotted names of all modules of a room."""
     files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / room).rglob("*.py"))
     return {".".join(part for part in path.parts if part != "__init__") for path in files}
+
+
+def source_of(name: str) -> str:
+    """The text of a module."""
+    path = ROOT.joinpath(*name.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def imports(source: str, known: set[str]) -> set[str]:
+    """The modules among `known` that `source` imports: at the top, inside functions and for the type checker alike."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (within & known) | (set() if within <= known else {node.module})
+    return found & known
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, or none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def probe(*names: str) -> str:
@@ -84,9 +114,7 @@ def test_the_public_names_are_the_only_import_upwards() -> None:
 def imported(name: str) -> set[str]:
     """Modules that a module names in its import statements, late ones and those for type checkers included, and in the
     table of public names."""
-    path = ROOT.joinpath(*name.split("."))
-    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
-    nodes = list(ast.walk(tree))
+    nodes = list(ast.walk(ast.parse(source_of(name))))
     whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     parts = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     named = {
@@ -102,11 +130,30 @@ def loaded(name: str, *rooms: str) -> str:
     return done.stdout.strip() + done.stderr
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    known = set[str]().union(*map(modules, ROOMS))
+    graph = {name: imports(source_of(name), known) for name in known}
+    assert len(known) > 100 and "device.mqtt.delivery" in graph["device.mqtt.link"]
+    graph["edgeear"] -= LAZY  # the public face, loaded when a caller asks for it
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found_whatever_the_imports_look_like() -> None:
+    known = {"a", "a.b", "a.c", "a.d"}
+    sources = {
+        "a.b": "from a import c",
+        "a.c": "def f():\n    import a.d",
+        "a.d": "if TYPE_CHECKING:\n    from a.b import X",
+    }
+    graph = {name: imports(source, known) for name, source in sources.items()}
+    assert graph == {"a.b": {"a.c"}, "a.c": {"a.d"}, "a.d": {"a.b"}}
+    assert set(circle(graph)) == {"a.b", "a.c", "a.d"}
+    assert circle({**graph, "a.d": set()}) == []
+
+
 @pytest.mark.parametrize("name", sorted(modules("edgeear") | modules("adaptors")))
 def test_randomness_is_passed_in(name: str) -> None:
-    path = ROOT.joinpath(*name.split("."))
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    assert unseeded(source.read_text(encoding="utf-8")) == []
+    assert unseeded(source_of(name)) == []
 
 
 def test_unseeded_randomness_is_found() -> None:
