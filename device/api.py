@@ -364,9 +364,9 @@ class Ear:
         """
         with Store.open(Path(folder)) as store:
             given = (store, self.system, time.time(), ", ".join(self.domains))
-            number = generations.publish_alone(*given)[0] if self._forgot else generations.publish_confirmed(*given)
-        self._live, self._forgot = confirm(self._live), False
-        return number
+            saved = generations.publish_alone(*given)[0] if self._forgot else generations.publish_confirmed(*given)
+        self._live, self._forgot = Live(saved, saved), False
+        return saved.generation
 
     @classmethod
     def load(

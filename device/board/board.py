@@ -153,7 +153,8 @@ class Board:
         self._probation: list[bool] = []
         self._events: list[BoardEvent] = []
         if store is not None and store.confirmed is None:
-            generations.publish_confirmed(store, live.confirmed, clock(), "before anything was learned")
+            first = generations.publish_confirmed(store, live.confirmed, clock(), "before anything was learned")
+            self.live = Live(live.serving if live.probation else first, first)
 
     @property
     def system(self) -> System:
@@ -264,7 +265,8 @@ class Board:
         self._events = []
         phase, live = after(self.phase, "replace"), confirm(commit(self.live, candidate))
         if self._store is not None:
-            generations.publish_alone(self._store, candidate.system, self._clock(), note)
+            alone, _ = generations.publish_alone(self._store, candidate.system, self._clock(), note)
+            live = Live(alone, alone)
         self.phase, self.live, job = phase, live, self._job
         self._drop_work()
         self._start_afresh()
@@ -389,7 +391,7 @@ class Board:
         if new is None:
             raise UsageError("the candidate has no new or changed domain: nothing to put on probation")
         if self._store is not None:
-            generations.publish(self._store, candidate.system, self._clock(), note)
+            live = Live(generations.publish(self._store, candidate.system, self._clock(), note), live.confirmed)
         self.phase, self.live, self._probation = phase, live, []
         self._drop_work()
         self._start_afresh()

@@ -102,6 +102,7 @@ class LiveView:
         line = f"{self.at or '-':>7}  {_clean(kind):<10} {_clean(text)}"
         if self._mode != "quiet":
             self._line(line, "bold" if kind == "shift" else "")
+        if self._mode == "live":
             self._refresh()
 
     def phase(self, name: str, done: int, total: int) -> None:

@@ -59,8 +59,8 @@ def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -
         if isinstance(outcome, Rejected):
             return outcome
         what = f"merged {second} into {first}"
-        number = generations.publish_confirmed(store, outcome.system, now, what)
-        return Changed(what, number, outcome.system.names, dict(outcome.replay))
+        system = generations.publish_confirmed(store, outcome.system, now, what)
+        return Changed(what, system.generation, outcome.system.names, dict(outcome.replay))
 
 
 def forget(
@@ -82,8 +82,8 @@ def forget(
             return outcome
         how = "from the sums alone" if images is None else "with its samples, exactly"
         what = f"forgot {domain}" if label is None else f"forgot {label} of {domain}, {how}"
-        number, removed = generations.publish_alone(store, outcome.system, now, what)
-        return Changed(what, number, outcome.system.names, dict(outcome.replay), removed)
+        system, removed = generations.publish_alone(store, outcome.system, now, what)
+        return Changed(what, system.generation, outcome.system.names, dict(outcome.replay), removed)
 
 
 @contextmanager

@@ -202,6 +202,11 @@ class Store:
         """The damage that made this store fall back to another confirmed generation, None where there was none."""
         return self._recovered_from
 
+    @property
+    def next_number(self) -> int:
+        """The number of the next generation that is written."""
+        return max(self._numbers(), default=0) + 1
+
     def write(self, files: Mapping[str, bytes], *, created: float, note: str = "") -> int:
         """Stores `files` as the next generation, not yet live, and returns its number. A failure leaves no files."""
         for name in files:
@@ -210,7 +215,7 @@ class Store:
             raise UsageError(f"created={created}: give finite seconds")
         entries = tuple(Entry(name, len(data), _digest(data)) for name, data in sorted(files.items()))
         with self._changing(), ExitStack() as undo:
-            number = max(self._numbers(), default=0) + 1
+            number = self.next_number
             partial = self._partial(_dirname(number))
             undo.callback(self._discard, number)
             self._fill(partial, Manifest(number, self.live, float(created), note, entries), files)

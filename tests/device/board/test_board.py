@@ -150,8 +150,8 @@ def test_the_very_first_generation_can_be_rolled_back(tmp_path: Path) -> None:
         rig.show(0, 40)
         rig.show(3, 20, seed=2)
         assert rig.kinds[-1] == "rolled-back"
-        assert rig.board.system is rig.start
-        assert store.live is not None and from_files(store.read(store.live)).domains == ()
+        assert rig.board.system.domains == () and rig.board.system.generation == store.live == 1
+        assert from_files(store.read(1)).domains == ()
 
 
 @pytest.mark.parametrize("start", [fakes.empty, lambda: fakes.grown(0)], ids=["first", "second"])
@@ -479,9 +479,10 @@ def test_forgetting_is_permanent_stored_and_restarts_what_is_being_learned(tmp_p
         later = Later()
         rig = Rig(start=start, learner=later, store=store)
         rig.show_until(1, "learning")
-        (forgotten, again) = rig.board.replace(forget_domain(start, "d2"), "forgot d2")
+        (forgotten, again) = rig.board.replace(forget_domain(rig.board.system, "d2"), "forgot d2")
         assert (forgotten.kind, again.kind) == ("forgotten", "search")
         assert list(rig.board.system.names) == ["d0"] and not rig.board.live.probation
+        assert rig.board.system.generation == store.live
         assert later.cancelled == 1 and later.jobs[1].system is rig.board.system
         assert later.jobs[1].frames == later.jobs[0].frames
         assert [from_files(store.read(m.number)).names for m in store.generations()] == [("d0",), ("d0",)]

@@ -487,7 +487,7 @@ def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
 
 def test_status_names_the_session(rig: Rig) -> None:
     status = json.loads(rig.daemon.status("online"))
-    assert (status["session"], status["state"], status["generation"]) == (rig.session, "online", 0)
+    assert (status["session"], status["state"], status["generation"]) == (rig.session, "online", 1)
 
 
 def test_a_report_says_what_is_learned(rig: Rig) -> None:

@@ -127,6 +127,8 @@ def test_the_store_holds_every_generation(run: Run) -> None:
         assert len(numbers) == 4 and store.confirmed == store.live == numbers[-1]
         names = [from_files(store.read(number)).names for number in numbers]
     assert names == [(), ("red",), ("red", "blue"), ("red", "blue", "green")]
+    told = " ".join(event.text for event in run.record.events)
+    assert all(f"generation {number} is permanent" in told for number in numbers[1:])
 
 
 def test_the_same_seed_gives_the_same_record(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_an_old_store_opens_bit_for_bit_and_answers_as_it_did(old: Path) -> None
     with Store.open(old / "store") as store:
         assert store.recovered_from is None
         system = generations.load(store)
-    assert system is not None and system.names == ("d0", "d1") and system.generation == 2
+        assert system is not None and system.names == ("d0", "d1") and system.generation == store.live == 3
     assert arrays(system) == expected["arrays"]
     policy = {"own": system.policy.min_own_share, "steal": system.policy.max_stolen_share}
     assert policy == expected["policy"]
@@ -87,11 +87,12 @@ def test_an_old_store_goes_on(old: Path) -> None:
         before = generations.load(store)
         assert before is not None
         undone, kept = before.grown(fakes.domain(2)), before.grown(fakes.domain(3))
-        generations.publish(store, undone, 9.0, "on probation")
+        dropped = generations.publish(store, undone, 9.0, "on probation")
         generations.roll_back(store)
         again = generations.load(store)
         assert again is not None and arrays(again) == arrays(before)
-        generations.publish(store, kept, 9.0, "on probation")
+        kept = generations.publish(store, kept, 9.0, "on probation")
+        assert (dropped.generation, kept.generation) == (before.generation + 1, before.generation + 2)
         generations.confirm(store)
     with Store.open(old / "store") as store:
         found = generations.load(store)
