@@ -1,4 +1,4 @@
-"""A board's life: it collects, learns on probation, confirms or rolls back, and never serves what is not stored."""
+"""A board collects, learns on probation, confirms or rolls back, and never serves what is not stored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Truth:
 
 @dataclass
 class Rig:
-    """A board and the world that it looks at."""
+    """A board and the frames that it sees."""
 
     truth: Truth = field(default_factory=Truth)
     store: Store | None = None
@@ -116,7 +116,7 @@ def test_a_shift_says_which_taps_moved() -> None:
     assert shift.data == {"onset": shift.onset, "attribution": shift.attribution.kind, "ratio": shift.attribution.ratio}
 
 
-def test_every_frame_gets_an_answer_first_whatever_goes_on() -> None:
+def test_every_frame_gets_an_answer_first() -> None:
     rig = Rig()
     prediction, events = rig.board.step(fakes.frames(0, fakes.CLASSES, fakes.labels_of(1), 0)[0])
     assert prediction.label is None and prediction.ood
@@ -375,7 +375,7 @@ def test_frames_held_are_bounded_however_long_it_takes() -> None:
 
 def test_each_frame_is_encoded_once() -> None:
     rig, _ = learning()
-    rig.show(0, 60, seed=5)  # collected again after the outcome would be: recognition and attribution need no encoder
+    rig.show(0, 60, seed=5)  # recognition and attribution need no encoder
     encoder = rig.board.engine.encoder
     assert isinstance(encoder, fakes.FakeEncoder)
     assert len(encoder.asked) == len(rig.truth.seen)
@@ -392,7 +392,7 @@ def test_labels_are_waited_for_and_all_of_them_end_the_wait() -> None:
 
 
 @pytest.mark.parametrize(("known", "phase"), [(20, "learning"), (2, "collecting")])
-def test_when_patience_ends_what_came_must_do(known: int, phase: str) -> None:
+def test_when_patience_ends_the_labels_that_came_are_used(known: int, phase: str) -> None:
     rig, later = waiting(known=known)
     rig.now = 99.0
     assert rig.board.poll() == () and str(rig.board.phase) == "labelling"
@@ -402,7 +402,7 @@ def test_when_patience_ends_what_came_must_do(known: int, phase: str) -> None:
     assert len(later.jobs) == (phase == "learning") and all(len(labels_in(later)) == 20 for _ in later.jobs)
 
 
-def test_without_labels_in_time_the_board_adapts_without() -> None:
+def test_without_labels_in_time_the_board_adapts_without_labels() -> None:
     rig, later = waiting(unlabelled=UnlabelledPolicy())
     rig.now = 100.0
     rig.board.poll()
@@ -426,7 +426,7 @@ def test_an_operator_ends_the_wait_and_names_the_domain() -> None:
     assert later.jobs[0].name == "dusk" and len(labels_in(later)) == 20
 
 
-def test_an_operator_has_a_domain_learned_that_nobody_noticed() -> None:
+def test_an_operator_can_have_a_domain_learned_without_a_shift() -> None:
     later = Later()
     rig = Rig(start=fakes.grown(0), learner=later)
     with pytest.raises(UsageError, match="0 frames collected"):
@@ -438,7 +438,7 @@ def test_an_operator_has_a_domain_learned_that_nobody_noticed() -> None:
         rig.board.adapt_now()
 
 
-def test_an_operator_confirms_or_rolls_back_before_the_time() -> None:
+def test_an_operator_can_confirm_or_roll_back_early() -> None:
     for verb, kind, names in (("confirm", "confirmed", ("d0", "d1")), ("rollback", "rolled-back", ("d0",))):
         rig, later = learning()
         with pytest.raises(UsageError):
@@ -464,7 +464,7 @@ def test_a_pause_ends_learning_and_a_shift_that_lasts_is_declared_after_it() -> 
     assert rig.kinds[-2:] == ["shift", "search"] and len(later.jobs) == 2
 
 
-def test_a_pause_leaves_probation_to_go_on() -> None:
+def test_probation_goes_on_during_a_pause() -> None:
     rig, later = learning()
     later.succeed()
     rig.board.poll()
@@ -568,7 +568,7 @@ VERBS = ("adapt", "rollback", "confirm", "pause", "resume", "forget", "offer")
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from(ACTIONS + VERBS), max_size=30))
-def test_no_order_of_events_leads_to_a_state_that_cannot_be(actions: list[str]) -> None:
+def test_no_order_of_events_leads_to_an_invalid_state(actions: list[str]) -> None:
     later = Later()
     policy = BoardPolicy(labels=12, memory=16, probation=4, patience=5.0)
     rig = Rig(Truth(known=0), start=fakes.grown(0), learner=later, policy=policy, now=0.0)

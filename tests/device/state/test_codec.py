@@ -1,4 +1,4 @@
-"""A system survives its files exactly; anything else is refused with one family of exceptions."""
+"""A system is read exactly as it was written; anything else is refused with one family of exceptions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_is_read_is_what_was_written() -> None:
         assert a.codes.tobytes() == b.codes.tobytes() and dict(a.growth) == dict(b.growth)
 
 
-def test_an_empty_system_survives() -> None:
+def test_an_empty_system_is_read_as_it_was_written() -> None:
     assert from_files(to_files(fakes.empty())).domains == ()
 
 
@@ -71,7 +71,7 @@ def test_a_domain_keeps_its_files_while_others_are_learned() -> None:
     assert old.items() <= grown.items() and len(grown) == len(stored()) + 2
 
 
-def test_a_newer_format_is_refused_with_the_way_out() -> None:
+def test_an_unreadable_format_is_refused_with_a_remedy() -> None:
     with pytest.raises(SystemFormatError, match=rf"format {FORMAT + 1}.*update this board"):
         from_files(changed(("format",), FORMAT + 1))
     with pytest.raises(SystemFormatError, match="learn the domains again"):

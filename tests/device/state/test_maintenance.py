@@ -1,4 +1,4 @@
-"""An operator's commands on a store: what they change goes through the door, and what is forgotten is gone."""
+"""An operator's commands on a store: every change is admitted, and what is forgotten is gone."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_command_prints_the_listing(board: Path, capsys: pytest.CaptureFixtu
     assert "d1: rows 20, columns 20, half 20" in capsys.readouterr().out
 
 
-def test_twins_are_merged_and_the_way_back_stays(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_twins_are_merged_and_the_older_generation_is_kept(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("store", "merge", board, "d1", "again") == 0
     assert "generation 4 serves d0, d1" in capsys.readouterr().out
     system = serving(board)
@@ -90,7 +90,7 @@ def test_twins_are_merged_and_the_way_back_stays(board: Path, capsys: pytest.Cap
 
 def test_a_rejection_changes_nothing(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Store.open(board) as store:
-        # Domain 1 twice and domain 0 again: merged with either, "back" would rob domain 0.
+        # Domain 1 twice and domain 0 again: merged with either, "back" would take the inputs of domain 0.
         number = store.write(to_files(serving_with(store, "back", 0)), created=2.0)
         store.commit(number)
         store.confirm(number)
@@ -121,7 +121,7 @@ def test_a_forgotten_domain_is_in_no_generation(board: Path, capsys: pytest.Capt
             assert "d0" not in from_files(store.read(manifest.number)).names
 
 
-def test_the_generation_that_takes_over_after_damage_does_not_remember_either(board: Path) -> None:
+def test_the_generation_to_fall_back_to_has_forgotten_too(board: Path) -> None:
     changed = forget(board, "d0", None, 5.0)
     assert isinstance(changed, Changed)
     victim = next((board / f"{changed.generation:08d}").glob("system.json"))
@@ -196,7 +196,7 @@ def test_what_is_no_store_is_refused_and_not_made_one(tmp_path: Path, capsys: py
     assert not (tmp_path / "absent").exists()
 
 
-def test_mistakes_name_what_there_is(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_messages_list_the_known_names(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (("forget", board, "d7"), "learned so far: d0, d1, again"),
         (("forget", board, "d1", "--class", "bird"), "it knows rows, columns, half"),
@@ -207,7 +207,7 @@ def test_mistakes_name_what_there_is(board: Path, capsys: pytest.CaptureFixture[
         assert message in capsys.readouterr().err
 
 
-def test_an_unconfirmed_generation_is_not_built_upon(board: Path) -> None:
+def test_a_change_starts_from_the_confirmed_generation(board: Path) -> None:
     with Store.open(board) as store:
         store.commit(store.write(to_files(serving_with(store, "d3", 3)), created=2.0))
     found = listing(board)

@@ -1,4 +1,4 @@
-"""The store keeps its promises: whole generations or none, always a way back, damage found and named."""
+"""The store writes whole generations or none, can always roll back, and finds and names damage."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_an_unconfirmed_generation_survives_a_restart_but_not_a_reboot(tmp_path:
         assert store.recovered_from is None
 
 
-def test_what_makes_no_sense_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_invalid_calls_are_refused_and_change_nothing(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         with pytest.raises(NoGeneration, match="none to roll back to"):
             store.rollback()
@@ -507,7 +507,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         ("manifest.json", lambda data: b"[" * 100_000, "seal"),
     ],
 )
-def test_damage_is_found_named_and_left_behind(
+def test_damage_is_found_and_named_and_open_falls_back(
     tmp_path: Path, file: str, change: Callable[[bytes], bytes], reason: str
 ) -> None:
     with confirmed_store(tmp_path, 2) as store:
@@ -533,7 +533,7 @@ def test_what_is_missing_makes_open_fall_back_and_say_so(tmp_path: Path, file: s
         assert (store.live, store.recovered_from) == (1, None)
 
 
-def test_a_damaged_generation_on_probation_gives_way_to_the_confirmed_one(tmp_path: Path) -> None:
+def test_open_falls_back_from_a_damaged_generation_on_probation_to_the_confirmed_one(tmp_path: Path) -> None:
     with confirmed_store(tmp_path, 2) as store:
         store.commit(store.write(contents(3), created=3.0))
         (tmp_path / "00000002" / ".confirmed").unlink()
