@@ -49,8 +49,8 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
     Hidden names are skipped silently, files of other kinds and empty classes with a warning. A class with one image
     is kept, with a warning: `split` trains on it. An empty domain is an error if `domains` names it, else a warning.
 
-    Raises `DataError` (no such folder or domain, nothing to read, names that differ only in their Unicode
-    form), `UsageError` (no domain, or one domain twice), `DeviceError` (permission denied).
+    Raises `DataError` (no such folder or domain, nothing to read, names of domains or classes that are not UTF-8 or
+    differ only in their Unicode form), `UsageError` (no domain, or one twice), `DeviceError` (permission denied).
     """
     folder, warnings = Path(root), _Warnings()
     present = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
@@ -64,12 +64,13 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
     if not files:
         raise DataError(f"{folder} has no DOMAIN/CLASS/ folder with {listed(SUFFIXES)} files: add some")
     classes = tuple(sorted({name for found in files.values() for name in found}))
-    _refuse_twins(tuple(files), "domains")
-    _refuse_twins(classes, "classes")
+    for names, what in ((tuple(files), "domains"), (classes, "classes")):
+        _refuse_unreadable(names, what)
+        _refuse_twins(names, what)
     _warn_of_gaps(files, classes, warnings)
     index = {name: label for label, name in enumerate(classes)}
     items = {domain: tuple(_items(folder, domain, found, index)) for domain, found in files.items()}
-    return FolderData(folder, tuple(files), classes, items, tuple(warnings))
+    return FolderData(folder, tuple(files), classes, items, tuple(map(escaped, warnings)))
 
 
 class _Warnings(list[str]):
@@ -84,6 +85,11 @@ def listed(names: Sequence[str]) -> str:
     """The first `NAMED` names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def escaped(text: str) -> str:
+    """`text` with bytes of file names that are not UTF-8 escaped, so that it can be printed and stored."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _empty(folder: Path) -> str:
@@ -128,6 +134,13 @@ def _files_of(folder: Path, warnings: _Warnings) -> list[str]:
     others = sorted({e.name for e in entries}.difference(usable))
     warnings.ignored(folder, others, f"not a regular file ending in {listed(SUFFIXES)}")
     return usable
+
+
+def _refuse_unreadable(names: tuple[str, ...], what: str) -> None:
+    """Domains and classes become text in results, so their names must be."""
+    bad = [escaped(name) for name in names if escaped(name) != name]
+    if bad:
+        raise DataError(f"{what} whose names are not UTF-8: {listed(bad)}: rename the folders")
 
 
 def _refuse_twins(names: tuple[str, ...], what: str) -> None:

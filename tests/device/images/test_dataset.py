@@ -134,6 +134,19 @@ def test_names_that_look_the_same_are_refused(tmp_path: Path, places: tuple[str,
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("place", [b"a\xff/x", b"a/x\xff"])
+def test_folders_whose_names_are_not_text_are_refused(tmp_path: Path, place: bytes) -> None:
+    touch(tmp_path, *numbered(os.fsdecode(place), 2))
+    with pytest.raises(DataError, match=r"not UTF-8: [ax]\\udcff: rename"):
+        read_folder(tmp_path)
+
+
+def test_a_warning_about_a_file_whose_name_is_not_text_can_be_printed(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 2), os.fsdecode(b"a/x/\xff.txt"))
+    (warning,) = read_folder(tmp_path).warnings
+    assert "\\udcff.txt" in warning.encode().decode()
+
+
 def test_classes_that_differ_in_case_stay_apart_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path, *numbered("a/Dog", 2), *numbered("a/dog", 2), *numbered("a/cat", 2))
     data = read_folder(tmp_path)
