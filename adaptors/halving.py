@@ -2,8 +2,8 @@
 
 Each round fits every head that is left, keeps the better half by its accuracy on samples that it was not fitted to, and
 doubles the samples. With n heads that is log2(n) rounds of at most n * `SAMPLES` * `EPOCHS` sample-epochs each: for 8
-heads 10 to 20 seconds, where a proxy takes milliseconds. It pays where a descent may beat what ridge regression solves,
-which no proxy tells.
+heads 10 to 20 seconds, where a proxy takes milliseconds. It pays off where descent may beat ridge regression, which no
+proxy predicts.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from adaptors.plan import UNITS, Work
 
 
 class InvalidModel(ValueError):
-    """Prices that cannot be: a kind is missing, unknown, negative or not finite; the message names it."""
+    """Invalid prices: a kind is missing, unknown, negative or not finite; the message names it."""
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Microseconds that one unit of every kind of work takes; raises InvalidModel for prices that cannot be."""
+    """Microseconds that one unit of every kind of work takes; raises InvalidModel for invalid prices."""
 
     prices: Mapping[str, float]
 
@@ -71,5 +71,5 @@ DEFAULT = LatencyModel(
         "reorder": 0.00045,
     }
 )
-"""The prices without a profile, careful ones: four times what one core of a server (x86-64, AVX-512, 2.6 GHz) takes,
-which gives products the rate of a small board's core, 10^10 multiply-accumulates a second."""
+"""The prices without a profile: four times what one core of a server (x86-64, AVX-512, 2.6 GHz) takes. Products then
+run at the rate of a small board's core, 10^10 multiply-accumulates a second."""

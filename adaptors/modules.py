@@ -1,7 +1,7 @@
 """Heads as torch modules: the operator, the reconfigurator, and the weights as plain named arrays.
 
-`Head(spec, shapes, classes, seed)` is random at birth and deterministic for a seed; `weights()` gives the arrays that
-the archive stores and `load()` takes them back. Everything random that is not learned (the signs of the
+`Head(spec, shapes, classes, seed)` is random when built, and deterministic for a seed; `weights()` gives the arrays
+that the archive stores and `load()` takes them back. Everything random that is not learned (the signs of the
 projections) comes from the seed alone, see `adaptors.hadamard`.
 """
 
@@ -52,7 +52,7 @@ def pool_map(x: Tensor, how: str) -> Tensor:
 def normaliser(mean: Tensor, deviation: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """`(shift, scale)` that give a vector of these moments mean zero and mean squared norm about one.
 
-    Scales never fall below a hundredth of the average one, so that a dead channel is not blown up."""
+    Scales never fall below a hundredth of the average one, so that a dead channel is not amplified."""
     if kind == "unit":
         deviation = deviation.pow(2).mean().sqrt().expand_as(deviation)
     floor = 1e-2 * deviation.mean() + 1e-6

@@ -1,12 +1,12 @@
 """Zero-shot search: filter many specifications, score the promising ones without training any, pick the best.
 
     filter    draw specifications, drop those beyond the budget
-    prune     keep those that trained heads of other domains speak for (transfer.py), and a random draw as reference
+    prune     keep those that rank high by trained heads of other domains (transfer.py), and a random draw as reference
     score     training-free proxies on a small sample of the new domain, on all cores
-    look closer   the finalists again, on more samples; as an option they are trained for a few steps (halving.py)
+    look closer   score the finalists again on more samples; as an option train them for a few steps (halving.py)
 
 Rules: the budget is applied before any proxy; the score of a specification depends on nothing but the seed and the
-sample; interrupting between specifications loses nothing but the search.
+sample; an interruption between specifications loses only the search.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ PREFERENCES: dict[str, tuple[float, Price]] = {
 
 @dataclass(frozen=True)
 class SearchPolicy:
-    """How long and on what the search looks.
+    """How many specifications a search scores, and on which samples.
 
-    `filtered` specifications are drawn and held against the budget; `specs` of them are scored on `samples` of the new
-    domain, of which the first `reference`, and at most half, are a random draw. `tie` is the relative loss of score (of
-    the best score) that a head of a lower `price` may cost. Where the domain has more than `samples`, the `finalists`
-    best are scored a second time, on up to `closer` of them; 0 for none. `halving` heads go through successive halving
-    in the end; each costs a few steps of training, 0 for none. `ranker` None takes the built-in one.
+    `filtered` specifications are drawn and checked against the budget; `specs` of them are scored on `samples` of the
+    new domain, of which the first `reference`, and at most half, are a random draw. `tie` is the relative loss of score
+    (of the best score) that a head of a lower `price` may cost. Where the domain has more than `samples`, the
+    `finalists` best are scored a second time, on up to `closer` of them; 0 for none. `halving` heads go through
+    successive halving in the end; each costs a few steps of training, 0 for none. `ranker` None takes the built-in one.
     """
 
     filtered: int = 20_000
@@ -132,7 +132,7 @@ class _Run:
         self.combined = policy.proxy == COMBINED
         self.names = transfer.INPUTS if self.combined else (policy.proxy,)
         for name in self.names:
-            PROXIES[name]  # an unknown one is told before anything is computed
+            PROXIES[name]  # an unknown name fails before anything is computed
         self.ranker = policy.ranker or transfer.built_in()
         self.on_progress, self.done, self.total, self.reference = on_progress, 0, 0, 0
         self.exact: dict[HeadSpec, float] = {}
@@ -140,7 +140,7 @@ class _Run:
     def pruned(self, drawn: Candidates) -> Candidates:
         """The candidates to score: a random draw and, where a prior is known, the best of each family by it.
 
-        Families take turns, since which of them wins depends on how much data there is, and the prior does not know."""
+        Families take turns: which of them wins depends on the amount of data, and the prior does not know that."""
         wanted = self.policy.specs
         self.reference = min(self.policy.reference, max(wanted // 2, 1))
         if not self.combined or len(drawn) <= wanted:
@@ -171,7 +171,7 @@ class _Run:
     def closer(self, ranking: tuple[Scored, ...]) -> tuple[Scored, ...]:
         """The ranking after a second look at the finalists, on more samples.
 
-        One proxy orders the best of its ranking anew. The combination has its finalists among the heads that ridge
+        A single proxy reorders the best of its ranking. The combination has its finalists among the heads that ridge
         regression solves, for which the first proxy is the very error that training minimises: the best of them by
         that error take the first places that such heads hold."""
         if len(self.labels) <= self.policy.samples or not self.policy.finalists:
@@ -229,10 +229,11 @@ class _Run:
 
 
 def guarded(values: F64, solved: NDArray[np.bool_]) -> F64:
-    """Estimates `(specs,)` in which no guess is above what is known.
+    """Estimated accuracies `(specs,)`, none of an unmeasured head above the best measured one.
 
-    Of heads that ridge regression solves, `solved (specs,)`, the leave-one-out error is known; the best of many guesses
-    is overrated (the winner's curse). A descent may win against them by training, in successive halving, only."""
+    The leave-one-out error of heads that ridge regression solves, `solved (specs,)`, is measured. For the others it is
+    estimated, and the best of many estimates is too high (the winner's curse). So a head trained by descent can win
+    only in successive halving, where it is trained."""
     if not solved.any():
         return values
     return np.where(solved, values, np.minimum(values, np.nextafter(values[solved].max(), 0)))
@@ -242,7 +243,7 @@ def guarded(values: F64, solved: NDArray[np.bool_]) -> F64:
 def single_thread() -> Iterator[int]:
     """Scoring is thousands of tiny operations: handing each to a thread pool costs more than it saves.
 
-    Gives the number of threads that torch had before, for whole specifications to be spread over."""
+    Yields the number of threads that torch had before; whole specifications are spread over them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -252,7 +253,7 @@ def single_thread() -> Iterator[int]:
 
 
 def pareto(ranking: Sequence[Scored]) -> tuple[Scored, ...]:
-    """Those of a best-first ranking that no better one undercuts in bytes and in latency at once."""
+    """Those of a best-first ranking for which no better head has both fewer bytes and less latency."""
     front: list[Scored] = []
     for s in ranking:
         if s.score is not None and not any(
@@ -271,9 +272,9 @@ def _order(s: Scored) -> tuple[float, int, str]:
 
 
 def cheap_first(ranking: Sequence[Scored], tie: float, price: Price) -> tuple[Scored, ...]:
-    """The best-first `ranking`, with the one of lowest price of those that tie with its head moved to the front.
+    """The best-first `ranking`, with the cheapest of the heads that tie with the first one moved to the front.
 
-    A guess does not tie with what is known (see `guarded`)."""
+    An estimate does not tie with a known error (see `guarded`)."""
     top = ranking[0].score
     if top is None:
         return tuple(ranking)

@@ -1,7 +1,7 @@
 """The set of head specifications over an encoder's taps, and the budget that bounds it.
 
 The space is a product of small choices, indexed by one integer, so that it is counted, sampled and enumerated without
-being held in memory. Quick specs (pooled taps, linear) are part of it: search can never do worse by being there.
+being held in memory. Simple specs (pooled taps, linear) are part of it, so a search never misses them.
 """
 
 from __future__ import annotations

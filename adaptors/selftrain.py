@@ -4,8 +4,8 @@ Rules of this file:
 
 1. Samples near each other are of one class more often than a teacher from another domain is right about either, so the
    teacher's scores only seed label propagation (Zhou et al., "Learning with Local and Global Consistency", NIPS 2003).
-2. A shifted teacher prefers a few classes. Shares are drawn part of the way to equal classes (one damped Sinkhorn
-   step), not all of it: a stream that shows some classes more often must keep doing so.
+2. A shifted teacher prefers a few classes. Class shares are moved part of the way to equal ones (one damped Sinkhorn
+   step), not all the way, because a stream may show some classes more often.
 3. Plain arrays in, plain arrays out; no randomness.
 """
 
@@ -24,7 +24,7 @@ _TINY = 1e-9
 class SelfTrainPolicy:
     """`neighbours` of a sample in the graph; `spread` in [0, 1): how much of its label a sample takes from them;
     `steps` of propagation; `temperature` of the softmax over standardised scores; `balance` in [0, 1]: how far class
-    shares are drawn to equal ones."""
+    shares are moved to equal ones."""
 
     neighbours: int = 15
     spread: float = 0.9
@@ -75,7 +75,7 @@ def propagate(graph: F32, shares: F32, policy: SelfTrainPolicy) -> F32:
 
 
 def balanced(shares: F32, strength: float) -> F32:
-    """Shares drawn to equal classes: each class over its mean share to the power `strength`, rows renormalised."""
+    """Shares moved towards equal classes: each class over its mean share to the power `strength`, rows renormalised."""
     shares = np.maximum(shares, _TINY)
     shares = shares / shares.mean(axis=0) ** strength
     out: F32 = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)

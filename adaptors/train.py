@@ -1,10 +1,10 @@
 """Fitting the winner of the search: closed form where the specification allows it, gradient descent otherwise.
 
-Rules: heads solved in closed form choose their ridge strength by leave-one-out error, which costs one spectrum and no
-sample; descended ones when to stop by a stratified validation split; the same seed and data give the same
-weights. With the `prototypes` reconfigurator gradient training is joint, as in section 3.2 of the EAR paper: the same
-cosine similarities are fitted to classify and, on virtual outliers (averages of inputs of two classes), to stay low for
-every class.
+Rules: heads solved in closed form choose their ridge strength by leave-one-out error, which needs one
+eigendecomposition and no held-out samples; heads trained by descent stop by a stratified validation split; the same
+seed and data give the same weights. With the `prototypes` reconfigurator gradient training is joint, as in section 3.2
+of the EAR paper: the same cosine similarities are fitted to classify and, on virtual outliers (averages of inputs of
+two classes), to stay low for every class.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def accuracy(
     classes: int,
     seed: int,
 ) -> float:
-    """Fraction of one that a head answers right on `view`, with its weights as `spec.bits` stores them."""
+    """Share of `view` that a head classifies correctly, with its weights as `spec.bits` stores them."""
     head = Head(spec, shapes, classes, seed)
     head.load(dequantised(weights, spec.bits))
     taps = {t: torch.from_numpy(np.ascontiguousarray(view[t])) for t in spec.inputs}
@@ -131,7 +131,7 @@ def _accuracy(head: Head, codes: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def _codes(head: Head, views: list[dict[str, Tensor]]) -> Tensor:
-    """Codes of all samples, view after view, `(views * samples, width)`: filled in chunks, and never held twice."""
+    """Codes of all samples, view after view, `(views * samples, width)`: computed in chunks, into one array."""
     n = len(next(iter(views[0].values())))
     out: Tensor | None = None
     for k, view in enumerate(views):
@@ -163,7 +163,7 @@ def _closed_form(
         solve = _ridge(codes, y[fit].repeat(len(views)), head.classes, every)
         strength, score, scores = _stronger(head, solve, codes[held], y[held], strength)
         truth = y[held]
-        del solve  # its Gram matrix, before the next one is made
+        del solve  # frees its Gram matrix before the next one is made
     _set_readout(head, *_ridge(codes, y.repeat(len(views)), head.classes)(strength, last=True))
     return score, f"ridge strength {strength:g}", scores, truth
 
@@ -201,8 +201,9 @@ def left_out(codes: Tensor, y: Tensor, classes: int, strengths: Sequence[float])
 def _ridge(codes: Tensor, y: Tensor, classes: int, rows: Tensor | None = None) -> Solver:
     """Solver of centred ridge regression onto one-hot targets: (strength, last) -> (weight `(classes, width)`, bias).
 
-    `y` are the labels of `rows` of the codes, None for all. Primal or dual, whichever system is smaller. What fills the
-    memory is the Gram matrix: computed in chunks, once for all strengths, it gives its place to the `last` solution."""
+    `y` are the labels of `rows` of the codes, None for all. Primal or dual, whichever system is smaller. The Gram
+    matrix takes most of the memory: it is computed in chunks, once for all strengths, and the `last` solution
+    overwrites it."""
     rows = torch.arange(len(codes)) if rows is None else rows
     parts = rows.tensor_split(-(-len(rows) // 512))
     mean = torch.stack([codes[part].sum(0) for part in parts]).sum(0) / len(rows)

@@ -1,15 +1,16 @@
-"""What trained heads of other domains tell about a head that nobody trained: the learned combination of proxies.
+"""A learned combination of proxies: it ranks untrained heads by what trained heads of other domains showed.
 
-No proxy compares a head solved in closed form with one that descends a gradient: the same features at initialisation
-end up points apart. That much is the same on every domain, so it is learned once, from tables of trained heads, and
-never from the domain under search. In the spirit of RoBoT (He et al., ICLR 2024) a robust mix of scores is linear; ours
-adds the words of the specification. The model is ridge regression
+No proxy compares a head solved in closed form with one trained by gradient descent: from the same features at
+initialisation they end up points apart. This gap is much the same on every domain, so it is learned once, from tables
+of trained heads, and never from the domain under search. As in RoBoT (He et al., ICLR 2024) the mix of scores is
+linear; ours adds the fields of the specification. The model is ridge regression
 
     logit(accuracy) - its mean over the domain's heads  ~  w . x(spec, scores)
 
-with x: the words of the specification, the family (operator and reconfigurator), and each proxy's score, standardised
-over a random draw of heads on the same domain, once for all and once a family. So a difference of two scores is an
-expected difference of logits. Nothing in x names a tap: what is learned holds for every encoder with several taps.
+with x: the fields of the specification as numbers, the family (operator and reconfigurator), and each proxy's score,
+standardised over a random draw of heads on the same domain, once for all and once a family. So a difference of two
+scores is an expected difference of logits. No term of x names a tap, so the model holds for every encoder with several
+taps.
 """
 
 from __future__ import annotations

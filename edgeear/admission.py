@@ -1,8 +1,9 @@
-"""The one door: what a new or changed domain must prove before it may serve.
+"""Admission: the checks that every new or changed domain passes before it serves.
 
-With a frozen encoder and frozen old heads the only way left to forget is a new domain winning an old domain's inputs
-at the router. So every old domain's stored codes are replayed through the new route, and the share that changes hands
-is bounded by `SystemPolicy.max_stolen_share`. A domain that absorbs another must also win what was the other's.
+The encoder and the old heads are frozen, so the only way left to forget is that a new domain takes an old domain's
+inputs at the router. So every old domain's stored codes are replayed through the new router, and the share that is
+routed to another domain is bounded by `SystemPolicy.max_stolen_share`. A domain that absorbs another must also win its
+inputs.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _misfits(system: System, domain: Domain) -> list[str]:
             f"{(system.space.dimensions, system.policy.memory_dimensions)}"
         )
     if domain.memory.n == 0:
-        reasons.append(f"memory of {domain.name!r} holds no sample: nothing could be detected with it")
+        reasons.append(f"memory of {domain.name!r} holds no sample, so nothing can be detected: learn it from samples")
     arrays = (("class sums", domain.memory.class_sums), ("gram", domain.memory.gram), ("codes", domain.codes))
     for what, array in arrays:
         if not np.isfinite(array).all():
@@ -81,5 +82,5 @@ def _misfits(system: System, domain: Domain) -> list[str]:
     if domain.codes.shape[1:] != (domain.memory.m,):
         reasons.append(f"calibration codes of shape {domain.codes.shape}: expected (codes, {domain.memory.m})")
     if len(domain.codes) == 0:
-        reasons.append("no calibration codes: nothing could be replayed later")
+        reasons.append("no calibration codes, so nothing can be replayed later: keep at least one")
     return reasons

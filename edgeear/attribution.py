@@ -7,7 +7,7 @@ Rules of this file:
 2. What is compared are means, of the new frames and of the known classes, so that no image has to be kept: the
    displacement of a tap is the distance to the nearest mean, over the spread of the class means of that tap.
 3. A sensor moves shallow taps far more than classes differ there; new content moves deep taps, and shallow ones only as
-   far as classes do. This is a hint for the operator; labels decide.
+   far as classes do. This is a hint for the operator; only labels can decide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgeear.space import HypervectorSpace
 from edgeear.types import F32
 
 STEPS = 60
-"""Of conjugate gradients: ample for codes that fill most of the dimensions."""
+"""Steps of conjugate gradients: enough for codes that fill most of the dimensions."""
 RIDGE = 1e-4
 """Relative to the mean squared weight of a slot: spaces with more code coordinates than dimensions stay solvable."""
 TINY = 1e-9

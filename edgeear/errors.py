@@ -2,7 +2,7 @@
 
 Expected outcomes (out of distribution, rejected, abstained) are values, never exceptions. What is raised is a
 caller's mistake (`UsageError`), data that cannot be read (`DataError`), a peer or file that breaks its contract
-(`FormatError`), or the machine failing under us (`DeviceError`). Every message names value, limit and remedy.
+(`FormatError`), or a failure of the machine (`DeviceError`). Every message names the value, the limit and the remedy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forgetting on request, and what exactly is as if it had never been seen.
+"""Forgetting on request, and which parts of a system are then as if the data had never been learned.
 
 | what is forgotten | exact | not exact |
 |---|---|---|
@@ -11,12 +11,12 @@ Rules of this file:
 1. Sums are subtracted. The Gram matrix is kept for a domain, not for each class (seven times the bytes for seven
    classes), so only the class's own samples can be subtracted exactly. They are checked against the class's sum.
 2. Without them the class's part of the Gram matrix is taken to be its exact mean with the covariance that all classes
-   share, as in linear discriminant analysis. What is left of the class is its weight in that covariance.
-3. A trained head cannot unlearn a class. It is refitted in closed form from the sums that are left: the head of never
-   having seen the class, but one that reads the hypervector only.
+   share, as in linear discriminant analysis. The class keeps its weight in that covariance.
+3. A trained head cannot unlearn a class. It is refitted in closed form from the remaining sums: the new head is one
+   that never saw the class, but it reads the hypervector only.
 4. Calibration values are scores without a class, and stay, as does the likeness: false verdicts stay bounded as far as
    the other classes are no more novel to the new detector than all were to the old one.
-5. A request to forget is never turned down for its cost at the router: the replay of the candidate tells the cost.
+5. A request to forget is never refused for its cost at the router: the candidate's replay reports that cost.
 6. "Exact" is to 1e-5 for sums in memory. Sums that were stored carry the rounding of float32, which a head of weak
    ridge may show in the fourth digit of its scores.
 """
@@ -113,7 +113,7 @@ def _dropped(memory: DomainMemory, row: int, gram: F64) -> DomainMemory:
 
 
 def _looks_like(domain: Domain, label: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which codes the sums take for the class, `(codes,)`: codes are kept without a label."""
+    """Which codes a readout of the sums assigns to the class, `(codes,)`: codes are kept without a label."""
     if domain.memory.n < 2:
         return np.zeros(len(domain.codes), bool)
     taken = readout(domain.memory).scores(domain.codes.astype(np.float32)).argmax(axis=1)

@@ -25,8 +25,8 @@ PICTURE_POINTS = 400
 
 
 def check(samples: Samples) -> None:
-    """What must hold before minutes go into a search. Raises `DataError` for fewer samples than can be calibrated and
-    for NaN or infinite features, `UsageError` for labels, classes and views that do not fit each other."""
+    """Check samples before a search spends minutes on them. Raises `DataError` for fewer samples than can be calibrated
+    and for NaN or infinite features, `UsageError` for labels, classes and views that do not fit each other."""
     n, labels, classes = len(samples.labels), samples.labels, samples.classes
     if n < MINIMUM:
         raise DataError(f"domain {samples.name!r} has {n} labelled samples, at least {MINIMUM} are needed: label more")
@@ -48,7 +48,7 @@ def check(samples: Samples) -> None:
 def grow_head(
     samples: Samples, policy: AdaptPolicy, seed: int, on_progress: Progress
 ) -> tuple[HeadArchive, dict[str, object]]:
-    """The head that search picked, fitted, and the JSON-able record of how it came about."""
+    """The head that search picked, fitted, and the JSON-able record of how it was made."""
     budget = policy.budget or BUDGETS["medium"]
     plain = samples.views[0]
     shapes = {t: tuple(x.shape[1:]) for t, x in plain.items() if policy.spatial or x.ndim == 2}
@@ -64,7 +64,7 @@ def grow_head(
     picked = found.best.spec
     on_progress("train", 0, 1)
     fitted = train(
-        replace(picked, bits=32),  # bits round the weights that training gives, and play no part in it
+        replace(picked, bits=32),  # training ignores bits: they round its result
         shapes,
         samples.views,
         samples.labels,

@@ -91,7 +91,7 @@ def left_out(memory: DomainMemory, fitted: Readout, h: F32, labels: NDArray[np.i
 
 
 def refit(memory: DomainMemory, seed: int = 0) -> tuple[HeadArchive, dict[str, object]]:
-    """The head of `memory` by `readout`, and the JSON-able record of how it came about. Needs onnx (the `learn` extra).
+    """The head of `memory` by `readout`, and the JSON-able record of how it was made. Needs onnx (the `learn` extra).
 
     Raises `DataError` for a memory of fewer than 2 samples."""
     fitted, shapes = readout(memory), {HYPERVECTOR: (memory.m,)}

@@ -1,4 +1,4 @@
-"""What is kept of a domain beside its head: sums, calibration, codes for replay. No sample is."""
+"""What is kept of a domain beside its head: sums, calibration, codes for replay. Samples are not kept."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 Rules of this file:
 
-1. A direction forgets how strong a response is, and strength is what tells many domains apart: on PACS the directions
-   of the middle stages let cartoons pass for paintings, their levels do not. So levels are coordinates of their own.
+1. A direction drops the strength of a response, and many domains differ in strength: on PACS the directions of the
+   middle stages do not separate cartoons from paintings, their levels do. So levels are coordinates of their own.
 2. Every tap has its own coordinates, in proportion to its channels: a seeded Hadamard projection of its features as
    they are.
-3. Levels come first in a hypervector. They are read with second-order memory, which does not care for their scale.
+3. Levels come first in a hypervector. They are read with second-order memory, which does not depend on their scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaptors.hadamard import fwht, permutation, signs
 from edgeear.types import F32, Tap
 
 SCALE = np.float32(0.01)
-"""Small, so that levels hardly turn a whole hypervector: the readers of whole ones compare directions."""
+"""Small, so that levels barely change the direction of a whole hypervector, which angles and scenes compare."""
 
 
 def projection(taps: Sequence[Tap], m: int, seed: int) -> F32:

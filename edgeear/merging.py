@@ -1,12 +1,12 @@
-"""Two domains that turned out to be one become one, on request and through the one door.
+"""Two domains that turn out to be one are merged, on request; the result passes admission like any other.
 
 Rules of this file:
 
 1. Memories add up: what the merged domain knows is what one domain would have learned from the samples of both.
 2. No sample is at hand, so the head is refitted from the merged sums, or on request kept from one of the two, if it
    knows every class of both.
-3. Calibration values stay valid by being moved up only: in the common units each value is at least what its sample
-   would have scored, so p-values can only grow. A detector of more samples finds its own domain less novel, not more.
+3. Calibration values stay valid because they only move up: in the common units each value is at least what its sample
+   would have scored, so p-values can only grow. With more samples a detector finds its own domain less novel, not more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Routing that degrades gently: where two domains explain an input, both heads answer.
+"""Where two domains explain an input, both heads answer.
 
 Rules of this file:
 
 1. Two heads answer only where the router's margin between its two best domains is below `SystemPolicy.mixture` and both
-   domains' verdicts are "in distribution". Everything else is served by one head, as if this file were not there.
-2. Heads are of different makes, so their scores are first brought to one scale: standardised over the classes of the
-   head, then a softmax of temperature `TEMPERATURE`. Classes are matched by name; both heads count equally.
+   domains' verdicts are "in distribution". One head serves everything else.
+2. Scores of different heads are on different scales. So they are standardised over the classes of the head, and then go
+   through a softmax of temperature `TEMPERATURE`. Classes are matched by name; both heads count equally.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Rules of this file:
 
 1. Novelty is the larger of two standardised statistics on different coordinates: the angle to the nearest class
    prototype (those after the first m) and the log Mahalanobis distance to the nearest class mean (the first m, with the
-   shrunk covariance within classes). The larger, not the sum: what is strange to one need not be strange to the other.
+   shrunk covariance within classes). The larger, not the sum: an input may be novel by one statistic alone.
 2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
    full memory, which costs no second pass over the data.
 3. `p_value` is conformal (Vovk, Gammerman, Shafer, 2005) and valid on average over calibration sets.
@@ -30,7 +30,7 @@ from edgeear.types import F32
 MINIMUM = 5
 """Fewest samples that can be calibrated."""
 LIMIT = 2048
-"""Most calibration values kept of a domain (8 KiB); more are thinned at random, which keeps p-values valid."""
+"""Most calibration values kept of a domain (8 KiB); a random subset of more keeps p-values valid."""
 TINY = 1e-6
 
 
@@ -108,7 +108,7 @@ class Calibration:
     leverage_deviation: float
     values: F32
     delta: float = 0.01
-    """Chance that a calibration set is too lucky for `conditional_p_value` to hold."""
+    """Probability that `conditional_p_value` does not hold for a calibration set."""
 
     def __post_init__(self) -> None:
         values = np.sort(np.asarray(self.values, np.float32))

@@ -1,12 +1,12 @@
-"""A domain that comes back is routed to its head, not grown twice: is there anything new in these samples?
+"""Recognition: samples of a domain that returns are routed to its head, and no second head is grown.
 
 Rules of this file:
 
-1. The samples are judged together. One sample says little: a detector may call no more than one in eight drawings
-   foreign, but a hundred drawings as a whole lie unmistakably high among the novelties of its own domain.
+1. The samples are judged together. One sample says little: a detector may find only one in eight drawings novel, while
+   the novelties of a hundred drawings are clearly too high for its own domain.
 2. The test is Mann and Whitney's (1947): novelties of the samples against the domain's calibration values, which a
    domain that is back draws from the same distribution. Both are scores of samples that the detector did not learn.
-3. It errs on the side of new: a known domain taken for new costs a search, and `admit` turns a twin away.
+3. In doubt the answer is "new": that costs a search, and `admit` rejects a duplicate of a domain.
 """
 
 from __future__ import annotations

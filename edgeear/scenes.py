@@ -1,10 +1,10 @@
-"""Which frames show something that was just seen? Frames of one scene are near-copies and no independent evidence.
+"""Which frames repeat a scene that was just seen: they are near-copies, and no independent evidence.
 
 Rules of this file:
 
 1. A frame shows a scene when the cosine of its hypervector and that of the scene's first frame reaches a bound. The
-   first frame, not the previous one: a slow pan must not be one scene for ever. A few scenes are remembered, so that
-   an outlier within a scene, or a camera that turns to and fro, begins no new ones.
+   first frame, not the previous one: a slow pan must not stay one scene for ever. A few scenes are remembered, so that
+   an outlier within a scene, or a camera that moves back and forth, starts no new scenes.
 2. The bound is that of a domain in which different frames look most alike: at most one in a thousand pairs of its own
    labelled frames may reach it (`likeness`).
 3. Scenes are values: tuples of unit vectors, newest last.
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from edgeear.types import F32
 
 COORDINATES = 512
-"""Of a hypervector's last ones, which are directions: levels are much alike in all frames."""
+"""How many of a hypervector's last coordinates are compared: those are directions; levels differ little."""
 COPIES = 0.999
-"""No likeness lies above: an exact copy is a repeat in any domain."""
+"""Upper limit of a likeness: an exact copy is a repeat in any domain."""
 TINY = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""When has the stream left all known domains? A sequential test with a bound on false alarms for the stream's life.
+"""A sequential test for a stream that has left all known domains; it bounds false alarms over the whole stream.
 
 Rules of this file:
 
@@ -10,7 +10,7 @@ Rules of this file:
    E[S_t - t] never rises, so an alarm at S >= 1 / rate comes after 1 / rate samples or later, on average.
 3. A scene is one sample, however many frames show it: a frame that looks like a scene seen a moment ago (scenes.py)
    changes nothing, so the bound counts scenes, and holds if rule 1 holds for the *first* frame of each scene. A camera
-   that stares at one foreign scene for an hour has given one sample: no shift, though every frame's verdict is OOD.
+   that points at one foreign scene for an hour gives one sample: no shift, although every frame's verdict is OOD.
 4. State is a value. Evidence is kept as log(1 + S), so nothing overflows, and no evidence is the empty state.
 """
 
@@ -33,7 +33,7 @@ LEVELS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 class ShiftPolicy:
     """Rules of the test: at most `false_alarm_rate` false alarms a sample on average, in (0, 1).
 
-    `stakes` of the bets, each in (0, 1): high ones win early when nearly all frames are strange, low ones when some
+    `stakes` of the bets, each in (0, 1): high ones win early when nearly all frames are novel, low ones when some
     are. `floor`: the S below which the stream counts as quiet: the onset is the last quiet sample. `alike`, in (0, 1]:
     the cosine of two hypervectors from which they show one scene. `scenes`: how many of the latest are remembered
     (0: every frame is a sample).

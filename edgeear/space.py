@@ -4,8 +4,8 @@ Rules of this file:
 
 1. The projection is fixed and orthonormal (HDFF: Wilson et al., WACV 2023): a tap's code is scattered to seeded random
    positions with seeded random signs and transformed by the orthonormal Walsh-Hadamard matrix, so norms are preserved.
-2. A tap's code keeps its direction and its magnitude: `[x / |x|, c * (log|x| - log(d) / 2)]`. Angles alone make shallow
-   taps rank foreign images as familiar.
+2. A tap's code keeps its direction and its magnitude: `[x / |x|, c * (log|x| - log(d) / 2)]`. With angles alone,
+   shallow taps rank foreign images as familiar.
 3. Binding is elementwise multiplication with +1/-1 role vectors and bundling is the sum (the MAP model).
 4. The first coordinates of a hypervector are its level part (levels.py), the others the bundle.
 5. Everything follows from the policy and the taps: two systems may exchange memories if and only if `digest` is equal.

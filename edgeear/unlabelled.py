@@ -1,4 +1,4 @@
-"""Adaptation when no labels come: the board labels a new domain itself, and only if its own test trusts the result.
+"""Adaptation without labels: the board labels a new domain itself, and uses the result only if it passes a test.
 
     adapt_unlabelled(system, engine, frames)   teachers -> self-labels -> gate -> grow a head as with labels -> admit
 
@@ -6,12 +6,12 @@
    prototypes (first order, all D coordinates) and the ridge readout (second order, first m). Both see hypervectors
    moved from the new frames' mean to the domain's, which is the alignment. The heads that serve are the third teacher.
 2. The teachers' scores seed label propagation among the new frames (adaptors/selftrain.py).
-3. The gate knows no label. It asks: are the frames foreign at all; do the two kinds of teachers, propagated apart,
+3. The gate knows no label. It asks: are the frames out of distribution; do the two kinds of teachers, propagated apart,
    agree; does a readout fitted to the self-labels alone still classify the *known* domains (reverse validation: Zhong,
    Fan, Yang, Verscheure and Ren, "Cross Validation Framework to Choose amongst Models and Datasets for Transfer
    Learning", ECML 2010); do the frames show enough of the classes; do neighbours get the same class from the teachers
    more often than among Gaussian frames of the same mean and covariance, which have no classes (parametric bootstrap).
-   One no is enough to change nothing.
+   If one answer is no, nothing is changed.
 4. What passes is grown, learned and admitted exactly like a labelled domain; its growth record says "label_free".
 5. The thresholds were chosen on PACS (docs/decisions/label-free.md), not derived: the gate is a test, not a proof.
 """
@@ -144,7 +144,7 @@ def adapt_unlabelled(
     check(samples)
     head, growth = grow_head(samples, adapt, seed, on_progress)
     growth["explanation"] = f"label-free (confidence {found.trust.confidence:.2f}): {growth['explanation']}"
-    growth["validation_accuracy"] = None  # measured against self-labels it would say nothing
+    growth["validation_accuracy"] = None  # accuracy against self-labels means nothing
     growth["label_free"] = {**asdict(found.trust), "confidence": found.trust.confidence}
     return admit(system, learned(system, name, h, samples.labels, samples.classes, head, growth, seed))
 
@@ -160,7 +160,7 @@ def label_frames(
     served = _served(system, engine, features, h, verdict.route, classes)
     angle, ridge = _teachers(sources, classes, h)
     graph, how = neighbour_graph(h, policy.labelling.neighbours), policy.labelling
-    # The live heads are half as strong a teacher as either kind of memory: a shift has made them worse, not useless.
+    # The live heads count half as much as either kind of memory: the shift made them worse, not useless.
     today = np.float32(0.5) * standardised(served)
     angle_only, ridge_only = standardised(angle), standardised(ridge)
     labels = self_label(graph, SHARPNESS * (angle_only + ridge_only + today), how)

@@ -1,4 +1,4 @@
-"""Controls: what a proxy has to beat before it means anything."""
+"""Controls: the baselines that a useful proxy must beat."""
 
 from __future__ import annotations
 

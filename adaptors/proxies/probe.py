@@ -1,7 +1,7 @@
 """What a proxy looks at: one head at random initialisation, on a small labelled sample of the new domain.
 
 1. A `Sample` is shared by all probes of a search and keeps what many heads have in common: pooled maps, moments and
-   Gram matrices of tap sets, the stems of convolutions. What it keeps changes no score and has a limit in bytes.
+   Gram matrices of tap sets, the stems of convolutions. Keeping them changes no score, and their bytes are limited.
 2. The Gram matrix of the codes is found without the codes wherever that is cheaper. It is exact, except that random
    features are replaced by what they approximate: `fourier` by the Gaussian kernel exp(-bandwidth |x - y|^2), the
    projection of more than 1024 features to prototypes by the identity. `Probe.random_features` tells how many they are.
@@ -28,19 +28,19 @@ from adaptors.spec import HeadSpec
 KEPT_BYTES = 96 << 20
 """Most that a sample keeps for later heads."""
 STEM = 128
-"""Channels of the stem that is computed once a map: a seeded draw of fewer rows is the beginning of this one."""
+"""Channels of the stem that is computed once a map: a seeded draw of fewer rows gives the first rows of this one."""
 Moments = tuple[Tensor, Tensor]
 
 
 class Kept:
-    """Results by key, the least recently used forgotten first beyond `limit` bytes."""
+    """Results by key; beyond `limit` bytes the least recently used are dropped."""
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self.limit, self.bytes, self._lock = limit, 0, Lock()
         self._held: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` gives, made once; two threads that ask at the same time may both make it."""
+        """The result of `make`, kept under `key`; two threads that ask at the same time may both compute it."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
