@@ -232,9 +232,9 @@ class Telemetry(_Stamped):
             sensor=Sensor("temperature", "Temperature", unit="°C", device_class="temperature", diagnostic=True),
             cell=Cell("°C", 3, 1, ".0f"),
         ),
-    ] = Field(description="Temperature of the board in degrees Celsius; null where it has no sensor.")
+    ] = Field(description="Temperature of the board, degrees Celsius; none where it has no sensor.")
     rss_mb: Annotated[Amount, Measure(gauge="rss_bytes", scale=2**20, cell=Cell("MiB", 5, 0, ".0f"))] = Field(
-        description="Resident memory of the inference process, MiB."
+        description="Resident memory of the inference process."
     )
     cpu_share: Amount = Field(description="Share of one core that the process used; above 1 with several threads.")
     outbox: OutboxReport = Field(description="What waits for the broker.")
