@@ -26,6 +26,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.needs import need
+
+need("edgeear as a process")
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 LONG = ("demo", "bench", "run", "doctor", "watch", "send", "requests", "label")

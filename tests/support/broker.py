@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.needs import need
+
 PLAIN = "listener {port} 127.0.0.1\nallow_anonymous true\nmax_inflight_messages 0\nmax_queued_messages 0\n"
 """Without persistence; QoS 1 is neither throttled nor dropped by the broker."""
 PERSISTENT = PLAIN + "persistence true\npersistence_location {folder}/\nautosave_interval 1800\n"
@@ -30,6 +32,7 @@ class Mosquitto:
 
     def start(self) -> None:
         """Returns when the broker accepts connections. Raises AssertionError with its log if it does not."""
+        need("a broker")
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [mosquitto_path(), "-v", "-c", str(self._config)], stdout=log, stderr=subprocess.STDOUT

@@ -23,7 +23,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from device.simulation.embedded import EmbeddedBroker, Name, embedded_broker
+from tests.support.needs import need
 
+need("a broker")
 BROKERS: tuple[Name, ...] = ("mosquitto", "iotcore")
 GAPS: dict[tuple[Name, str], str] = {
     (

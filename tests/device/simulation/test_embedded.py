@@ -18,7 +18,9 @@ import pytest
 from device.simulation import embedded
 from device.simulation.embedded import EmbeddedBroker, Name, embedded_broker
 from edgeear.errors import DeviceError, UsageError
+from tests.support.needs import need
 
+need("a broker")
 ROOT = Path(__file__).resolve().parents[3]
 NAMES: tuple[Name, ...] = ("mosquitto", "iotcore")
 PARENT = """

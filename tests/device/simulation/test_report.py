@@ -41,6 +41,7 @@ from device.simulation.record import (
 )
 from device.simulation.report import render, write_report
 from edgeear.errors import DeviceError, UsageError
+from tests.support.needs import need
 
 DOMAINS = ("photo", "art", "cartoon", "sketch")
 ENCODER = EncoderInfo(name="efficientnet-lite0-v1", digest="ab" * 32, input=(224, 224))
@@ -504,6 +505,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="module")
 def browser() -> str:
     """Path of Chromium. Its absence is a failure: a page that nobody looked at is not tested."""
+    need("a browser")
     if "EDGEEAR_NO_BROWSER" in os.environ:
         pytest.skip("EDGEEAR_NO_BROWSER is set")
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
