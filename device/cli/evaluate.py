@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -100,8 +101,7 @@ def evaluate(
         )
         result = run(options, show)
     save(json, result.to_json())
-    for warning in result.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+    _warn(result.warnings)
     typer.echo(f"final accuracy {result.final_accuracy:.1%}, BWT {result.bwt:+.1%}; {json}")
 
 
@@ -208,7 +208,13 @@ def bench_ood(
     with progress(quiet, KEPT) as show:
         result = run(options, show)
     save(json, result.to_json())
+    _warn(result.warnings)
     typer.echo(str(json))
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ def bench_ood(
         seed=options.seed,
         shots=options.shots,
         encoder_digest=encoder.digest,
+        warnings=data.warnings,
         date=options.date,
         machine=machine(),
         versions=installed_versions(),

@@ -157,6 +157,7 @@ class OodResult(_Part):
     seed: int
     shots: int | None
     encoder_digest: str
+    warnings: tuple[str, ...] = ()
     date: str | None
     machine: str
     versions: dict[str, str]

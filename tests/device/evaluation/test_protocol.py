@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 
 from adaptors import search
 from adaptors.search_space import BUDGETS, Budget, EmptyBudget
+from device.cli import app as cli
 from device.encoder.engine import OrtEngine
 from device.evaluation import stream as evaluate_stream
 from device.evaluation.data import EvalData, read_domains
@@ -326,6 +327,26 @@ def test_copies_are_counted_whatever_their_name_and_format(tmp_path: Path, cache
     copied, leaked = warnings_of(tmp_path, cache)
     assert copied.startswith(f"domain plain: 2 of {total + 1} files are copies")
     assert ": 1 of " in leaked and "test files are copies of training files" in leaked
+
+
+@pytest.mark.parametrize("command", [["eval", "--specs", "8"], ["bench", "ood"]], ids=" ".join)
+def test_warnings_are_printed_and_in_the_json(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, change in (("plain", unchanged), ("inverted", inverted)):
+        write(tmp_path / "data", name, ("1", "3"), change)
+    first = min((tmp_path / "data" / "plain" / "1").iterdir())
+    first.with_name("copy.png").write_bytes(first.read_bytes())
+    for module in ("protocol", "ood"):
+        monkeypatch.setattr(f"device.evaluation.{module}.open_encoder", lambda _: (RandomConvolution(), None))
+    monkeypatch.setenv("EDGEEAR_CACHE", str(tmp_path / "cache"))
+    given = ["--data", str(tmp_path / "data"), "--encoder", "e.onnx", "--quiet", "--json", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, *given])
+    printed = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 0
+    assert [f"warning: {text}" for text in json.loads((tmp_path / "r.json").read_text())["warnings"]] == printed
+    assert f"warning: domain plain: 1 of {2 * PER_CLASS + 1} files are copies" in "\n".join(printed)
 
 
 def test_classes_without_a_labelled_or_a_test_image_are_listed(tmp_path: Path, cache: Path) -> None:
