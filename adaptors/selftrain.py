@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.temperature import probabilities
+
 F32 = NDArray[np.float32]
 _TINY = 1e-9
 
@@ -37,13 +39,6 @@ def standardised(scores: NDArray[np.floating]) -> F32:
     """Scores `(samples, classes)` with mean 0 in every class and deviation 1 over all: comparable between teachers."""
     centred = scores - scores.mean(axis=0)
     out: F32 = (centred / max(float(centred.std()), _TINY)).astype(np.float32)
-    return out
-
-
-def softmax(scores: F32, temperature: float) -> F32:
-    """Shares `(samples, classes)` that sum to one a row."""
-    e = np.exp((scores - scores.max(axis=1, keepdims=True)) / np.float32(temperature))
-    out: F32 = e / e.sum(axis=1, keepdims=True)
     return out
 
 
@@ -84,7 +79,7 @@ def balanced(shares: F32, strength: float) -> F32:
 
 def self_label(graph: F32, scores: F32, policy: SelfTrainPolicy) -> NDArray[np.int64]:
     """Classes `(samples,)` for standardised scores `(samples, classes)`: balanced, propagated, balanced again."""
-    seeds = balanced(softmax(scores, policy.temperature), policy.balance)
+    seeds = balanced(probabilities(scores, policy.temperature), policy.balance)
     spread = balanced(propagate(graph, seeds, policy), policy.balance)
     labels: NDArray[np.int64] = spread.argmax(axis=1).astype(np.int64)
     return labels

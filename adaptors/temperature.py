@@ -30,8 +30,10 @@ def fit_temperature(scores: F32, labels: NDArray[np.int64]) -> float | None:
     return float(grid[int(np.argmin(losses))])
 
 
-def probabilities(scores: F32, temperature: float) -> F32:
-    """Probabilities `(samples, classes)` of `scores (samples, classes)`; equal scores give equal shares."""
+def probabilities(scores: F32, temperature: float | F32) -> F32:
+    """Probabilities `(samples, classes)` of `scores (samples, classes)`; equal scores give equal shares.
+
+    `temperature` is a number, or one a sample `(samples, 1)`."""
     raised = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
     out: F32 = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
     return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptors.temperature import probabilities
 from edgeear.system import Engine, System
 from edgeear.types import F32, Features
 
@@ -50,7 +51,4 @@ def answer(
 
 def _shares(scores: F32) -> F32:
     """Softmax of standardised scores `(samples, classes)`; equal scores give equal shares."""
-    spread = np.maximum(scores.std(axis=1, keepdims=True), 1e-9)
-    raised = np.exp((scores - scores.max(axis=1, keepdims=True)) / (TEMPERATURE * spread))
-    out: F32 = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
-    return out
+    return probabilities(scores, TEMPERATURE * np.maximum(scores.std(axis=1, keepdims=True), 1e-9))

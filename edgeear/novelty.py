@@ -7,8 +7,8 @@ Rules of this file:
    shrunk covariance within classes). The larger, not the sum: an input may be novel by one statistic alone.
 2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
    full memory, which costs no second pass over the data.
-3. `p_value` is conformal (Vovk, Gammerman, Shafer, 2005) and valid on average over calibration sets.
-   `conditional_p_value` is valid for *this* calibration set with probability 1 - delta; only it may be multiplied over
+3. A conformal p-value (Vovk, Gammerman, Shafer, 2005) is valid on average over calibration sets. A conditional
+   p-value is valid for *this* calibration set with probability 1 - delta; only it may be multiplied over
    time, so the shift test takes only it.
 """
 
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adaptors.hadamard import permutation
 from edgeear.errors import DataError, UsageError
@@ -90,15 +89,6 @@ def detector(memory: DomainMemory) -> Detector:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """The decision on a batch: `novelty (samples,)`, conformal `p (samples,)`, `ood (samples,)` where p <= alpha."""
-
-    novelty: F32
-    p: F32
-    ood: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
 class Calibration:
     """Means and deviations of the two statistics, and the sorted out-of-fold novelty `values (n,)` of a domain."""
 
@@ -108,7 +98,7 @@ class Calibration:
     leverage_deviation: float
     values: F32
     delta: float = 0.01
-    """Probability that `conditional_p_value` does not hold for a calibration set."""
+    """Probability that conditional p-values are not valid for a calibration set."""
 
     def __post_init__(self) -> None:
         values = np.sort(np.asarray(self.values, np.float32))
@@ -131,24 +121,14 @@ class Calibration:
         """Novelty `(samples,)` of hypervectors `(samples, D)` under the domain's detector."""
         return self.combine(detector.angle(h), detector.leverage(h))
 
-    def p_value(self, novelty: F32) -> F32:
-        """Conformal p-values in [1 / (n + 1), 1]; the rate of p <= a over inputs of the domain is at most a."""
-        return self.p_values(novelty)[0]
-
-    def conditional_p_value(self, novelty: F32) -> F32:
-        """p-values valid given this calibration set, with probability 1 - `delta`: see `conditional_bounds`."""
-        return self.p_values(novelty)[1]
-
     def p_values(self, novelty: F32) -> tuple[F32, F32]:
-        """Both kinds: `p_value` and `conditional_p_value`. NaN counts as more novel than all."""
+        """Conformal and conditional p-values (rule 3) of `novelty (samples,)`; NaN counts as more novel than all.
+
+        Conformal ones lie in [1 / (n + 1), 1], and the rate of p <= a over inputs of the domain is at most a. The
+        conditional ones are explained at `conditional_bounds`."""
         conformal, conditional = _p_tables(len(self.values), self.delta)
         below = self.values.searchsorted(novelty)
         return conformal[below], conditional[below]
-
-    def verdict(self, novelty: F32, alpha: float = 0.05) -> Verdict:
-        """The decision at false-OOD rate `alpha`; with n < 1 / alpha - 1 calibration values nothing can be OOD."""
-        p = self.p_value(novelty)
-        return Verdict(novelty, p, p <= np.float32(alpha))
 
 
 def calibrate(h: F32, labels: I64, classes: Sequence[str], m: int, folds: int = 10, *, seed: int) -> Calibration:

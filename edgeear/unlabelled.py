@@ -32,9 +32,9 @@ from adaptors.selftrain import (
     neighbour_graph,
     propagate,
     self_label,
-    softmax,
     standardised,
 )
+from adaptors.temperature import probabilities
 from edgeear.admission import admit
 from edgeear.errors import UsageError
 from edgeear.flow import judge
@@ -165,14 +165,14 @@ def label_frames(
     angle_only, ridge_only = standardised(angle), standardised(ridge)
     labels = self_label(graph, SHARPNESS * (angle_only + ridge_only + today), how)
     apart = [self_label(graph, SHARPNESS * (np.float32(2) * kind + today), how) for kind in (angle_only, ridge_only)]
-    k = len(classes)
+    k, shown = len(classes), probabilities(_uncentred(angle, ridge), how.temperature)
     trust = Trust(
         tuple(d.name for d in sources),
         len(h),
         float(verdict.ood.mean()),
         chance_corrected(float((apart[0] == apart[1]).mean()), k),
         chance_corrected(float(np.mean([_reverse(d, classes, h, labels) for d in sources])), k),
-        class_diversity(propagate(graph, softmax(_uncentred(angle, ridge), how.temperature), how).argmax(axis=1), k),
+        class_diversity(propagate(graph, shown, how).argmax(axis=1), k),
         _structure(sources, classes, h, graph, how.neighbours, seed),
         float((labels != served.argmax(axis=1)).mean()),
     )

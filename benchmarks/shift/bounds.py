@@ -48,7 +48,7 @@ def _held_out_p(h: Any, y: Any, classes: tuple[str, ...], shots: int | None, see
     held, rest = order[: len(h) // 5], order[len(h) // 5 :]
     known = rest[_picked(y[rest], shots, rng)]
     calibration = calibrate(h[known], y[known], classes, 512, seed=seed)
-    return calibration.p_value(calibration.novelty(detector(learn(h[known], y[known], classes, 512)), h[held]))
+    return calibration.p_values(calibration.novelty(detector(learn(h[known], y[known], classes, 512)), h[held]))[0]
 
 
 def band(trials: int = 20_000) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def _calibrated(seed: int) -> F64:
     rng, out = np.random.default_rng(seed), []
     for _ in range(STREAMS):
         held = Calibration(0.0, 1.0, 0.0, 1.0, rng.normal(size=140).astype(np.float32))
-        out.append(held.conditional_p_value(rng.normal(size=STEPS).astype(np.float32)))
+        out.append(held.p_values(rng.normal(size=STEPS).astype(np.float32))[1])
     return np.stack(out)
 
 

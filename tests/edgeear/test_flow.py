@@ -182,8 +182,8 @@ def test_only_the_contenders_are_asked(contenders: int) -> None:
     h = np.concatenate([halfway(), encoded(0, 20), encoded(5, 20)])
     verdict = judge(system, h)
     own = np.stack([d.calibration.novelty(d.detector, h) for d in system.domains], axis=1)
-    p = np.stack([d.calibration.p_value(own[:, k]) for k, d in enumerate(system.domains)], axis=1)
-    c = np.stack([d.calibration.conditional_p_value(own[:, k]) for k, d in enumerate(system.domains)], axis=1)
+    p = np.stack([d.calibration.p_values(own[:, k])[0] for k, d in enumerate(system.domains)], axis=1)
+    c = np.stack([d.calibration.p_values(own[:, k])[1] for k, d in enumerate(system.domains)], axis=1)
     for i, scores in enumerate(system.router.scores(h)):
         asked = sorted(range(4), key=lambda k: -scores[k])[:contenders]
         assert verdict.route[i] == asked[0]
