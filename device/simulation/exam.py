@@ -1,9 +1,9 @@
-"""Test images of every domain, featurised once, and the figures of a system on them.
+"""The test images of every domain, encoded once, and what a system makes of them.
 
 Rules of this file:
 
-1. An answer is what a board would give: routed, judged and answered by the head of the route, never by an oracle's,
-   unless the method says so.
+1. An answer is what a board would give, by the head that the router picks. Only `oracle` takes the head of the true
+   domain.
 2. What was not measured is None: a domain without test images, an oracle for a domain that was not learned.
 """
 
@@ -33,7 +33,7 @@ Truths = NDArray[np.bool_]
 class TestSet:
     """One domain's test images: pooled features, hypervectors `(samples, D)` and class names."""
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # pytest must not collect it
 
     features: dict[str, F32]
     h: F32
@@ -42,8 +42,8 @@ class TestSet:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a system made of one test set: `correct (samples,)`, and `route (samples,)` as indices of the system's
-    domains, -1 where no head served."""
+    """A system's answers for one test set: `correct (samples,)`, and `route (samples,)` as indices of the system's
+    domains, -1 if no head served."""
 
     correct: Truths
     route: NDArray[np.int64]
@@ -93,7 +93,7 @@ class Exam:
         return tuple(_share(self.answers(system, engine, name).correct) for name in self.domains)
 
     def oracle(self, system: System, engine: Engine) -> float | None:
-        """Mean accuracy where every input gets the head of its own domain."""
+        """Mean accuracy if every input gets the head of its own domain."""
         found = []
         for name, test in self.sets.items():
             if name not in system.names or len(test.h) == 0:

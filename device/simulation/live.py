@@ -223,7 +223,7 @@ def _worth_table(record: RunRecord) -> Table:
         figures = (_percent(row.without), _percent(row.after), gain, labels, _spent(row.seconds))
         table.add_row(Text(_clean(row.domain)), *figures)
     table.add_section()
-    before, after = mean(row.without for row in worth), mean(row.after for row in worth)
+    before, after = record.mean_worth()
     labels = f"{sum(row.labels or 0 for row in worth):,}" if record.facts else "-"
     gain = "-" if before is None or after is None else f"{100 * (after - before):+.1f}"
     seconds = _spent(sum(row.seconds or 0.0 for row in worth)) if record.facts else "-"

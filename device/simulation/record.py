@@ -281,6 +281,11 @@ class RunRecord(_Part):
             for name, before, after in zip(self.domains, measured[0], measured[-1], strict=True)
         )
 
+    def mean_worth(self) -> tuple[float | None, float | None]:
+        """Mean accuracy without and with edgeear, over the domains for which both were measured."""
+        rows = [row for row in self.worth() if row.gain is not None]
+        return mean(row.without for row in rows), mean(row.after for row in rows)
+
     def remarks(self) -> tuple[str, ...]:
         """Sentences on what limits the figures: small test sets, repeated frames, classes that got no label."""
         told = []

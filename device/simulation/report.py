@@ -50,15 +50,15 @@ def _view(record: RunRecord) -> dict[str, object]:
     """What the template shows beside the record itself."""
     steps = [shift for shift in record.shift if not shift.false_alarm]
     detected = [shift for shift in steps if shift.detected]
-    worth = record.worth()
+    worth, (without, after) = record.worth(), record.mean_worth()
     auroc = {(pair.known, pair.unknown): pair.auroc for pair in record.ood}
     detection = [[auroc.get((known, unknown)) for unknown in record.domains] for known in record.domains]
     stream = record.stream
     routes = (*record.domains, ABSTAIN)[: len(record.routing_accuracy[0]) if record.routing_accuracy else 0]
     return {
         "worth": worth,
-        "without": mean(row.without for row in worth),
-        "after": mean(row.after for row in worth),
+        "without": without,
+        "after": after,
         "labels": sum(row.labels or 0 for row in worth) if record.facts else None,
         "seconds": sum(row.seconds or 0.0 for row in worth),
         "facts": {fact.domain: fact for fact in record.facts},

@@ -62,7 +62,7 @@ def printable(words: str) -> str:
 
 
 def picture(target: str, label: str, size: tuple[float, float], draw: Callable[[Figure], list[str]]) -> str:
-    """Inline SVG of what `draw` puts into a figure of `size` inches; it returns the texts of its labels."""
+    """Inline SVG of a figure of `size` inches. `draw` fills the figure and returns the texts of its labels."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def picture(target: str, label: str, size: tuple[float, float], draw: Callable[[
 
 
 def _inline(svg: str, target: str, label: str, names: Sequence[str]) -> str:
-    """The `<svg>` element alone, in the page's colours and fonts, with identifiers that are its own."""
+    """The `<svg>` element alone, in the colours and fonts of the page, with identifiers that begin with `target`."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:xmlns:xlink|width|height|version)="[^"]*"', "", svg, count=3)

@@ -192,7 +192,7 @@ class _Stopwatch:
         self._marked = time.monotonic()
 
     def lap(self, phase: str) -> None:
-        """The time since the last call went into `phase`."""
+        """Add the time since the last call to `phase`."""
         now = time.monotonic()
         for total in (self.spent, self.growth):
             total[phase] = total.get(phase, 0.0) + now - self._marked
@@ -200,7 +200,7 @@ class _Stopwatch:
 
 
 class _Run:
-    """One simulation: the board, what it is shown, and what is noted along the way."""
+    """One simulation: the board, what it is shown, and what is recorded of it."""
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class _Run:
             onset = self.starts[index]
             missed = ShiftRecord(from_=names[index - 1], to=names[index], onset=onset, detected=False)
             self.shifts.append(missed)
-            self._note("missed", f"the step from {names[index - 1]} to {names[index]} was not noticed")
+            self._note("missed", f"the change from {names[index - 1]} to {names[index]} was not noticed")
 
     def _event(self, event: events.BoardEvent) -> None:
         match event:
@@ -326,7 +326,7 @@ class _Run:
         self._note(event.kind, event.text)
 
     def _shift(self, at: int) -> None:
-        """A declared shift: the step of the stream, that step declared again, or a false alarm."""
+        """Record a declared shift: a change of domain, once, or a false alarm."""
         index = len(self.starts) - 1
         name, onset = self.data.domains[index], self.starts[index]
         if name in self.board.system.names:
@@ -497,7 +497,7 @@ def _growth(domain: str, growth: Mapping[str, object], times: Mapping[str, float
 
 
 def _blank(options: SimulateOptions, data: FolderData, encoder: Encoder, name: str, created: float) -> RunRecord:
-    """What the record says before anything ran. Raises `UsageError` for names that it cannot hold."""
+    """The record before the run. Raises `UsageError` for names that it cannot hold."""
     try:
         return RunRecord(
             title=options.title,

@@ -1,12 +1,12 @@
-"""What a device of a fleet said to the broker, held against what it did. Pure: messages in, faults in words out.
+"""Compares what a device of a fleet sent to the broker with what it did. Pure: messages in, sentences on faults out.
 
 Rules of this file:
 
-1. `(boot, seq)` orders what a device says and marks a repetition; after de-duplication nothing is missing, nothing is
-   out of order, and the last event is the farewell, so that a lost tail is noticed, too.
-2. Every command has one answer, with its own correlation data, the outcome and the facts that were expected, and took
-   effect once. An answer to no command is a fault.
-3. The windows of telemetry join without a gap, and count every frame that was answered once.
+1. `(boot, seq)` orders the messages of a device and identifies repeated ones. Without those nothing may be missing or
+   out of order, and the last event must be `stopped`, so that lost last messages are noticed, too.
+2. Every command must have one answer, with its own correlation data and the expected outcome and facts, and must have
+   taken effect once. An answer without a command is a fault.
+3. The windows of telemetry must follow each other without a gap and count every answered frame once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any, Literal
 from device.mqtt import messages, topics
 
 SHOWN = 6
-"""Numbers that a fault names before it only counts."""
+"""A fault lists at most so many numbers and counts the rest."""
 EFFECTS: Mapping[str, tuple[str, ...]] = {"pause": ("paused", "resumed"), "set-policy": ("policy",)}
-"""The events by which a command shows, once for each time it was accepted."""
+"""The events that a command causes, one each time it is accepted."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A command that was sent, the outcome it must have, and facts of its result: path such as `frames.answered`."""
+    """A command that was sent, the outcome that it must have, and expected facts of its result by path, such as
+    `frames.answered`."""
 
     id: str
     name: str
@@ -45,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the device did, as this process knows it; `started` and `ended` are its clock's, in seconds."""
+    """What the device did, as known in this process. `started` and `ended` are seconds of its clock."""
 
     session: str
     boot: int
@@ -58,7 +59,7 @@ class Truth:
 
 @dataclass
 class Heard:
-    """All that one device said, in the order of arrival; a repeated message is counted and not kept. `wanted`: sample
+    """The messages of one device in the order of arrival; repeated ones are counted and not kept. `wanted`: sample
     numbers of label requests."""
 
     births: list[str] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Heard:
         return Counter(event.kind for event in self.events)
 
     def hear(self, row: topics.Topic, payload: bytes, correlation: bytes | None) -> None:
-        """Take in a message of a topic that goes up."""
+        """Add a message of a topic that the device publishes on."""
         message = messages.parse(row.models[0], payload)
         match message:
             case messages.Refusal():
@@ -101,7 +102,7 @@ class Heard:
             self.farewells += 1
 
     def _is_new(self, boot: int, seq: int) -> bool:
-        """Seq 0 has what went past the outbox: it is neither ordered nor repeated."""
+        """Messages that bypass the outbox have seq 0: they have no order and are never repeated."""
         if seq == 0:
             return True
         if (boot, seq) in self._seen:
@@ -128,7 +129,7 @@ class Heard:
 
     @property
     def gaps(self) -> list[int]:
-        """The seqs that are missing before the highest that came."""
+        """The missing sequence numbers below the highest that arrived."""
         highest = max((seq for _, seq in self.order), default=0)
         return sorted(set(range(1, highest + 1)) - {seq for _, seq in self.order})
 
@@ -143,7 +144,7 @@ class Heard:
 
 
 def faults(truth: Truth, asked: Sequence[Asked], heard: Heard) -> list[str]:
-    """What is wrong with a device, in words; nothing where all is well."""
+    """What is wrong with a device, one sentence a fault; empty if nothing is."""
     checks = (_presence(truth, heard), _sequence(truth, heard), _windows(truth, heard), _commands(truth, asked, heard))
     return [fault for found in checks for fault in found]
 
@@ -156,7 +157,7 @@ def _presence(truth: Truth, heard: Heard) -> Iterator[str]:
     if not heard.farewells:
         yield "no offline status came"
     if heard.broken:
-        yield f"{len(heard.broken)} messages are none of this version: {heard.broken[0]}"
+        yield f"{len(heard.broken)} messages do not parse in this version: {heard.broken[0]}"
 
 
 def _sequence(truth: Truth, heard: Heard) -> Iterator[str]:
@@ -191,14 +192,14 @@ def _commands(truth: Truth, asked: Sequence[Asked], heard: Heard) -> Iterator[st
         for answer in answers:
             yield from (f"command {command.id}: {fault}" for fault in _answer(truth, command, answer))
     for identity in heard.answers.keys() - {command.id for command in asked}:
-        yield f"an answer came to {identity!r}, which was not asked"
+        yield f"an answer came to {identity!r}, which was never sent"
     refused = sum(command.outcome == "refused" for command in asked)
     if (told := sum(window.refused_messages for window in heard.telemetry)) != refused:
         yield f"{refused} commands were to be refused, telemetry counts {told}"
     for name, kinds in EFFECTS.items():
         applied = sum(command.name == name and command.outcome == "ok" for command in asked)
         if (told := sum(heard.kinds[kind] for kind in kinds)) != applied:
-            yield f"{name} was accepted {applied} times, events tell of {told}"
+            yield f"{name} was accepted {applied} times, events report {told}"
 
 
 def _answer(truth: Truth, command: Asked, answer: Answer) -> Iterator[str]:
@@ -220,7 +221,7 @@ def correlates(command: Asked, answer: Answer) -> bool:
 
 
 def fact(result: Mapping[str, Any], path: str) -> object:
-    """The value at a path such as `frames.answered`; None where there is none."""
+    """The value at a path such as `frames.answered`, or None."""
     value: Any = result
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None

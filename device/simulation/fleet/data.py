@@ -1,7 +1,7 @@
 """The pictures that a fleet is shown, decoded once and shared by all its devices.
 
-What the factory learns from is never shown to a device, where a domain has pictures enough; frames of one device come
-in an order of its own, and again from the start when all were shown.
+If a domain has enough pictures, those that the factory learns from are never shown to a device. Each device sees the
+pictures in an order of its own and starts again when it has seen all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pictures:
     shown: Mapping[str, Sequence[Picture]]
 
     def endless(self, domain: str, seed: int) -> Iterator[Picture]:
-        """A domain's pictures in a random order, for ever."""
+        """The pictures of a domain in a random order, again and again."""
         order = np.random.default_rng([self.domains.index(domain), seed]).permutation(len(self.shown[domain]))
         while True:
             for place in order:
@@ -80,7 +80,7 @@ def png(frame: U8) -> str:
 
 
 def _decoded(data: FolderData, items: Sequence[Item], size: tuple[int, int]) -> Iterator[Picture]:
-    """What does not decode is passed over: sources are tested elsewhere."""
+    """Skips files that do not decode; how sources treat them is tested elsewhere."""
     for item in items:
         try:
             yield Picture(decode(item.path, size), data.classes[item.label], item.relative)

@@ -1,4 +1,4 @@
-"""What all devices of a fleet share: an encoder that remembers, and the generation that they leave the factory with."""
+"""What all devices of a fleet share: an encoder with a cache, and the generation that they start with."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from edgeear.system import Live, System
 from edgeear.types import F32, U8, Encoder, Tap
 
 LOOK_S = 0.02
-"""Between two looks at a learner."""
+"""Seconds between two polls of a learner."""
 
 
 class SharedEncoder:
-    """`edgeear.types.Encoder` that answers from memory what it has seen. `spent_s`: CPU seconds inside it; `fresh`
-    frames took `fresh_s` of them."""
+    """An `Encoder` with a cache. `spent_s`: CPU seconds inside it; `fresh` frames that were not cached took
+    `fresh_s` of them."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder, self._known = encoder, dict[tuple[bytes, tuple[str, ...]], dict[str, F32]]()
@@ -60,8 +60,8 @@ class SharedEncoder:
 def factory(
     encoder: SharedEncoder, learner: Learner, pictures: Pictures, probation: int, seed: int, show: Progress
 ) -> System:
-    """What every device leaves the factory with: the first domain, learned and confirmed as on a board. Raises
-    `DeviceError` where it is not."""
+    """What every device starts with: the first domain, learned and confirmed as on a board. Raises `DeviceError` if
+    that fails."""
     lessons = pictures.lessons
     system = blank(encoder)
     policy = BoardPolicy(labels=len(lessons), memory=len(lessons), probation=probation)
@@ -85,7 +85,7 @@ def factory(
 
 
 class _Teacher:
-    """`device.board.board.Labeller` that knows the labels of the first frames."""
+    """A `Labeller` that knows the labels of the first frames."""
 
     def __init__(self, labels: Sequence[str], domain: str) -> None:
         self._labels, self._domain = labels, domain
@@ -98,7 +98,7 @@ class _Teacher:
 
 
 def look_at_all(system: System, encoder: SharedEncoder, pictures: Pictures, show: Progress) -> None:
-    """Have the encoder see every picture that will be shown, and time it."""
+    """Encode every picture that will be shown, so that it is cached, and measure how long that takes."""
     engine, every = OrtEngine(encoder), [one for shown in pictures.shown.values() for one in shown]
     encoder.fresh, encoder.fresh_s = 0, 0.0
     for number, one in enumerate(every):

@@ -1,10 +1,10 @@
-"""The operator of a simulated fleet: one MQTT 5 client that hears a whole site and commands its devices.
+"""The operator of a simulated fleet: one MQTT 5 client that follows a whole site and commands its devices.
 
 Rules of this file:
 
-1. One subscription for the site, without its own messages. What a device says is kept by device (check.py).
-2. Answers are asked for below the topic `response` of the device; where a command names no topic, they come on it.
-3. Waiting is for a message, never for a time.
+1. One subscription covers the site, without the operator's own messages. Messages are kept by device (check.py).
+2. A command asks for its answer below the topic `response` of the device, or on it if the command names no topic.
+3. Code waits for a message, never for a fixed time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ VERSION = "$SYS/broker/version"
 
 
 class FleetOperator:
-    """Hears the devices of `site`, and commands them. Use as a context manager; raises `DeviceError` where the broker
-    cannot be reached. `broker` is its name where that is known. `changed` guards all that was heard."""
+    """Follows the devices of `site` and commands them. Use it as a context manager; it raises `DeviceError` if the
+    broker cannot be reached. `broker` is its name, if known. `changed` guards all that was heard."""
 
     def __init__(self, host: str, port: int, site: str, broker: str = "") -> None:
         self.site, self.changed = site, threading.Condition()
@@ -102,14 +102,14 @@ class FleetOperator:
         return not self._waiting
 
     def wait(self, predicate: Callable[[], bool], timeout: float) -> bool:
-        """Whether it came true within `timeout` seconds."""
+        """Whether `predicate` became true within `timeout` seconds."""
         with self.changed:
             return self.changed.wait_for(predicate, timeout)
 
     def _on_connect(self, client: Client, *_: object) -> None:
         options = SubscribeOptions(qos=1, noLocal=True)
         client.subscribe([(f"{messages.PROTOCOL}/{self.site}/#", options)])
-        if not self.broker:  # iotcore, which only runs embedded, ends the connection of who asks for $SYS
+        if not self.broker:  # iotcore, which only runs embedded, disconnects a client that subscribes to $SYS
             client.subscribe(VERSION)
 
     def _on_subscribe(self, *given: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a fleet runs: its broker, its open files, the time of its threads."""
+"""The machine that a fleet runs on: the broker, the limit of open files, the CPU time of threads."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from edgeear.errors import DeviceError, UsageError
 
 EMBEDDED = "embedded"
 FILES, SPARE_FILES = 12, 256
-"""Open files of a device, with its client at an embedded broker, and of everything else."""
+"""Open files of a device and of its client at an embedded broker; and of everything else."""
 
 
 def broker_address(text: str) -> tuple[str, int]:
-    """HOST[:PORT], read. Raises `UsageError`."""
+    """Host and port of HOST[:PORT]. Raises `UsageError`."""
     host, colon, port = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "1883")
     if not host or not 0 < int(port) < 65_536 or any(character in host for character in " /@"):
-        raise UsageError(f"broker {text!r}: say {EMBEDDED}, or HOST or HOST:PORT")
+        raise UsageError(f"broker {text!r}: give {EMBEDDED}, HOST or HOST:PORT, a port from 1 to 65535")
     return host.strip("[]") if colon else host, int(port)
 
 
 @contextmanager
 def broker_at(text: str) -> Iterator[tuple[str, int, str]]:
-    """Host, port and name of the broker; one of our own is run meanwhile."""
+    """Host, port and name of the broker; an embedded one runs until the end."""
     if text == EMBEDDED:
         with embedded_broker() as broker:
             yield broker.host, broker.port, f"{broker.name} (embedded)"
@@ -35,7 +35,7 @@ def broker_at(text: str) -> Iterator[tuple[str, int, str]]:
 
 
 def raise_file_limit(devices: int) -> None:
-    """Let this process, and the broker that it starts, have files enough. Raises `DeviceError` where it may not."""
+    """Raise the limit of open files for this process and its broker. Raises `DeviceError` where that is impossible."""
     needed = devices * FILES + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,4 +1,4 @@
-"""What came of a fleet, for programs and for people. The keys of the JSON object are stable:
+"""The result of a fleet run, as JSON and as a table. The keys of the JSON object are stable:
 
     {"passed": true, "faults": ["d-0007: 8 windows of telemetry came, 9 were due"],     // at most 100
      "devices": 200, "domains": ["mnist", ...], "broker": "mosquitto (embedded)", "address": "127.0.0.1:1883",
@@ -26,10 +26,10 @@
      "per_device": [{"name": "d-0000", "moved_to": null, "frames": 0, "windows": 0, "messages": 0, "answers": 0,
                      "cpu_s": 0.0, "faults": 0}]}
 
-"machine" and "versions" are added by the command line. "sequence" counts what went through the outboxes. "shift" is a
-finding, not a fault: it says what the detector did, and not whether a message was lost. A device that was taught and
-did not end in "grown" is a fault. Memory leaves out the encoder, the first generation and the pictures, which the
-devices of one process share.
+The command line adds "machine" and "versions". "sequence" counts messages that went through the outboxes. "shift" is a
+finding, not a fault: it says what the detector did, not whether a message was lost. A device that was taught and did
+not end in "grown" is a fault. Memory leaves out the encoder, the first generation and the pictures, which the devices
+of one process share.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MAX_FAULTS = 100
 
 @dataclass(frozen=True)
 class Fleet:
-    """What was run: the broker's name and address, settings worth keeping, how many devices were to be taught."""
+    """What was run: name and address of the broker, settings for the record, how many devices were to be taught."""
 
     broker: str
     address: str
@@ -61,7 +61,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Row:
-    """One device: where it moved to, if anywhere, the CPU seconds of its turns, and both sides of its story."""
+    """One device: where it moved to, if anywhere, CPU seconds of its turns, what it did and what was heard of it."""
 
     name: str
     moved_to: str
@@ -83,7 +83,7 @@ class Taught:
 
 @dataclass
 class Costs:
-    """What it took. CPU and messages are of the time in which frames were shown."""
+    """What the run cost. CPU and messages are those of the time in which frames were shown."""
 
     encoder_ms: float = 0.0
     start_s: float = 0.0
@@ -103,7 +103,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class FleetResult:
-    """The JSON object of the module's description."""
+    """The JSON object that the module's docstring describes."""
 
     fields: dict[str, Any]
 
@@ -117,7 +117,7 @@ class FleetResult:
 
 
 def result(fleet: Fleet, rows: Sequence[Row], costs: Costs, taught: Sequence[Taught]) -> FleetResult:
-    """Everything held against everything."""
+    """Compare what was sent, heard and done, and put the result together."""
     wrong = {row.name: faults(row.truth, row.asked, row.heard) for row in rows}
     told = [f"{name}: {fault}" for name, found in wrong.items() for fault in found]
     told += _together(rows) + _lessons(fleet, taught)
@@ -143,11 +143,11 @@ def result(fleet: Fleet, rows: Sequence[Row], costs: Costs, taught: Sequence[Tau
 
 def _together(rows: Sequence[Row]) -> list[str]:
     shared = [session for session, count in Counter(row.truth.session for row in rows).items() if count > 1]
-    return [f"session {session} is that of several devices" for session in shared]
+    return [f"session {session} is used by several devices" for session in shared]
 
 
 def _lessons(fleet: Fleet, taught: Sequence[Taught]) -> list[str]:
-    found = [f"{t.device}: taught, and it ended in {t.outcome}" for t in taught if t.outcome != "grown"]
+    found = [f"{t.device}: it was taught, and the outcome is {t.outcome}" for t in taught if t.outcome != "grown"]
     if len(taught) < fleet.teach:
         found.append(f"{fleet.teach} devices were to be taught, {len(taught)} asked for labels")
     return found

@@ -1,15 +1,15 @@
-"""A fleet in one process: N real daemons, turned in a round with a made-up clock, against a real broker.
+"""A fleet in one process: N real daemons, stepped in turn with a simulated clock, at a real broker.
 
 Rules of this file:
 
-1. Every device is what `edgeear run` opens: its own state folder, store, outbox, link and session. Shared are the
-   encoder, the factory's generation and the pictures, which are only read.
-2. Time is made up and the same for all: it moves by `every_s` for a round, in which each device is shown one frame.
-   The network and the learning process keep their own time: a round never waits for them, `settle` does.
-3. An encoder's answer is remembered by picture, so that N devices on two cores do not cost N encoders. What it takes
-   is measured on the pictures when they are first seen, and told apart from what a device takes.
-4. An operator hears everything, commands every device, and what was said is held against what was done
-   (check.py). Whatever does not fit is a fault, and the fleet has not passed.
+1. Every device is what `edgeear run` opens: its own state folder, store, outbox, link and session. The devices share
+   the encoder, the first generation and the pictures, which are only read.
+2. Time is simulated and the same for all: it advances by `every_s` a round, in which each device is shown one frame.
+   The network and the learning process run in real time: a round never waits for them, `settle` does.
+3. The encoder's answers are cached by picture, so that N devices on two cores do not cost N encoders. The time of the
+   encoder is measured when a picture is first seen, and reported apart from the time of a device.
+4. An operator receives everything and commands every device, and check.py compares what was said with what was done.
+   Any difference is a fault, and the fleet has not passed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from edgeear.types import Encoder
 PATIENCE_S = 60.0
 """Seconds without a message after which no more is expected."""
 LOOK_S = 0.02
-"""Between two looks at devices that wait for the network or a learner."""
+"""Seconds between two polls of devices that wait for the network or a learner."""
 MOVING = 0.5
 """Share of the devices that move to another domain midway."""
 FOREVER_S = 31_536_000.0
@@ -102,10 +102,9 @@ def run_fleet(
     show: Progress = lambda *_: None,
     system: System | None = None,
 ) -> FleetResult:
-    """Run the fleet and say how it went. `system` is what all devices leave the factory with; where there is none,
-    `learner` learns it from the first domain.
+    """Run the fleet. All devices start with `system`; if it is None, `learner` learns it from the first domain.
 
-    Raises `UsageError`, `DataError`, `DeviceError` where it could not be run at all.
+    Raises `UsageError`, `DataError`, `DeviceError` if the fleet cannot run at all.
     """
     raise_file_limit(options.devices)
     shared = SharedEncoder(encoder)
@@ -126,7 +125,7 @@ def run_fleet(
 
 
 class _Run:
-    """A fleet at work. `clock` is the made-up time that all its devices read."""
+    """A running fleet. `clock` is the simulated time that all its devices read."""
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class _Run:
 
     @contextmanager
     def started(self, folder: Path, host: str, port: int) -> Iterator[None]:
-        """All devices, opened one after another and seen online; closed at the end."""
+        """Open all devices, one after another, and wait until all are online; close them at the end."""
         options, costs = self.options, self.costs
         gc.collect()
         costs.rss_mb_before, begun, cpu = machine.rss_mb() or 0.0, time.monotonic(), time.process_time()
@@ -178,13 +177,13 @@ class _Run:
         return Device(name, daemon, here, there, domains[0], target)
 
     def stream(self) -> None:
-        """Everybody's frames: those of the first domain, then some devices move; commands along the way."""
+        """Show every device its frames and send commands meanwhile; midway some devices move to another domain."""
         costs, samples = self.costs, self.options.samples
         begun, cpu, heard = time.monotonic(), time.process_time(), self.operator.messages
         linked = link_cpu_s()
         for index in range(2 * samples):
             if index == samples:
-                self.settle()  # so that nobody is paused any more when the world changes
+                self.settle()  # so that no device is paused any more when the domain changes
                 for device in self.devices:
                     device.pictures = device.elsewhere
             self._round(index, self.devices)
@@ -217,11 +216,11 @@ class _Run:
             self.costs.turns_ms.append(1e3 * (time.perf_counter() - wall))
 
     def settle(self) -> None:
-        """Until every command is answered, without time moving."""
+        """Wait until every command is answered; the simulated time stands still."""
         self._await(self.operator.answered)
 
     def _await(self, predicate: Callable[[], bool]) -> None:
-        """Turn everybody until it is true, or nothing was heard for `PATIENCE_S`: what is missing is a fault then."""
+        """Step all devices until `predicate` is true or no message came for `PATIENCE_S`."""
         heard, since = -1, time.monotonic()
         while not self.operator.wait(predicate, LOOK_S) and time.monotonic() - since < PATIENCE_S:
             for device in self.devices:
@@ -230,7 +229,7 @@ class _Run:
                 heard, since = self.operator.messages, time.monotonic()
 
     def teach(self) -> None:
-        """Label, as an operator would, what some devices ask for, one device after another."""
+        """Label the frames that some devices ask for, one device after another, as an operator would."""
         wanting = [device for device in self.devices if device.daemon.board.phase == "labelling"]
         for number, device in enumerate(wanting[: self.options.teach]):
             self.show("teach", number, self.options.teach)
@@ -259,7 +258,7 @@ class _Run:
         return Taught(device.name, outcome, device.target in board.system.names, time.monotonic() - begun)
 
     def end(self) -> None:
-        """Ask everybody for a last report, have the last telemetry sent, and note what everybody did."""
+        """Ask every device for a last report, send the last telemetry, and note what every device did."""
         for device in self.devices:
             facts = {
                 "session": device.daemon.session,
@@ -285,7 +284,7 @@ class _Run:
             )
 
     def leave(self) -> None:
-        """Until everybody's farewell was heard."""
+        """Wait for the offline status of every device."""
         self.operator.wait(lambda: all(heard.farewells for heard in self.operator.heard.values()), PATIENCE_S)
 
     def result(self, broker: str, where: str) -> FleetResult:
@@ -308,7 +307,7 @@ class _Run:
 
 
 def configuration(options: FleetOptions, site: str, name: str, state: Path, host: str, port: int) -> Config:
-    """What the configuration file of a device would say."""
+    """The configuration of one device."""
     return Config(
         device=DeviceSection(site=site, name=name, state=state, encoder=options.encoder, seed=options.seed),
         mqtt=MqttSection(host=host, port=port, session_expiry_s=300),

@@ -1,4 +1,4 @@
-"""What the operator asks of every device of a fleet while frames are shown, and what must be answered."""
+"""The commands that the operator sends to every device of a fleet while frames are shown, and the expected answers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from edgeear.system import System
 from edgeear.types import Encoder
 
 PROBATION = 33
-"""What `set-policy` sets, to be found in the last report."""
+"""The value that `set-policy` sets and the last report must hold."""
 STAGGER = 10
 """Rounds over which one command of the script is spread among the devices."""
 
 
 @dataclass
 class Device:
-    """One daemon and what it is shown: `pictures` of its `home` domain, midway those `elsewhere`, of its `target`.
-    `cpu_s`: of its turns, without the encoder."""
+    """One daemon and what it is shown: `pictures` of its `home` domain, from midway those `elsewhere`, of its `target`.
+    `cpu_s`: CPU seconds of its turns without the encoder."""
 
     name: str
     daemon: Daemon
@@ -43,7 +43,8 @@ Ask = Callable[[FleetOperator, Device], None]
 
 
 def script(samples: int, one: Picture, system: System, encoder: Encoder) -> dict[int, list[Ask]]:
-    """The commands that every device gets, by round before midway; `one` is the picture to infer."""
+    """The commands that every device gets, by the round in which they are sent, all before midway; `one` is the
+    picture of the `infer` command."""
     prediction, _, _ = infer(system, OrtEngine(encoder), ShiftState(), one.frame)
     image, said = png(one.frame), {"label": prediction.label, "route": prediction.route}
 
