@@ -86,7 +86,8 @@ class Operator:
         return self.build(plan, f)
 
     def kernel(self, gram: Any, f: HeadFields) -> Any:
-        """Inner products of the adapted features from those of the vector input, in place, where nothing is learned."""
+        """Inner products of the adapted features from those of the vector input, where nothing is
+        learned; `gram (samples, samples)` stays as it is."""
         return gram
 
     def random_features(self, f: HeadFields) -> float:
