@@ -294,6 +294,8 @@ class Ear:
         _need_torch("learning")
         with shown(progress) as show:
             samples, warnings = self._samples(lesson, VIEWS, [t.name for t in self.system.space.taps], show)
+            if len(samples.classes) == 1:
+                warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
             outcome = adapt(self.system, samples, self.policy or _policy(self.seed), self.seed, show)
         return self._learned(outcome, samples, warnings)
 
@@ -329,8 +331,8 @@ class Ear:
         if images is not None:
             given = _files_in(Path(images)) if isinstance(images, str | Path) else tuple(images)
             taps = [t.name for t in self.system.space.taps]
-            views = [one.views[0] for one in _all_good(self._encoded(given, VIEWS[:1], taps))]
-            seen = self.system.space.encode(_joined(views))
+            different = {one.digest: one.views[0] for one in _all_good(self._encoded(given, VIEWS[:1], taps))}
+            seen = self.system.space.encode(_joined(list(different.values())))
         how = "from the sums alone" if seen is None else "with its images, exactly"
         return self._changed(
             forget_class(self.system, domain, label, seen), f"forgot {label} of {domain}, {how}", forgot=True
@@ -449,8 +451,6 @@ class Ear:
         kept = sorted(first.values())
         warnings = [*lesson.warnings, *_told_copies(lesson, first)]
         classes = tuple(sorted(set(lesson.labels)))
-        if len(classes) == 1:
-            warnings.append(f"one class only: every image of this domain is called {classes[0]}")
         labels: I64 = np.array([classes.index(lesson.labels[k]) for k in kept], np.int64)
         features = [_joined([encoded[k].views[v] for k in kept]) for v in range(len(views))]
         return Samples(lesson.name, features, labels, classes), tuple(warnings)

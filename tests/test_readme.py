@@ -1,12 +1,15 @@
-"""README tells the truth: its shell commands and its Python blocks are run in the order in which they stand.
+"""README, the quickstart and the examples tell the truth: they are run, block by block in the order in which they
+stand.
 
-Fenced blocks marked `sh` and `python` are read; mark as `text` what is only to be looked at. All blocks share
-one folder, one home and one Python namespace, as a reader's would. The folder holds
-`photos/{photo,sketch}/{cat,dog}/NN.jpg` and `photo.jpg`, so a command or a block may name these.
+Fenced blocks marked `sh` and `python` are read; mark as `text` what is only to be looked at. All blocks of a document
+share one folder, one home and one Python namespace, as a reader's would. The folder holds `photo.jpg`, for README
+`photos/{photo,sketch}/{cat,dog}/NN.jpg`, and for the others `photos/` and `held_out/{day,night}/{cat,dog}/NN.jpg` and
+`more/day/bird/NN.jpg`, so a command, a block or an example may name these.
 
 - `edgeear ...` is run. The commands in `LONG` are only checked against their own `--help`.
 - `make TARGET` must be a real target. `pip install` may name only extras that exist.
-- `git clone` and `cd` are left alone. Any other command fails the test: add a check for it to `CHECKS`.
+- `git clone`, `cd` and what makes a virtual environment are left alone. Any other command fails the test: add a check
+for it to `CHECKS`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,7 +34,8 @@ from tests.support.needs import need
 
 need("edgeear as a process")
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, QUICKSTART = ROOT / "README.md", ROOT / "docs/quickstart.md"
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONG = ("demo", "bench", "run", "doctor", "watch", "send", "requests", "label")
 SECONDS = 300
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,11 +47,12 @@ class Block:
     line: int
     """Line of the block's first line in the file, from 1."""
     source: str
+    document: Path = README
 
 
 @dataclass
 class Reader:
-    """Somebody who follows README: a folder to work in, a home, and what Python remembers so far."""
+    """Somebody who follows a document: a folder to work in, a home, and what Python remembers so far."""
 
     folder: Path
     home: Path
@@ -62,8 +68,10 @@ class Reader:
         )
 
 
-def blocks(text: str) -> list[Block]:
-    return [Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2]) for match in FENCE.finditer(text)]
+def blocks(text: str, document: Path = README) -> list[Block]:
+    return [
+        Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2], document) for match in FENCE.finditer(text)
+    ]
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -112,6 +120,8 @@ CHECKS: dict[str, Callable[[Reader, list[str]], str]] = {
     "pip": problem_of_pip,
     "git": no_problem,
     "cd": no_problem,
+    "python3": no_problem,
+    ".": no_problem,
 }
 
 
@@ -125,42 +135,96 @@ def problems(reader: Reader, block: Block) -> list[str]:
         check = CHECKS.get(words[0])
         problem = check(reader, words) if check else f"{words[0]}: no check for this command in CHECKS"
         if problem:
-            found.append(f"README line {block.line}, {shlex.join(words)}: {problem}")
+            found.append(f"{block.document.name} line {block.line}, {shlex.join(words)}: {problem}")
     return found
 
 
 def execute(reader: Reader, block: Block) -> None:
-    """Run a Python block, with README's own line numbers in a traceback."""
-    exec(compile("\n" * (block.line - 1) + block.source, str(README), "exec"), reader.names)
+    """Run a Python block, with the document's own line numbers in a traceback."""
+    exec(compile("\n" * (block.line - 1) + block.source, str(block.document), "exec"), reader.names)
+
+
+def draw(folder: Path, kinds: dict[str, int], channels: int, count: int, seed: int, shade: float = 1.0) -> None:
+    """Noisy pictures `folder/KIND/NN.jpg`, each kind of a level of its own."""
+    noise = np.random.default_rng(seed)
+    for kind, level in kinds.items():
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            pixels = noise.normal(shade * level, 30, (64, 64, channels)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(np.repeat(pixels, 3 // channels, axis=2)).save(folder / kind / f"{number:02}.jpg")
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    folder, home = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("home")
-    noise = np.random.default_rng(0)
-    for domain, channels in (("photo", 3), ("sketch", 1)):
-        for kind, level in (("cat", 90), ("dog", 160)):
-            target = folder / "photos" / domain / kind
-            target.mkdir(parents=True)
-            for number in range(10):
-                pixels = noise.normal(level, 30, (64, 64, channels)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(np.repeat(pixels, 3 // channels, axis=2)).save(target / f"{number:02}.jpg")
-    Image.open(folder / "photos/photo/cat/00.jpg").save(folder / "photo.jpg")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Reader:
+    """Somebody who reads README."""
+    folder = tmp_path_factory.mktemp("readme")
+    for seed, (domain, channels) in enumerate((("photo", 3), ("sketch", 1))):
+        draw(folder / "photos" / domain, {"cat": 90, "dog": 160}, channels, 10, seed)
+    shutil.copy(folder / "photos/photo/cat/00.jpg", folder / "photo.jpg")
     return Reader(folder, home)
 
 
-BLOCKS = blocks(README.read_text(encoding="utf-8")) if README.is_file() else []
+@pytest.fixture(scope="module")
+def beginner(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Reader:
+    """Somebody who reads the quickstart and tries the examples."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    for seed, (domain, channels) in enumerate((("day", 3), ("night", 1))):
+        draw(folder / "photos" / domain, {"cat": 90, "dog": 160}, channels, 25, seed)
+        draw(folder / "held_out" / domain, {"cat": 90, "dog": 160}, channels, 25, 10 + seed)
+    draw(folder / "more/day", {"bird": 220}, 3, 12, 20)
+    shutil.copy(folder / "held_out/day/cat/00.jpg", folder / "photo.jpg")
+    return Reader(folder, home)
 
 
-def test_readme_has_commands_and_code() -> None:
-    assert {block.language for block in BLOCKS} == {"sh", "python"}
+BLOCKS = blocks(README.read_text(encoding="utf-8"))
+STEPS = blocks(QUICKSTART.read_text(encoding="utf-8"), QUICKSTART)
+
+
+@pytest.mark.parametrize("found", [BLOCKS, STEPS], ids=["README", "quickstart"])
+def test_documents_have_commands_and_code(found: list[Block]) -> None:
+    assert {block.language for block in found} == {"sh", "python"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.language}-line-{block.line}")
 def test_readme_block_works(reader: Reader, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(reader, block, monkeypatch)
+
+
+@pytest.mark.parametrize("block", STEPS, ids=lambda block: f"{block.language}-line-{block.line}")
+def test_quickstart_block_works(beginner: Reader, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(beginner, block, monkeypatch)
+
+
+def follow(reader: Reader, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reader.folder)
     monkeypatch.setenv("HOME", str(reader.home))
     assert problems(reader, block) == []
+
+
+SAYS = {
+    "evaluate_and_forget": ("accuracy 100.0% of 100", "'day' is known", "('bird', 'cat', 'dog')", "Ear(day: 50 images"),
+    "keep_and_continue": ("saved as generation 1", "undone: True ('day',)", "('day', 'evening')"),
+    "learn_and_predict": ("day: 50 images of 2 classes", "cat day False"),
+    "own_encoder": ("validation accuracy 100.0% (n = 50)", "cat "),
+    "stream_with_shifts": ("the stream left all that is known", "this is day again", "150 frames answered"),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_works(beginner: Reader, example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
+    done = beginner.run(sys.executable, str(example))
+    assert done.returncode == 0, done.stderr
+    assert [text for text in SAYS[example.stem] if text not in done.stdout] == [], done.stdout
+
+
+def test_every_example_is_checked() -> None:
+    assert {path.stem for path in EXAMPLES} == SAYS.keys()
 
 
 def test_blocks_are_found_with_their_lines() -> None:
