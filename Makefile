@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast lint check format bench-pacs bench-runtime bench-nas bench-ood bench-shift bench-routing
-.PHONY: bench-labelfree bench-science bench-fleet bench-fuzz bench-daemon bench-mqtt bench-adaptation bench-page clean
+.PHONY: bench-calibration bench-labelfree bench-science bench-fleet bench-fuzz bench-daemon bench-mqtt bench-adaptation bench-page clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -109,6 +109,10 @@ bench-labelfree: $(STAMP) | $(RESULTS) $(DATA) $(DIGITS) ## adaptation without l
 	  --seeds 0 --orders 20 --frames 400 --json $(RESULTS)/labelfree-orders.json
 	$(BIN)/python benchmarks/labelfree.py --data "$(DIGITS)" \
 	  --seeds 0 --orders 6 --frames 300 --json $(RESULTS)/labelfree-digits.json
+
+bench-calibration: $(STAMP) | $(RESULTS) $(DATA) ## probabilities against frequencies on PACS, 20 shots and all images
+	$(BIN)/python benchmarks/calibration.py --data "$(DATA)" --order photo,art_painting,cartoon,sketch --shots 20 --json $(RESULTS)/calibration-20.json
+	$(BIN)/python benchmarks/calibration.py --data "$(DATA)" --order photo,art_painting,cartoon,sketch --seeds 1 --json $(RESULTS)/calibration-all.json
 
 bench-science: $(STAMP) | $(RESULTS) $(PACS) ## ours beside the published methods; PART=detectors,learners picks, SEEDS=5
 	nice -n 5 $(BIN)/python -m benchmarks.science --part "$(PART)" --seeds $(or $(SEEDS),5)

@@ -296,7 +296,7 @@ class Ear:
             samples, warnings = self._samples(lesson, VIEWS, [t.name for t in self.system.space.taps], show)
             if len(samples.classes) == 1:
                 warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
-            outcome = adapt(self.system, samples, self.policy or _policy(self.seed), self.seed, show)
+            outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
         return self._learned(outcome, samples, warnings)
 
     def update(
@@ -605,7 +605,8 @@ def _opened(encoder: EncoderChoice) -> Encoder:
     return OnnxEncoder(path)
 
 
-def _policy(seed: int) -> AdaptPolicy:
+def default_policy(seed: int) -> AdaptPolicy:
+    """What learning may cost where no policy was given. Needs the `learn` extra."""
     from adaptors.search import SearchPolicy  # loads torch
 
     return AdaptPolicy(search=SearchPolicy(specs=SPECS, seed=seed), spatial=False)

@@ -106,7 +106,7 @@ def predict(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILES...",
+            metavar="FILES",
             help="Pictures, or folders of them; - reads one picture or names, one a line, from stdin.",
             show_default=False,
         ),

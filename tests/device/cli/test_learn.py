@@ -23,7 +23,7 @@ FIRST = sorted(fakes.CLASSES)[0]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny encoder in the place of any ONNX file, and a search of a few heads."""
     monkeypatch.setattr("device.api.OnnxEncoder", lambda path: fakes.FakeEncoder())
-    monkeypatch.setattr("device.api._policy", lambda seed: fakes.QUICK)
+    monkeypatch.setattr("device.api.default_policy", lambda seed: fakes.QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,18 @@ def test_folders_without_photographs_are_refused(
     assert code("learn", tmp_path / "nowhere", "--store", tmp_path / "s", "--encoder", "e") == 2
     error = capsys.readouterr().err
     assert "error: " in error and complaint in error and "Traceback" not in error
+
+
+def test_small_data_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "data", (("red", 0),), 4) / "red"
+    (folder / "empty").mkdir()
+    first = sorted((folder / FIRST).iterdir())[0]
+    (folder / FIRST / "copy.png").write_bytes(first.read_bytes())
+    assert code("learn", folder, "--store", tmp_path / "s", "--encoder", "e", "--quiet") == 0
+    out = capsys.readouterr().out
+    assert "red: 12 images of 3 classes" in out
+    for warning in ("1 image left out: copies", "fewer than 30: the accuracy", "without an image): empty"):
+        assert warning in out, out
 
 
 def test_a_store_is_not_made_among_other_files(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
