@@ -494,8 +494,9 @@ def test_report_that_cannot_be_written_names_the_path(tmp_path: Path) -> None:
         write_report(bare(), tmp_path / "nowhere" / "report.html")
 
 
-def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=r"\.\[report\]"):
         render(example())
 
