@@ -22,6 +22,7 @@ from adaptors import hadamard
 from adaptors.cost import Cost, cost
 from adaptors.fields import TapShapes
 from adaptors.graph import EPSILON, HeadGraph, Transform
+from adaptors.onnx_bytes import ModelError, check_head
 from adaptors.quantise import F32, quantise_rows
 from adaptors.spec import (
     PROTOTYPE_DIMENSIONS,
@@ -67,7 +68,8 @@ class HeadArchive:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], onnx: bytes) -> HeadArchive:
-        """Inverse of `to_dict`; raises ArchiveError when a field is wrong or the bytes are not those described."""
+        """Inverse of `to_dict`; raises ArchiveError when a field is wrong or the bytes are not those described, or
+        are a graph that no head may have (`adaptors.onnx_bytes.check_head`)."""
         if set(data) != _FIELDS:
             raise ArchiveError(f"description of a head has fields {sorted(data)}, expected {sorted(_FIELDS)}")
         try:
@@ -84,6 +86,10 @@ class HeadArchive:
         head = cls(spec, shapes, classes, seed, onnx)
         if head.digest != data["digest"]:
             raise ArchiveError(f"head has digest {head.digest}, described is {data['digest']}: fetch the file again")
+        try:
+            check_head(onnx)
+        except ModelError as error:
+            raise ArchiveError(f"{error}; learn the head again, or fetch it from its source") from error
         return head
 
 

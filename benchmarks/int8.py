@@ -29,7 +29,7 @@ from adaptors.fields import TapShapes
 from adaptors.search import single_thread
 from adaptors.spec import HeadSpec
 from adaptors.train import TrainPolicy, train
-from device.encoder.engine import open_session
+from device.encoder.runtime import open_session
 from device.evaluation.data import I64, DataOptions, open_encoder, read_domains
 from edgeear.types import F32, Features
 

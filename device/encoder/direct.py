@@ -7,7 +7,7 @@ Rules of this file:
 
 1. The weights are read from the head's ONNX bytes. A head is served from here only if its scores on a probe agree with
    the graph's (`AGREEMENT`). Every other head, and every graph with another structure, uses its session.
-2. onnx is not imported, because an inference process does not have it. The reader parses the protobuf wire format only.
+2. onnx is not imported, because an inference process does not have it: adaptors/onnx_bytes.py reads the bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from adaptors.archive import HeadArchive
 from adaptors.hadamard import TURN, next_power_of_two, phase_words, signs, thirds
+from adaptors.onnx_bytes import fields
 from edgeear.types import F32, Features
 
 AGREEMENT = 1e-5
@@ -125,37 +126,19 @@ class _Node:
 
 def _graph(onnx: bytes) -> tuple[list[_Node], dict[str, bytes]]:
     """Nodes, and constants by name. The field numbers are those of onnx.proto."""
-    graph = next(value for number, value in _fields(onnx) if number == 7)
+    graph = next(value for number, value in _parts(memoryview(onnx)) if number == 7)
     nodes, constants = [], {}
-    for number, value in _fields(graph):
-        fields = list(_fields(value)) if number in (_NODE, _INITIALIZER) else []
+    for number, value in _parts(graph):
         if number == _NODE:
-            inputs, outputs, operator = ([v.decode() for k, v in fields if k == field] for field in (1, 2, 4))
+            named = list(_parts(value))
+            inputs, outputs, operator = ([bytes(v).decode() for k, v in named if k == field] for field in (1, 2, 4))
             nodes.append(_Node(inputs, outputs, operator[0]))
         elif number == _INITIALIZER:
-            parts = dict(fields)
-            constants[parts[8].decode()] = parts.get(9, b"")
+            parts = dict(_parts(value))
+            constants[bytes(parts[8]).decode()] = bytes(parts.get(9, b""))
     return nodes, constants
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Field numbers and contents of a protobuf message. Numeric fields, which are not needed, come as empty bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind, length = key & 7, 0
-        if kind == 0:
-            _, at = _varint(data, at)
-        else:
-            length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-        yield key >> 3, data[at : at + length] if kind == 2 else b""
-        at += length
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The fields that hold bytes: texts, arrays and messages."""
+    return ((number, value) for number, value in fields(message) if isinstance(value, memoryview))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adaptors.archive import HeadArchive
 from device.encoder.direct import DirectHead, direct
+from device.encoder.runtime import open_session
 from edgeear.types import F32, Encoder, Features
 
 SESSIONS = 32
@@ -61,16 +62,3 @@ class OrtEngine:
 def _run(session: ort.InferenceSession, head: HeadArchive, features: Features) -> F32:
     out: F32 = session.run(["scores"], {t: features[t] for t in head.spec.inputs})[0]
     return out
-
-
-def open_session(onnx: bytes) -> ort.InferenceSession:
-    """A session of one thread that does not spin, so that it takes no other cores of a small board.
-
-    Int8 weights are dequantised once, here, and not in every call."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 3
-    return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])

@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from device.encoder import efficientnet, export_graph
 from device.encoder.cache import DEFAULT_ENCODER, publish_encoder
 from device.encoder.metadata import Metadata, Preprocessing
+from device.encoder.runtime import open_session
 from device.files import write_whole
 from edgeear.errors import DeviceError, FormatError, UsageError
 from edgeear.types import Tap
@@ -186,10 +186,7 @@ def _metadata(expected: Mapping[str, Tensor], plan: _Plan) -> Metadata:
 
 def _compare(content: bytes, example: Tensor, expected: Mapping[str, Tensor]) -> None:
     """Raise `FormatError` if ONNX Runtime and torch disagree."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    found = session.run(list(expected), {export_graph.INPUT: example.numpy()})
+    found = open_session(content, unfold=False).run(list(expected), {export_graph.INPUT: example.numpy()})
     for (name, value), got in zip(expected.items(), found, strict=True):
         reference = value.detach().numpy()
         limit = _TOLERANCE * (1e-3 + np.abs(reference).max())

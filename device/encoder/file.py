@@ -6,9 +6,8 @@ Rules of this file:
    are pooled taps, of rank 4 spatial taps. Others are ignored, and `OpenEncoder.notes` names them.
 2. The file's own metadata (metadata.py) is checked against its graph. Without metadata, a frame is scaled to [0, 1],
    and every usable output is a tap.
-3. The file is read whole and identified by its SHA-256. Weights outside of the file are refused.
-4. The number of threads is set explicitly, and they never spin, because other programs share the machine.
-5. Every fault is an `EncoderError` that names the file, the fault and the remedy.
+3. The file is read whole and identified by its SHA-256. Weights outside of the file are refused before it is opened.
+4. Every fault is an `EncoderError` that names the file, the fault and the remedy.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime import InferenceSession
 
+from adaptors.onnx_bytes import ExternalWeights, ModelError
 from device.encoder.metadata import (
     METADATA_KEY,
     EncoderError,
@@ -31,19 +30,10 @@ from device.encoder.metadata import (
     Problem,
     read_metadata,
 )
+from device.encoder.runtime import ORT_ERRORS, InvalidProtobuf, open_session
 from edgeear.errors import UsageError
 from edgeear.types import Tap
 
-ORT_ERRORS: tuple[type[Exception], ...] = (
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 _OPENING_ERRORS: tuple[type[Exception], ...] = (
     *ORT_ERRORS,
     ValueError,
@@ -51,14 +41,13 @@ _OPENING_ERRORS: tuple[type[Exception], ...] = (
 )  # ValueError: a name in the file is not UTF-8
 _INPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
 _OUTPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
-_ERRORS_ONLY = 3  # a log severity of ONNX Runtime
 
 
 @dataclass(frozen=True)
 class OpenEncoder:
     """A file that can serve as an encoder. `metadata` is complete even if the file has none."""
 
-    session: onnxruntime.InferenceSession
+    session: InferenceSession
     digest: str
     input_name: str
     input_dtype: str
@@ -82,7 +71,7 @@ def open_encoder(path: Path, threads: int, preprocessing: Preprocessing | None =
         raise EncoderError(f"{path}: {error.what}", error.remedy) from error.__cause__
 
 
-def _opened(content: bytes, session: onnxruntime.InferenceSession, wanted: Preprocessing | None) -> OpenEncoder:
+def _opened(content: bytes, session: InferenceSession, wanted: Preprocessing | None) -> OpenEncoder:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     stored = None if text is None else read_metadata(text)
     image = _image_input(session)
@@ -118,33 +107,27 @@ def _read(path: Path) -> bytes:
         raise EncoderError(f"cannot be read ({error.strerror})", "check its permissions and its disk") from error
 
 
-def _session(content: bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = _ERRORS_ONLY
+def _session(content: bytes, threads: int) -> InferenceSession:
     try:
-        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
+        return open_session(content, threads, unfold=False)
+    except ExternalWeights as error:
+        remedy = "export it as one file, weights included (torch.onnx.export: external_data=False)"
+        raise EncoderError(f"{error}, so a digest does not cover them", remedy) from error
     except _OPENING_ERRORS as error:
         raise _refused(content, error) from error
-    session._model_bytes = None  # onnxruntime keeps the whole file for a change of providers, which never happens
-    return session
 
 
 def _refused(content: bytes, error: Exception) -> EncoderError:
-    unreadable = isinstance(error, ort_errors.InvalidProtobuf) or "No graph was found" in str(error)
+    unreadable = isinstance(error, ModelError | InvalidProtobuf) or "No graph was found" in str(error)
     if unreadable and content[:1] == b"\x08":  # the format version, the first field of an ONNX file
         return EncoderError("truncated or damaged ONNX file", "copy it or export it again")
     if unreadable:
         return EncoderError("not an ONNX file", "give the path of an ONNX file")
     first_line = str(error).strip().partition("\n")[0][:200]
-    remedy = "export it as one file, weights included, of operators that ONNX Runtime knows"
-    return EncoderError(f"ONNX Runtime refuses it ({first_line})", remedy)
+    return EncoderError(f"ONNX Runtime refuses it ({first_line})", "export it with operators that ONNX Runtime knows")
 
 
-def _image_input(session: onnxruntime.InferenceSession) -> Any:
+def _image_input(session: InferenceSession) -> Any:
     inputs = session.get_inputs()
     if len(inputs) != 1:
         raise EncoderError(f"{len(inputs)} inputs, expected 1", "export it with the image as its only input")
@@ -187,7 +170,7 @@ def _layout(shape: list[Any], wanted: Preprocessing | None) -> Layout:
 
 
 def _tap_outputs(
-    session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
+    session: InferenceSession, image: Any, preprocessing: Preprocessing
 ) -> tuple[list[Tap], list[Problem]]:
     """All usable outputs as taps, and a warning for each other one."""
     shapes = _output_shapes(session, image, preprocessing)
@@ -205,9 +188,7 @@ def _tap_outputs(
     return taps, notes
 
 
-def _output_shapes(
-    session: onnxruntime.InferenceSession, image: Any, preprocessing: Preprocessing
-) -> dict[str, tuple[int, ...]]:
+def _output_shapes(session: InferenceSession, image: Any, preprocessing: Preprocessing) -> dict[str, tuple[int, ...]]:
     """The shapes for one frame: as stated, or measured on a black frame if the file leaves a size open."""
     outputs = session.get_outputs()
     if all(_is_stated(output.shape) for output in outputs):
@@ -226,7 +207,7 @@ def _is_stated(shape: list[Any]) -> bool:
     return (rows == 1 or isinstance(rows, str)) and all(isinstance(size, int) for size in sizes)
 
 
-def _check_against_graph(stored: Metadata, taps: list[Tap], session: onnxruntime.InferenceSession) -> None:
+def _check_against_graph(stored: Metadata, taps: list[Tap], session: InferenceSession) -> None:
     """Raise `EncoderError` unless all taps and gates of the metadata are in the graph."""
     shapes = {tap.name: tap.shape for tap in taps}
     for tap in stored.taps:

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import IOBinding
 
-from device.encoder.file import ORT_ERRORS, open_encoder
+from device.encoder.file import open_encoder
 from device.encoder.metadata import EncoderError, Metadata, Preprocessing, Problem
+from device.encoder.runtime import ORT_ERRORS
 from edgeear.errors import DataError, UsageError
 from edgeear.types import F32, U8, Encoder, Tap
 

@@ -28,7 +28,7 @@ from adaptors.latency import DEFAULT, InvalidModel, LatencyModel, fit
 from adaptors.progress import Progress
 from adaptors.search_space import BUDGETS, SearchSpace
 from adaptors.spec import HeadSpec, weight_shapes
-from device.encoder.engine import open_session
+from device.encoder.runtime import open_session
 from device.provenance import machine, versions
 from edgeear.errors import DataError, FormatError, UsageError
 

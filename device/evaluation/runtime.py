@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +113,6 @@ def _write_stripped(encoder: Path, target: Path) -> None:
 
 def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
     """Measure in the child, which does what a board's inference process does, and nothing else."""
-    import onnxruntime
-
     from device.encoder.engine import OrtEngine
     from device.encoder.session import OnnxEncoder
     from device.state.codec import from_files
@@ -145,7 +144,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
         "machine": f"{platform.machine()} {_cpu()} x{os.cpu_count()}",
         "versions": {
             "python": platform.python_version(),
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": version("onnxruntime"),
             "numpy": np.__version__,
         },
         "rows": rows,
@@ -160,7 +159,7 @@ def _measure(plan: dict[str, Any], started: float) -> dict[str, Any]:
 
 def _session(file: Path, size: tuple[int, int]) -> Callable[[], object]:
     """One run of the network alone, without preprocessing, that fetches its last pooled tap."""
-    from device.encoder.engine import open_session
+    from device.encoder.runtime import open_session
 
     session = open_session(file.read_bytes())
     pooled = [o.name for o in session.get_outputs() if o.name.endswith(".mean")]

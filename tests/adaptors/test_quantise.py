@@ -22,7 +22,7 @@ from adaptors.search import Scored, SearchResult
 from adaptors.search_space import Budget, SearchSpace
 from adaptors.spec import HeadSpec
 from adaptors.train import Trained, accuracy, train
-from device.encoder.engine import open_session
+from device.encoder.runtime import open_session
 from edgeear import growth
 from edgeear.samples import AdaptPolicy
 from tests.adaptors.test_heads import REFERENCE, packed, random_head, served, taps

@@ -11,7 +11,8 @@ from adaptors.archive import HeadArchive
 from adaptors.hadamard import fwht, thirds
 from adaptors.spec import HeadSpec
 from device.encoder.direct import DirectHead, direct
-from device.encoder.engine import OrtEngine, open_session
+from device.encoder.engine import OrtEngine
+from device.encoder.runtime import open_session
 from edgeear.types import F32, Features
 from tests.adaptors.test_heads import ODD, SPECS, packed, random_head
 from tests.support import fakes

@@ -280,7 +280,7 @@ def lying(tap: Tap, gates: dict[str, str] | None = None) -> Callable[[], bytes]:
         (lambda: b"<html>not found</html>", "not an ONNX file"),
         (lambda: sound()[:-9], "truncated"),
         (lambda: sound()[:2], "truncated"),
-        (external_weights, "ONNX Runtime refuses it"),
+        (external_weights, "weights are kept outside of the file"),
         (integer_output, "encoder without taps, output whole is ignored, it is tensor(int64)"),
         (lambda: model([means(axes=[3])], {"mean": (1, 3, SIZE)}), "encoder without taps"),
         (two_inputs, "2 inputs"),
