@@ -77,6 +77,20 @@ def check_head(content: bytes) -> None:
                 raise ModelError(f"a head of more than {HEAD_NODES} nodes: learn it again")
 
 
+def appended(content: bytes, key: str, value: str) -> bytes:
+    """The model with one more entry in its metadata: messages that follow each other are one message."""
+    entry = b"".join(_field(number, text.encode()) for number, text in ((1, key), (2, value)))
+    return content + _field(14, entry)
+
+
+def _field(number: int, value: bytes) -> bytes:
+    length, out = len(value), bytearray([number << 3 | _BYTES])
+    while length > 127:
+        out.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*out, length]) + value
+
+
 def _check_node(message: memoryview) -> None:
     named: dict[int, str] = {1: "", 4: "", 7: ""}
     for number, value in fields(message):

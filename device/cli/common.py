@@ -39,6 +39,14 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result
 EncoderPath = Annotated[
     Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
 ]
+PreprocessingText = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocessing",
+        help="How frames become the encoder's input, such as '224x224 imagenet' or "
+        "'mean=0.5,0.5,0.5 std=0.5,0.5,0.5 BGR'; default: as its file says.",
+    ),
+]
 Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
 ProfilePath = Annotated[
     Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as this board has it.")
@@ -78,6 +86,18 @@ def default_encoder() -> Path:
 
     with progress(quiet=False) as show:
         return default_encoder_path(cache_dir(), progress=lambda step: show(f"encoder: {step}", 0, 1))
+
+
+def chosen_encoder(path: Path | None, preprocessing: str | None) -> Path | None:
+    """`path`, with `preprocessing` where it is given; None stands for the built-in encoder."""
+    if preprocessing is None:
+        return path
+    if path is None:
+        raise UsageError("--preprocessing without --encoder: the built-in encoder knows its own")
+    from device.encoder.cache import prepared_encoder
+    from device.files import cache_dir
+
+    return prepared_encoder(path, preprocessing, cache_dir())
 
 
 def check_target(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands of the encoder: `edgeear encoder export` and `encoder check`."""
+"""Commands of the encoder: `edgeear encoder export`, `encoder check` and `encoder prepare`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from device.cli.common import AsJson, default_encoder, save
+from device.cli.common import AsJson, PreprocessingText, default_encoder, save
 
 app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
 
@@ -28,12 +28,13 @@ def export(
 @app.command("check", epilog="Example: `edgeear encoder check my-network.onnx`")
 def check(
     path: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    preprocessing: PreprocessingText = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether an ONNX file can serve as the encoder, what is wrong with it, and what mends it."""
     from device.encoder.session import check_encoder
 
-    problems = check_encoder(path)
+    problems = check_encoder(path, preprocessing=preprocessing)
     fatal = any(problem.severity == "error" for problem in problems)
     if as_json:
         found = [{"severity": p.severity, "what": p.what, "remedy": p.remedy} for p in problems]
@@ -44,3 +45,18 @@ def check(
         typer.echo(f"{path}: {'cannot serve' if fatal else 'can serve'} as an encoder")
     if fatal:
         raise typer.Exit(1)
+
+
+@app.command(
+    "prepare", epilog="Example: `edgeear encoder prepare net.onnx '224x224 imagenet' --output my-encoder.onnx`"
+)
+def prepare(
+    path: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    preprocessing: Annotated[str, typer.Argument(help="As --preprocessing of other commands.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new file.", show_default=False)],
+) -> None:
+    """Write a copy of an ONNX file that says how frames become its input, so that nobody has to say it again."""
+    from device.encoder.file import prepared
+
+    save(output, prepared(path, preprocessing))
+    typer.echo(str(output))

@@ -18,11 +18,13 @@ from device.cli.common import (
     EncoderPath,
     Json,
     Order,
+    PreprocessingText,
     ProfilePath,
     Quiet,
     Seed,
     Size,
     check_target,
+    chosen_encoder,
     default_encoder,
     dumped,
     names,
@@ -71,6 +73,7 @@ def evaluate(
         typer.Option("--halving", min=0, help="Train N heads for a few steps, then pick: 10 to 20 s for 8."),
     ] = 0,
     encoder: EncoderPath = None,
+    preprocessing: PreprocessingText = None,
     budget: Budget = Size.medium,
     profile: ProfilePath = None,
     seed: Seed = 0,
@@ -90,7 +93,7 @@ def evaluate(
             shots=shots,
             seed=seed,
             spatial=spatial,
-            encoder=encoder,
+            encoder=chosen_encoder(encoder, preprocessing),
             budget=budget.value,
             specs=specs,
             prefer=prefer.value,
@@ -117,14 +120,13 @@ def profile_board(
 ) -> None:
     """Measure once how long heads take on this board, so that the search predicts their latency. Takes a minute."""
     need(PACK)
-    from device.encoder.session import OnnxEncoder
+    from device.encoder.session import OnnxEncoder, head_shapes
     from device.evaluation.profile import profile, to_json
     from device.files import cache_dir
 
     target = json or cache_dir() / "profile.json"
     check_target(target)
-    taps = OnnxEncoder(encoder or default_encoder()).taps
-    shapes = {tap.name: tap.shape for tap in taps if tap.name != "logits"}
+    shapes = head_shapes(OnnxEncoder(encoder or default_encoder()))
     with progress(quiet) as show:
         found = profile(shapes, heads, seed, on_progress=show)
     save(target, to_json(found))

@@ -14,11 +14,13 @@ from device.cli.common import (
     Budget,
     EncoderPath,
     Order,
+    PreprocessingText,
     ProfilePath,
     Quiet,
     Seed,
     Size,
     check_target,
+    chosen_encoder,
     default_encoder,
     dumped,
     names,
@@ -102,6 +104,7 @@ def simulate(
         int | None, typer.Option("--specs", min=1, help="Heads that each search scores. Default: 300, of a fleet 20.")
     ] = None,
     encoder: EncoderPath = None,
+    preprocessing: PreprocessingText = None,
     budget: Budget = Size.medium,
     profile: ProfilePath = None,
     seed: Seed = 0,
@@ -124,6 +127,7 @@ def simulate(
     need({**(LEARN if encoder is None else TRAIN), **(DIGITS if data is None else {})})
     if devices == 0 and (teach or broker != "embedded"):
         raise UsageError("--broker and --teach are of a fleet: say how many --devices it has")
+    encoder = chosen_encoder(encoder, preprocessing)
     folder = data or _digits(seed, quiet)
     if devices:
         chosen = {"samples": samples, "labels": labels, "specs": specs}
@@ -193,12 +197,15 @@ def _simulated(options: SimulateOptions, encoder: Path | None, quiet: bool) -> N
     """Run a simulation, show its table on stdout and say where the report is; exit code 130 where you stopped it."""
     from rich.console import Console
 
-    from device.encoder.session import OnnxEncoder
+    from device.encoder.session import OnnxEncoder, notes_of
     from device.simulation.live import LiveView
     from device.simulation.simulate import simulate as run
 
     path = encoder or default_encoder()
-    record = run(options, OnnxEncoder(path), name=path.name.split(".")[0], quiet=quiet)
+    opened = OnnxEncoder(path)
+    for note in notes_of(opened):
+        typer.echo(f"warning: {path}: {note}", err=True)
+    record = run(options, opened, name=path.name.split(".")[0], quiet=quiet)
     LiveView(Console(), record.domains, 0, clock=lambda: 0.0, quiet=quiet).table(record)
     for what, where in (("report", options.report), ("record", options.json), ("store", options.store)):
         if where is not None:

@@ -21,12 +21,12 @@ from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
-from device.daemon.loop import Daemon, DaemonPolicy
+from device.daemon.loop import LOG, Daemon, DaemonPolicy
 from device.daemon.metrics import Metrics
 from device.daemon.sources import Feed
 from device.daemon.systemd import Notifier
-from device.encoder.cache import cached_encoder
-from device.encoder.session import OnnxEncoder, pooled_taps
+from device.encoder.cache import cached_encoder, prepared_encoder
+from device.encoder.session import OnnxEncoder, notes_of, pooled_taps
 from device.files import cache_dir
 from device.mqtt import homeassistant
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
@@ -54,14 +54,15 @@ class Running:
 
 
 def encoder_file(config: Config) -> Path:
-    """The configured encoder, or the built-in one from the cache. Raises `UsageError` where there is none."""
+    """The configured encoder with the configured preprocessing, or the built-in one from the cache. Raises `UsageError`
+    where there is none, `EncoderError` and `DeviceError` where it cannot be prepared."""
     path = config.device.encoder or cached_encoder(cache_dir())
     if path is None:
         raise UsageError(
             "device.encoder is not set and the cache holds no encoder: run `edgeear encoder export` here or on a "
             "machine that has the learn extra, and set device.encoder to the file"
         )
-    return path
+    return prepared_encoder(path, config.device.preprocessing, cache_dir())
 
 
 def blank(encoder: Encoder) -> System:
@@ -112,6 +113,8 @@ def opened(
     with ExitStack() as stack:
         file = encoder_file(config)
         encoder = encoder or OnnxEncoder(file, threads=config.device.threads)
+        for note in notes_of(encoder):
+            LOG.warning("%s: %s", file, note)
         store = stack.enter_context(Store.open(config.device.store))
         system = serving(store, encoder, start)
         outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from device.encoder.file import prepared
 from device.files import TEMPORARY, write_whole
 from edgeear.errors import DeviceError
 
@@ -32,6 +33,15 @@ def cached_encoder(cache: Path, stem: str = DEFAULT_ENCODER) -> Path | None:
         if _intact(path, stem):
             return path
     return None
+
+
+def prepared_encoder(path: Path, preprocessing: str | None, cache: Path) -> Path:
+    """The file `path`, or a cached copy of it that holds `preprocessing` (`metadata.parse_preprocessing`), so that
+    every process that opens the file prepares frames alike. Raises as `open_encoder` and `publish_encoder`."""
+    if preprocessing is None:
+        return path
+    content = prepared(path, preprocessing)
+    return publish_encoder(cache, f"prepared-{hashlib.sha256(content).hexdigest()[:16]}", lambda: content)
 
 
 def publish_encoder(

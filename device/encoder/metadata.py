@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -117,6 +118,48 @@ class Preprocessing:
     def _laid_out(self, frame: NDArray[Any]) -> NDArray[Any]:
         ordered = frame[..., ::-1] if self.color == "BGR" else frame
         return ordered.transpose(2, 0, 1) if self.layout == "NCHW" else ordered
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_SAYS = (
+    "say words such as '224x224 imagenet' or 'mean=0.5,0.5,0.5 std=0.5,0.5,0.5 BGR NHWC': height x width, mean and std "
+    "of the channels R,G,B for pixels in [0, 1], imagenet for its mean and std, unit for [0, 1] as it is"
+)
+
+
+def parse_preprocessing(text: str, height: object, width: object, layout: Layout) -> Preprocessing:
+    """The preprocessing that `text` says in words, in any order: `HEIGHTxWIDTH`, `imagenet`, `unit`, `mean=R,G,B`,
+    `std=R,G,B`, `RGB` or `BGR`, `NCHW` or `NHWC`. Mean and std are those of pixels in [0, 1], as torchvision has them.
+    `height`, `width` and `layout` are the input's own, used where `text` gives none; a size that the file leaves open
+    is no number.
+
+    Raises `UsageError` for any other text and for one without a size where the file leaves it open.
+    """
+    values: dict[str, Any] = {"height": height, "width": width, "layout": layout, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    for word in text.split():
+        if word == "imagenet":
+            values |= _IMAGENET
+        elif named := re.fullmatch(r"(mean|std)=([^,]+),([^,]+),([^,]+)", word):
+            values[named[1]] = tuple(_number(part, text) for part in named.groups()[1:])
+        elif sides := re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", word):
+            values |= {"height": int(sides[1]), "width": int(sides[2])}
+        elif word in ("RGB", "BGR"):
+            values["color"] = word
+        elif word in ("NCHW", "NHWC"):
+            values["layout"] = word
+        elif word != "unit":
+            raise UsageError(f"preprocessing {text!r}: {word!r} is not understood; {_SAYS}")
+    if not (isinstance(values["height"], int) and isinstance(values["width"], int)):
+        raise UsageError(f"preprocessing {text!r}: the file leaves its input size open; add it, such as 224x224")
+    mean, std = (tuple(255 * value for value in values.pop(name)) for name in ("mean", "std"))
+    return Preprocessing(mean=mean, scale=std, **values)
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"preprocessing {whole!r}: {text!r} is not a number; {_SAYS}") from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import IOBinding
 
-from device.encoder.file import open_encoder
+from device.encoder.file import Reading, open_encoder
 from device.encoder.metadata import EncoderError, Metadata, Preprocessing, Problem
 from device.encoder.runtime import ORT_ERRORS
 from edgeear.errors import DataError, UsageError
@@ -39,31 +39,33 @@ _RUN_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
 )  # a run with bound memory raises RuntimeError itself
 _SAME = 1e-3  # relative: far above rounding, far below the effect of batch statistics
+_BEFORE_SOFTMAX = "export the features that the classifier reads, or the scores before the softmax"
 _EVAL = "export it in evaluation mode: no dropout, no batch statistics"
 
 
 @dataclass(frozen=True, eq=False)
 class _Lane:
     """The memory of one run for one choice of taps, bound to the session once. The network reads `image` and writes
-    into `flat`, each tap at its slice in `places`. `converted` pairs outputs of another type or layout with the
-    features that they are copied to."""
+    into `flat`, each tap at its slice in `places`. `converted` holds the features that are read from outputs of another
+    type, layout or shape: how, from which memory, and to where."""
 
     names: tuple[str, ...]
     image: NDArray[Any]
     flat: F32
     places: tuple[tuple[str, slice, tuple[int, ...]], ...]
     binding: IOBinding
-    converted: tuple[tuple[NDArray[Any], F32], ...]
+    converted: tuple[tuple[Reading, NDArray[Any], F32], ...]
 
 
 class OnnxEncoder:
     """A frozen network in an ONNX file, run by `threads` threads that never spin.
 
     Raises `EncoderError` if the file cannot serve as an encoder, `UsageError` for fewer than 1 thread. `preprocessing`
-    overrides the file's own, and is needed if the file does not fix its input size.
+    overrides the file's own, and is needed if the file does not fix its input size; it may be the text of one, such as
+    "224x224 imagenet" (`device.encoder.metadata.parse_preprocessing`).
     """
 
-    def __init__(self, path: str | Path, threads: int = 1, *, preprocessing: Preprocessing | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, *, preprocessing: Preprocessing | str | None = None) -> None:
         self._file = open_encoder(Path(path), threads, preprocessing)
         self._taps = {tap.name: tap for tap in self._file.metadata.taps}
         self._idle: deque[_Lane] = deque(maxlen=1)
@@ -71,7 +73,7 @@ class OnnxEncoder:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the ONNX file, lower-case hex."""
+        """SHA-256 of the ONNX file, with the preprocessing where it was given from outside; lower-case hex."""
         return self._file.digest
 
     @property
@@ -143,8 +145,8 @@ class OnnxEncoder:
         except _RUN_ERRORS as error:
             what = f"ONNX Runtime fails on a frame of {self.input_size} ({str(error)[:200]})"
             raise EncoderError(what, "check the file with check_encoder, or export it again") from error
-        for found, feature in lane.converted:
-            np.copyto(feature, found, casting="same_kind")
+        for reading, found, feature in lane.converted:
+            np.copyto(feature, reading.read(found), casting="same_kind")
         return lane.flat
 
     def _lane(self, names: tuple[str, ...]) -> _Lane:
@@ -160,23 +162,31 @@ class OnnxEncoder:
         ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
         columns = [slice(*ends) for ends in zip([0, *ends], ends, strict=False)]
         image, flat = self._scratch(1), np.empty(ends[-1], np.float32)
-        binding, converted = self._file.session.io_binding(), []
+        features = [flat[column].reshape(1, *shape) for column, shape in zip(columns, shapes, strict=True)]
+        found = self._outputs(names, features)
+        binding, readings = self._file.session.io_binding(), [self._file.readings[name] for name in names]
         for name, array in {self._file.input_name: image, **self._closed_gates(names)}.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, column, shape in zip(names, columns, shapes, strict=True):
-            feature = flat[column].reshape(1, *shape)
-            found = self._found(name, feature)
-            binding.bind_output(name, "cpu", 0, found.dtype, found.shape, found.ctypes.data)
-            if found is not feature:
-                converted.append((self.preprocessing.channels_first(found), feature))
+        for name, array in found.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        converted = [
+            (reading, self.preprocessing.channels_first(found[reading.output]), feature)
+            for reading, feature in zip(readings, features, strict=True)
+            if found[reading.output] is not feature
+        ]
         return _Lane(names, image, flat, tuple(zip(names, columns, shapes, strict=True)), binding, tuple(converted))
 
-    def _found(self, name: str, feature: F32) -> NDArray[Any]:
-        """The memory that the network writes a tap to: the feature itself, or an array of its own type and layout."""
-        dtype = self._file.output_dtypes[name]
-        if self.preprocessing.layout == "NHWC" and feature.ndim == 4:
-            return np.empty(feature.transpose(0, 2, 3, 1).shape, dtype)
-        return feature if dtype == "float32" else np.empty(feature.shape, dtype)
+    def _outputs(self, names: Sequence[str], features: Sequence[F32]) -> dict[str, NDArray[Any]]:
+        """The memory that the network writes each output to: the feature itself, or an array of the output's own."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, feature in zip(names, features, strict=True):
+            reading = self._file.readings[name]
+            shape, dtype = self._file.outputs[reading.output]
+            if reading.whole and dtype == "float32" and shape == feature.shape:
+                found[reading.output] = feature
+            else:
+                found.setdefault(reading.output, np.empty(shape, dtype))
+        return found
 
     def _closed_gates(self, names: tuple[str, ...]) -> dict[str, Any]:
         gates = self._file.metadata.gates
@@ -205,15 +215,29 @@ class OnnxEncoder:
 
 
 def pooled_taps(encoder: Encoder) -> tuple[Tap, ...]:
-    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task."""
-    return tuple(t for t in encoder.taps if not t.spatial and t.name != "logits")
+    """The taps that hypervectors bundle: all pooled ones but the class scores of the encoder's own task, which are used
+    only where there is nothing else."""
+    pooled = tuple(tap for tap in encoder.taps if not tap.spatial)
+    return tuple(tap for tap in pooled if tap.name != "logits") or pooled
 
 
-def check_encoder(path: str | Path, *, preprocessing: Preprocessing | None = None) -> tuple[Problem, ...]:
+def notes_of(encoder: Encoder) -> tuple[str, ...]:
+    """Warnings about the encoder's file; none where it has no file."""
+    return tuple(map(str, getattr(encoder, "notes", ())))
+
+
+def head_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:
+    """The taps that heads may read, with their shapes: `pooled_taps` and the spatial ones."""
+    return {tap.name: tap.shape for tap in (*pooled_taps(encoder), *(t for t in encoder.taps if t.spatial))}
+
+
+def check_encoder(path: str | Path, *, preprocessing: Preprocessing | str | None = None) -> tuple[Problem, ...]:
     """All problems of an encoder file, errors first. Empty for a sound file."""
     try:
         encoder = OnnxEncoder(path, preprocessing=preprocessing)
         problems = [*encoder.notes, *_probe(encoder)]
+    except UsageError as error:
+        return (Problem("error", f"{path}: {error}", "correct the preprocessing"),)
     except EncoderError as error:
         return (error.problem,)
     return tuple(sorted(problems, key=lambda problem: problem.severity))
@@ -232,7 +256,13 @@ def _probe(encoder: OnnxEncoder) -> list[Problem]:
     problems += _listed(unstable, "error", "another result for the same frame", _EVAL)
     severity: Severity = "error" if len(constant) == len(sound) else "warning"
     problems += _listed(constant, severity, "the same features for two different frames", "check its weights")
+    scores = [n for n in sound if once[n].ndim == 2 and _probabilities(once[n]) and _probabilities(other[n])]
+    problems += _listed(scores, "warning", "class probabilities, which say little of a frame", _BEFORE_SOFTMAX)
     return problems + ([] if unstable or broken else _batch_dependence(encoder, first, second, once))
+
+
+def _probabilities(values: F32) -> bool:
+    return values.shape[1] > 1 and bool(values.min() >= 0) and abs(float(values.sum()) - 1) < 1e-3
 
 
 def _listed(names: list[str], severity: Severity, what: str, remedy: str) -> list[Problem]:
@@ -248,13 +278,16 @@ def _batch_dependence(encoder: OnnxEncoder, first: U8, second: U8, alone: Mappin
     for frame, image in zip((first, second), images, strict=True):
         encoder.preprocessing.apply(frame, image)
     try:
-        found = encoder._file.session.run(names, {encoder._file.input_name: images})
+        readings = [encoder._file.readings[name] for name in names]
+        outputs = list(dict.fromkeys(reading.output for reading in readings))
+        found = dict(zip(outputs, encoder._file.session.run(outputs, {encoder._file.input_name: images}), strict=True))
     except ORT_ERRORS:
         return []  # only single frames are needed
     dependent = [
-        name
-        for name, value in zip(names, found, strict=True)
-        if value.shape[0] == 2 and not _close(encoder.preprocessing.channels_first(value[:1]), alone[name])
+        reading.tap.name
+        for reading in readings
+        if len(value := encoder.preprocessing.channels_first(found[reading.output])) == 2
+        and not _close(reading.read(value[:1]), alone[reading.tap.name])
     ]
     return _listed(dependent, "error", "features depend on the other frames of the batch", _EVAL)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptors.progress import Progress
-from device.encoder.session import pooled_taps
+from device.encoder.session import notes_of, pooled_taps
 from device.files import cache_dir
 from device.images.dataset import FolderData, Item, escaped, listed, read_folder, shots, split
 from device.images.feature_cache import FeatureCache
@@ -135,7 +135,7 @@ def read_domains(
     cache = FeatureCache(options.cache or cache_dir() / "features", CACHE_BYTES)
     reader = _Reader(options, encoder, taps, cache, on_progress)
     domains = tuple(reader.domain(folder, name, space, views) for name in folder.domains)
-    warnings = (*folder.warnings, *cache.warnings, *reader.bad.values(), *reader.warnings)
+    warnings = (*notes_of(encoder), *folder.warnings, *cache.warnings, *reader.bad.values(), *reader.warnings)
     return EvalData(domains, folder.classes, space, warnings)
 
 

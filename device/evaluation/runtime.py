@@ -60,14 +60,14 @@ def bench_runtime(
 
 def _write_generation(encoder: Path, folder: Path, count: int) -> None:
     """A system of `count` domains learned from random hypervectors, each with its own head."""
-    from device.encoder.session import OnnxEncoder
+    from device.encoder.session import OnnxEncoder, pooled_taps
     from device.state.codec import to_files
     from edgeear.learned import learned
     from edgeear.space import HypervectorSpace
     from edgeear.system import System
 
     frozen = OnnxEncoder(encoder)
-    space = HypervectorSpace([t for t in frozen.taps if not t.spatial and t.name != "logits"])
+    space = HypervectorSpace(pooled_taps(frozen))
     system = System(frozen.digest, space)
     classes = tuple("abcdefg")
     rng = np.random.default_rng(0)

@@ -54,7 +54,7 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
     """Every finding on this machine, in the order of the checks. Takes some seconds: it runs the encoder and connects
     to the broker. `config_path` is the file that `config` came from."""
     now = clock()
-    encoder = probes.encoder(config.device.encoder, config.device.threads)
+    encoder = probes.encoder(config.device.encoder, config.device.threads, config.device.preprocessing)
     learning, mqtt, state = config.learning, config.mqtt, config.device.state
     checks: list[tuple[str, Callable[[], Findings]]] = [
         ("cpu", lambda: check_cpu(probes.read("/proc/cpuinfo"), platform.machine())),

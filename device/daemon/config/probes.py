@@ -114,7 +114,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts:
+def encoder(path: Path | None, threads: int, preprocessing: str | None = None, frames: int = 7) -> EncoderFacts:
     """The file at `path`, or the cached one, checked and timed."""
     chosen = path or cached_encoder(cache_dir())
     if chosen is None:
@@ -124,10 +124,10 @@ def encoder(path: Path | None, threads: int, frames: int = 7) -> EncoderFacts:
     elif not os.access(chosen, os.R_OK):
         problems = (Problem("error", f"{chosen}: this user may not read it", f"chmod a+r {chosen}"),)
     else:
-        problems = check_encoder(chosen)
+        problems = check_encoder(chosen, preprocessing=preprocessing)
     if chosen is None or any(problem.severity == "error" for problem in problems):
         return EncoderFacts(threads, problems, None, None)
-    network = OnnxEncoder(chosen, threads)
+    network = OnnxEncoder(chosen, threads, preprocessing=preprocessing)
     frame, taps = np.zeros((1, *network.input_size, 3), np.uint8), [tap.name for tap in network.taps if not tap.spatial]
     times = []
     for _ in range(frames):

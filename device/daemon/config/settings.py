@@ -47,6 +47,12 @@ class DeviceSection(Section):
         description="ONNX file of the frozen encoder; without it, the built-in one from the cache.",
         examples=["/usr/share/edgeear/encoder.onnx"],
     )
+    preprocessing: str | None = Field(
+        None,
+        description="How frames become the encoder's input, for a file that does not say it: HEIGHTxWIDTH, imagenet, "
+        "mean=R,G,B std=R,G,B of pixels in [0, 1], BGR, NHWC.",
+        examples=["224x224 imagenet"],
+    )
     threads: int = Field(1, ge=1, le=64, description="Threads of the encoder.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of all randomness in learning.")
 

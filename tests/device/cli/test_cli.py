@@ -31,6 +31,7 @@ COMMANDS: tuple[list[str], ...] = (
     ["encoder"],
     ["encoder", "export"],
     ["encoder", "check"],
+    ["encoder", "prepare"],
 )
 
 
@@ -194,3 +195,18 @@ def test_the_command_is_what_the_package_installs() -> None:
 
     project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["edgeear"] == f"{cli.__name__}:{cli.main.__name__}"
+
+
+def test_preprocessing_is_said_once_and_kept_in_a_prepared_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, output = saved(tmp_path, sound()), tmp_path / "prepared.onnx"
+    assert code("encoder", "check", net) == 0
+    assert "warning: no preprocessing metadata" in capsys.readouterr().out
+    assert code("encoder", "check", net, "--preprocessing", "imagenet") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert code("encoder", "prepare", net, "imagenet", "--output", output) == 0
+    assert code("encoder", "check", output) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert code("encoder", "check", net, "--preprocessing", "imagnet") == 1
+    assert "'imagnet' is not understood; say words such as" in capsys.readouterr().out

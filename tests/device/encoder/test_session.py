@@ -20,8 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from adaptors.archive import pack
+from adaptors.spec import HeadSpec, weight_shapes
+from device.encoder.cache import prepared_encoder
+from device.encoder.engine import OrtEngine
+from device.encoder.file import prepared
 from device.encoder.metadata import METADATA_KEY, Metadata, Preprocessing, read_metadata, write_metadata
-from device.encoder.session import EncoderError, OnnxEncoder, check_encoder
+from device.encoder.session import EncoderError, OnnxEncoder, check_encoder, head_shapes, pooled_taps
 from edgeear.errors import DataError, FormatError, UsageError
 from edgeear.types import Encoder, Tap
 from tests.support.tiny_models import NCHW, SIZE, frame, means, model, node, saved, sound
@@ -364,6 +369,151 @@ def test_a_cut_or_damaged_file_raises_nothing_else(tmp_path_factory: Any, data: 
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = saved(tmp_path_factory.getbasetemp(), bytes(content))
     assert all(problem.what and problem.remedy for problem in check_encoder(path))
+
+
+# --- outputs and names that other tools make ---
+
+
+def test_names_that_a_head_needs_for_itself_are_changed(tmp_path: Path) -> None:
+    """What torch calls inner tensors begins with a slash, and classifiers call their output `scores`."""
+    outputs = ["/backbone/avgpool/Mean_output_0", "scores", "Identity:0", "two words", "line\nbreak"]
+    content = model([means(output=name) for name in outputs], {name: (1, 3) for name in outputs})
+    encoder = OnnxEncoder(saved(tmp_path, content), preprocessing=PLAIN)
+    names = ["backbone/avgpool/Mean_output_0", "encoder.scores", "Identity:0", "two_words", "line_break"]
+    assert [tap.name for tap in encoder.taps] == names
+    features = encoder.encode(frame()[None], names)
+    for name in names:
+        np.testing.assert_allclose(features[name][0], frame().mean((0, 1)) / 255, rtol=1e-5)
+    spec = HeadSpec(("encoder.scores", "backbone/avgpool/Mean_output_0"), "linear")
+    shapes = head_shapes(encoder)
+    own = {tap: shapes[tap] for tap in spec.inputs}
+    weights = {name: np.ones(shape, np.float32) for name, shape in weight_shapes(spec, own, 2).items()}
+    head = pack(spec, shapes, ["x", "y"], weights, 0)
+    assert OrtEngine(encoder).scores(head, features).shape == (1, 2)
+
+
+def test_two_outputs_of_one_tap_name_are_refused_by_check_and_run(tmp_path: Path) -> None:
+    path = saved(tmp_path, model([means(), means(output="/mean")], {"mean": (1, 3), "/mean": (1, 3)}))
+    with pytest.raises(
+        EncoderError, match=r"encoder\.onnx: outputs \['mean', '/mean'\] are both tap 'mean': rename one"
+    ):
+        OnnxEncoder(path)
+    assert check_encoder(path)[0].severity == "error"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_maps_alone_give_their_means_as_pooled_taps(tmp_path: Path, layout: Any) -> None:
+    shape = (1, 3, SIZE, SIZE) if layout == "NCHW" else (1, SIZE, SIZE, 3)
+    content = model([node("Relu", ["image"], "map")], {"map": shape}, shape=shape)
+    encoder = OnnxEncoder(saved(tmp_path, content), preprocessing=Preprocessing(SIZE, SIZE, layout=layout))
+    assert pooled_taps(encoder) == (Tap("map.mean", (3,)),)
+    for names in (["map.mean"], ["map", "map.mean"]):
+        features = encoder.encode(frame()[None], names)
+        np.testing.assert_allclose(features["map.mean"][0], frame().mean((0, 1)) / 255, rtol=1e-5)
+    np.testing.assert_array_equal(features["map"][0], frame().transpose(2, 0, 1).astype(np.float32) / 255)
+    assert check_encoder(saved(tmp_path, content), preprocessing=Preprocessing(SIZE, SIZE, layout=layout)) == ()
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+@pytest.mark.parametrize("before", [1, 2, 5])
+def test_tokens_give_the_class_token_and_the_mean_of_the_patches(tmp_path: Path, before: int, dtype: int) -> None:
+    """16 patches of 2 x 2 pixels; a transformer may have a distillation token or registers beside the class token."""
+    kind = np.float32 if dtype == TensorProto.FLOAT else np.float16
+    first = np.arange(before * 3, dtype=kind).reshape(1, before, 3)
+    nodes = [
+        node("AveragePool", ["image"], "pooled", kernel_shape=[2, 2], strides=[2, 2]),
+        node("Reshape", ["pooled", "flat"], "channels"),
+        node("Transpose", ["channels"], "patches", perm=[0, 2, 1]),
+        node("Concat", ["first", "patches"], "last_hidden_state", axis=1),
+    ]
+    content = model(
+        nodes,
+        {"last_hidden_state": (1, before + 16, 3)},
+        constants={"first": first, "flat": np.array([1, 3, 16])},
+        dtype=dtype,
+        output_type=dtype,
+    )
+    encoder = OnnxEncoder(saved(tmp_path, content), preprocessing=PLAIN)
+    names = ["last_hidden_state.class", "last_hidden_state.mean"]
+    assert encoder.taps == tuple(Tap(name, (3,)) for name in names)
+    features = encoder.encode(np.stack([frame(0), frame(1)]), names)
+    for i in (0, 1):
+        np.testing.assert_array_equal(features[names[0]][i], first[0, 0].astype(np.float32))
+        np.testing.assert_allclose(features[names[1]][i], frame(i).mean((0, 1)) / 255, rtol=2e-3)
+
+
+def test_scores_alone_are_taken_although_a_better_output_would_be(tmp_path: Path) -> None:
+    path = saved(tmp_path, model([means(output="logits")], {"logits": (1, 3)}))
+    assert pooled_taps(OnnxEncoder(path)) == (Tap("logits", (3,)),)
+    both = model([means(output="logits"), means()], {"logits": (1, 3), "mean": (1, 3)})
+    assert pooled_taps(OnnxEncoder(saved(tmp_path, both))) == (Tap("mean", (3,)),)
+
+
+def test_class_probabilities_are_warned_of(tmp_path: Path) -> None:
+    content = model([means(), node("Softmax", ["mean"], "p", axis=1)], {"p": (1, 3)})
+    (problem,) = check_encoder(saved(tmp_path, content), preprocessing=PLAIN)
+    assert problem.severity == "warning" and "tap p: class probabilities" in problem.what
+    assert "before the softmax" in problem.remedy
+
+
+# --- preprocessing from outside ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unit", PLAIN),
+        ("imagenet", Preprocessing(SIZE, SIZE, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))),
+        ("8x8 mean=0.5,0.5,0.5 std=0.5,0.5,0.5 BGR", Preprocessing(8, 8, (127.5,) * 3, (127.5,) * 3, "NCHW", "BGR")),
+    ],
+)
+def test_preprocessing_is_said_in_words(tmp_path: Path, text: str, expected: Preprocessing) -> None:
+    encoder = OnnxEncoder(saved(tmp_path, sound()), preprocessing=text)
+    found = encoder.preprocessing
+    assert (found.size, found.layout, found.color) == (expected.size, expected.layout, expected.color)
+    np.testing.assert_allclose([found.mean, found.scale], [expected.mean, expected.scale])
+    assert encoder.notes == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["imagnet", "mean=1,2", "mean=a,b,c", "std=0,0,0", "0x8", "4x8", "NHWC", "mean=nan,0,0", "8x8x3"]
+)
+def test_other_words_are_refused_with_the_ones_that_there_are(tmp_path: Path, text: str) -> None:
+    path = saved(tmp_path, sound())
+    with pytest.raises((UsageError, EncoderError)) as caught:
+        OnnxEncoder(path, preprocessing=text)
+    assert len(str(caught.value)) > 30
+    assert check_encoder(path, preprocessing=text)[0].severity == "error"
+
+
+def test_a_size_that_the_file_leaves_open_can_be_said(tmp_path: Path) -> None:
+    path = saved(tmp_path, sound(shape=("b", 3, "h", "w")))
+    assert OnnxEncoder(path, preprocessing="imagenet 4x6").input_size == (4, 6)
+    with pytest.raises(UsageError, match="leaves its input size open; add it"):
+        OnnxEncoder(path, preprocessing="imagenet")
+
+
+def test_a_digest_stands_for_the_preprocessing_too_and_a_prepared_file_has_the_same(tmp_path: Path) -> None:
+    path = saved(tmp_path, sound())
+    said, plain = OnnxEncoder(path, preprocessing="imagenet"), OnnxEncoder(path)
+    copy = tmp_path / "prepared.onnx"
+    copy.write_bytes(prepared(path, "imagenet"))
+    kept = OnnxEncoder(copy)
+    assert said.digest == kept.digest == hashlib.sha256(copy.read_bytes()).hexdigest() != plain.digest
+    assert kept.preprocessing == said.preprocessing and kept.notes == ()
+    one, other = (encoder.encode(frame()[None], ["mean"])["mean"] for encoder in (said, kept))
+    np.testing.assert_array_equal(one, other)
+    assert prepared(copy, "imagenet") == copy.read_bytes()
+    copy.write_bytes(prepared(copy, "unit"))
+    assert OnnxEncoder(copy).preprocessing == PLAIN
+
+
+def test_a_prepared_encoder_is_cached_once(tmp_path: Path) -> None:
+    path = saved(tmp_path, sound())
+    assert prepared_encoder(path, None, tmp_path / "cache") == path
+    first, again, other = (prepared_encoder(path, text, tmp_path / "cache") for text in ("imagenet", "imagenet", "BGR"))
+    assert first == again != other and first.exists()
+    assert OnnxEncoder(first).digest == OnnxEncoder(path, preprocessing="imagenet").digest
 
 
 # --- metadata ---
