@@ -9,7 +9,7 @@ import numpy as np
 from adaptors.archive import HeadArchive
 from edgeear.memory import I64, learn, rounded
 from edgeear.novelty import calibrate
-from edgeear.scenes import likeness, scene_code
+from edgeear.scenes import likeness, scene_code, scenes_of
 from edgeear.system import Domain, System
 from edgeear.types import F32
 
@@ -24,12 +24,15 @@ def learned(
     growth: Mapping[str, object],
     seed: int,
 ) -> Domain:
-    """The domain `name` of the hypervectors `h (samples, D)` with `labels (samples,)`, indices into `classes`.
+    """The domain `name` of the hypervectors `h (samples, D)` with `labels (samples,)`, indices into `classes`, in
+    the order in which the samples were taken.
 
     Raises what `learn` and `calibrate` raise.
     """
-    m = system.policy.memory_dimensions
+    m, alike = system.policy.memory_dimensions, system.policy.shift.alike
     memory = rounded(learn(h, labels, classes, m))
-    calibration = calibrate(h, labels, classes, m, seed=seed)
-    kept = h[np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]]
-    return Domain(name, head, memory, calibration, kept[:, :m].astype(np.float16), growth, likeness(scene_code(kept)))
+    calibration = calibrate(h, labels, classes, m, seed=seed, alike=alike)
+    kept = np.random.default_rng(seed).permutation(len(h))[: system.policy.codes]
+    codes, scene = scene_code(h), scenes_of(scene_code(h), labels, alike)
+    kept_codes, apart = h[kept, :m].astype(np.float16), likeness(codes[kept], scene[kept])
+    return Domain(name, head, memory, calibration, kept_codes, growth, apart)

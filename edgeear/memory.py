@@ -22,6 +22,8 @@ from edgeear.types import F32
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+ROUNDING = 2.0**-24
+"""Largest relative error of a number that is rounded to float32."""
 
 
 @dataclass(frozen=True, eq=False)

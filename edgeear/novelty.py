@@ -5,9 +5,12 @@ Rules of this file:
 1. Novelty is the larger of two standardised statistics on different coordinates: the angle to the nearest class
    prototype (those after the first m) and the log Mahalanobis distance to the nearest class mean (the first m, with the
    shrunk covariance within classes). The larger, not the sum: an input may be novel by one statistic alone.
-2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it. A fold is *subtracted* from the
-   full memory, which costs no second pass over the data.
-3. A conformal p-value (Vovk, Gammerman, Shafer, 2005) is valid on average over calibration sets. A conditional
+2. Calibration scores are out-of-fold: no sample is scored by a memory that holds it or a near-copy of it. So all frames
+   of a scene (scenes.py) are in one fold, and the scene counts once, by its first frame, as it does in a stream. A fold
+   is *subtracted* from the full memory, which costs no second pass over the data.
+3. What is calibrated is what serves: each fold's sums are rounded as the store rounds them. Differences that float32
+   cannot tell are none (`SAME`, `NEAR`), or an exact copy of a calibrated sample could count as more novel than it.
+4. A conformal p-value (Vovk, Gammerman, Shafer, 2005) is valid on average over calibration sets. A conditional
    p-value is valid for *this* calibration set with probability 1 - delta; only it may be multiplied over
    time, so the shift test takes only it.
 """
@@ -22,7 +25,8 @@ import numpy as np
 
 from adaptors.hadamard import permutation
 from edgeear.errors import DataError, UsageError
-from edgeear.memory import I64, DomainMemory, learn, subtract
+from edgeear.memory import I64, ROUNDING, DomainMemory, learn, rounded, subtract
+from edgeear.scenes import ALIKE, scene_code, scenes_of
 from edgeear.shift import LEVELS
 from edgeear.types import F32
 
@@ -31,6 +35,10 @@ MINIMUM = 5
 LIMIT = 2048
 """Most calibration values kept of a domain (8 KiB); a random subset of more keeps p-values valid."""
 TINY = 1e-6
+SAME = np.float32(1e-5)
+"""Angle below which float32 cannot tell two directions of thousands of coordinates apart."""
+NEAR = np.float32(1e-4)
+"""Squared Mahalanobis distance below which it cannot tell a code from a mean, where all variance is rounding error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,40 +52,50 @@ class Detector:
     prototypes: F32
     means: F32
     whitener: F32
+    repaired: bool = False
+    """Whether the sums cannot be those of samples (a damaged file, a class forgotten without its samples): variance was
+    added until they could."""
 
     def angle(self, h: F32) -> F32:
-        """`1 - max cos(h, prototype)` of `h (samples, D)`, in [0, 2]; a zero hypervector has angle 1."""
+        """`1 - max cos(h, prototype)` of `h (samples, D)`, in [`SAME`, 2]; a zero hypervector has angle 1."""
         bundle = h[:, h.shape[1] - self.prototypes.shape[1] :]
         norms = np.maximum(np.sqrt(np.vecdot(bundle, bundle)), TINY)
-        out: F32 = 1 - np.maximum.reduce(bundle @ self.prototypes.T, axis=1) / norms
+        out: F32 = np.maximum(1 - np.maximum.reduce(bundle @ self.prototypes.T, axis=1) / norms, SAME)
         return out
 
     def leverage(self, h: F32) -> F32:
-        """Log of the squared Mahalanobis distance of `h (samples, D)` from the nearest class mean."""
+        """Log of the squared Mahalanobis distance of `h (samples, D)` from the nearest class mean, no less than
+        that of `NEAR`."""
         white = h[:, : len(self.whitener)] @ self.whitener
         apart = white[:, None] - self.means
-        out: F32 = np.log(np.maximum(np.minimum.reduce(np.vecdot(apart, apart), axis=1), TINY))
+        out: F32 = np.log(np.maximum(np.minimum.reduce(np.vecdot(apart, apart), axis=1), NEAR))
         return out
 
 
 def detector(memory: DomainMemory) -> Detector:
     """The detector of a memory. Covariance C is shrunk to its diagonal by r = 0.02 + 0.3 m / (m + n).
 
-    Raises `DataError` when the memory holds no sample.
+    No variance is below a thousandth of their mean, nor below the rounding error of the stored sums: equal samples have
+    no other. Raises `DataError` when the memory holds no sample, or NaN or infinite sums.
     """
     if memory.n == 0:
         raise DataError("the memory holds 0 samples: learn at least 1 before detecting")
+    if not (np.isfinite(memory.class_sums).all() and np.isfinite(memory.gram).all()):
+        raise DataError("the memory holds NaN or infinity: learn the domain again")
     m, present = memory.m, memory.counts > 0
     sums, counts = memory.class_sums[present], memory.counts[present, None]
     means = sums[:, :m] / counts
     covariance = memory.gram / memory.n - (means * counts).T @ means / memory.n
     ratio, variance = 0.02 + 0.3 * m / (m + memory.n), np.diag(covariance)
-    floor = 1e-3 * max(float(variance.mean()), TINY**2)
-    shrunk = (1 - ratio) * covariance + np.diag(ratio * variance + floor)
+    rounding = 2 * ROUNDING * float(np.trace(memory.gram)) / memory.n
+    floor = max(1e-3 * float(variance.mean()), rounding, TINY**2)
+    shrunk = (1 - ratio) * covariance + np.diag(ratio * np.maximum(variance, 0) + floor)
+    repaired = False
     try:
         lower = np.linalg.cholesky(shrunk)
-    except np.linalg.LinAlgError:  # all samples are nearly equal: rounding leaves a negative eigenvalue
-        lower = np.linalg.cholesky(shrunk + (2 * abs(float(np.linalg.eigvalsh(shrunk)[0])) + TINY**2) * np.eye(m))
+    except np.linalg.LinAlgError:
+        least = float(np.linalg.eigvalsh(shrunk)[0])
+        lower, repaired = np.linalg.cholesky(shrunk + (floor - 2 * least) * np.eye(m)), True
     whitener = np.linalg.inv(lower).T
     directions = sums[:, m if m < memory.dimensions else 0 :]
     prototypes = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), TINY)
@@ -85,6 +103,7 @@ def detector(memory: DomainMemory) -> Detector:
         prototypes.astype(np.float32),
         (means @ whitener).astype(np.float32),
         whitener.astype(np.float32),
+        repaired,
     )
 
 
@@ -131,26 +150,34 @@ class Calibration:
         return conformal[below], conditional[below]
 
 
-def calibrate(h: F32, labels: I64, classes: Sequence[str], m: int, folds: int = 10, *, seed: int) -> Calibration:
-    """Calibration of a domain from hypervectors `h (samples, D)`, by `folds`-fold subtraction, stratified by class.
+def calibrate(
+    h: F32, labels: I64, classes: Sequence[str], m: int, folds: int = 10, *, seed: int, alike: float = ALIKE
+) -> Calibration:
+    """Calibration of a domain from hypervectors `h (samples, D)` in the order in which they were taken, by `folds`-fold
+    subtraction, stratified by class. `alike`: see `scenes_of`.
 
-    Raises `DataError` below `MINIMUM` samples, `UsageError` below 2 folds.
+    Fewer than `MINIMUM` scenes say next to nothing: the largest value stands for those that are missing, so that no p
+    falls below 1 / (MINIMUM + 1). Raises `DataError` below `MINIMUM` samples, `UsageError` below 2 folds.
     """
     if len(h) < MINIMUM:
         raise DataError(f"{len(h)} samples cannot be calibrated: at least {MINIMUM} are needed, collect more")
     if folds < 2:
         raise UsageError(f"folds is {folds}: at least 2 are needed")
-    full = learn(h, labels, classes, m)
-    fold = _folds(np.asarray(labels), min(folds, len(h)), seed)
-    angle, leverage = np.empty(len(h), np.float32), np.empty(len(h), np.float32)
-    for k in range(min(folds, len(h))):
-        held = fold == k
-        rest = detector(subtract(full, learn(h[held], labels[held], classes, m)))
-        angle[held], leverage[held] = rest.angle(h[held]), rest.leverage(h[held])
+    labels = np.asarray(labels)
+    full, scene = learn(h, labels, classes, m), scenes_of(scene_code(h), labels, alike)
+    first = np.unique(scene, return_index=True)[1]
+    fold = _folds(labels[first], min(folds, len(first)), seed)
+    angle, leverage = np.empty(len(first), np.float32), np.empty(len(first), np.float32)
+    for k in range(min(folds, len(first))):
+        held, shown = fold[scene] == k, first[fold == k]
+        rest = subtract(full, learn(h[held], labels[held], classes, m)) if len(first) > 1 else full
+        served = detector(rounded(rest))
+        angle[fold == k], leverage[fold == k] = served.angle(h[shown]), served.leverage(h[shown])
     spread = (max(float(angle.std()), TINY), max(float(leverage.std()), TINY))
     scale = (float(angle.mean()), spread[0], float(leverage.mean()), spread[1])
     values = Calibration(*scale, np.zeros(MINIMUM, np.float32)).combine(angle, leverage)
-    return Calibration(*scale, values[permutation(seed, "calibration", len(h))[:LIMIT]])
+    values = values[permutation(seed, "calibration", len(values))[:LIMIT]]
+    return Calibration(*scale, np.concatenate([values, np.full(max(0, MINIMUM - len(values)), values.max())]))
 
 
 def _folds(labels: I64, folds: int, seed: int) -> I64:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from edgeear.errors import UsageError
-from edgeear.scenes import remember, repeats
+from edgeear.scenes import ALIKE, remember, repeats
 from edgeear.types import F32
 
 LEVELS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
@@ -42,7 +42,7 @@ class ShiftPolicy:
     false_alarm_rate: float = 1e-6
     stakes: tuple[float, ...] = (0.5, 0.9)
     floor: float = 10.0
-    alike: float = 0.97
+    alike: float = ALIKE
     scenes: int = 4
 
     def __post_init__(self) -> None:

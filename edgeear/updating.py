@@ -6,7 +6,7 @@ Rules of this file:
 2. The head that serves stays unless one that is refitted from the sums does better. Both are measured on the new
    samples, which neither was fitted to: the refitted one leaves each out in turn. New classes always refit.
 3. Calibration values of older samples stay: a detector of more samples finds its own domain less novel, not more, so
-   p-values can only grow. New samples are scored by a detector without them, and join.
+   p-values can only grow. New scenes are scored by a detector without them, by their first frames, and join.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edgeear.admission import admit
 from edgeear.incremental import left_out, readout, refit
 from edgeear.memory import I64, DomainMemory, learn, merge, rounded, subtract
 from edgeear.novelty import LIMIT, Calibration, detector
-from edgeear.scenes import likeness, scene_code
+from edgeear.scenes import likeness, scene_code, scenes_of
 from edgeear.system import HYPERVECTOR, Candidate, Domain, Engine, Rejected, System
 from edgeear.types import F32, Features
 
@@ -42,9 +42,11 @@ def update_domain(
     memory = merge(domain.memory, learn(h, labels, classes, domain.memory.m))
     names = np.array([memory.classes.index(c) for c in classes])[labels]
     order = permutation(seed, "update", len(h))
-    calibration = _joined(domain, memory, h, names, order, seed)
+    scene = scenes_of(scene_code(h), names, system.policy.shift.alike)
+    calibration = _joined(domain, memory, h, names, scene, seed)
     codes = _codes(domain, h[order, : memory.m].astype(np.float16), system.policy.codes)
-    alike = max(domain.likeness, likeness(scene_code(h[order[: system.policy.codes]])))
+    some = order[: system.policy.codes]
+    alike = max(domain.likeness, likeness(scene_code(h[some]), scene[some]))
     head, growth = _head(domain, engine, rounded(memory), features, h, names)
     updated = Domain(name, head, rounded(memory), calibration, codes, growth, alike)
     return admit(system, updated)
@@ -67,12 +69,14 @@ def _head(
     return head, {**growth, **found}
 
 
-def _joined(domain: Domain, memory: DomainMemory, h: F32, labels: I64, order: I64, seed: int) -> Calibration:
-    """The domain's calibration with the novelties of `h`, each scored by a detector without its fold."""
-    old, novelty = domain.calibration, np.empty(len(h), np.float32)
-    for fold in np.array_split(order, min(FOLDS, len(h))):
-        rest = detector(subtract(memory, learn(h[fold], labels[fold], memory.classes, memory.m)))
-        novelty[fold] = old.novelty(rest, h[fold])
+def _joined(domain: Domain, memory: DomainMemory, h: F32, labels: I64, scene: I64, seed: int) -> Calibration:
+    """The domain's calibration with the novelties of the scenes of `h`, each scored by a detector without its fold."""
+    old, first = domain.calibration, np.unique(scene, return_index=True)[1]
+    novelty = np.empty(len(first), np.float32)
+    for fold in np.array_split(permutation(seed, "update", len(first)), min(FOLDS, len(first))):
+        held = np.isin(scene, fold)
+        rest = detector(rounded(subtract(memory, learn(h[held], labels[held], memory.classes, memory.m))))
+        novelty[fold] = old.novelty(rest, h[first[fold]])
     values = np.concatenate([old.values, novelty])
     return replace(old, values=values[permutation(seed, "calibration", len(values))[:LIMIT]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import erf
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from edgeear.errors import DataError, UsageError
-from edgeear.memory import I64, learn
+from edgeear.memory import I64, learn, rounded
 from edgeear.novelty import LIMIT, Calibration, calibrate, conditional_bounds, detector
 from edgeear.shift import LEVELS
 from edgeear.types import F32
@@ -167,6 +169,82 @@ def test_conditional_p_values_are_valid_for_nearly_every_calibration_set(n: int)
         p = calibration(values, delta).p_values(grid.astype(np.float32))[1]
         failed += any(mass[p <= u].sum() > u + 1e-9 for u in LEVELS)
     assert failed / trials <= delta + 3 * np.sqrt(delta * (1 - delta) / trials)
+
+
+def copies(h: F32, y: I64, times: int, seed: int) -> tuple[F32, I64]:
+    """Every frame `times` times in a row, with a little noise."""
+    rng = np.random.default_rng(seed)
+    repeated = np.repeat(h, times, axis=0)
+    return (repeated + rng.normal(0, 0.01, repeated.shape)).astype(np.float32), np.repeat(y, times)
+
+
+@pytest.mark.parametrize("times", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_near_copies_of_a_scene_count_once_and_do_not_vouch_for_each_other(times: int, seed: int) -> None:
+    h, y = domain(140 // times, seed)
+    held = calibrate(*copies(h, y, times, seed), CLASSES, M, seed=seed)
+    assert len(held.values) == len(h)
+    known = detector(learn(*copies(h, y, times, seed), CLASSES, M))
+    fresh = held.novelty(known, domain(4000, seed + 50)[0])
+    assert (held.p_values(fresh)[0] <= 0.05).mean() < 0.15
+    alone = calibrate(h, y, CLASSES, M, seed=seed)
+    assert held.angle_mean == pytest.approx(alone.angle_mean, rel=0.3)
+
+
+def test_copies_share_a_fold() -> None:
+    h, y = domain(20, 2)
+    twice, labels = copies(h, y, 2, 0)
+    held = calibrate(twice, labels, CLASSES, M, folds=20, seed=0)
+    expected = []
+    for i in range(20):
+        rest = np.arange(40) // 2 != i
+        one = detector(learn(twice[rest], labels[rest], CLASSES, M))
+        expected.append(float(one.angle(twice[2 * i : 2 * i + 1])[0]))
+    assert held.angle_mean == pytest.approx(float(np.mean(expected)), abs=1e-5)
+
+
+@pytest.mark.parametrize("different", [1, 2, 4])
+def test_a_few_scenes_calibrate_but_never_accuse(different: int) -> None:
+    h, y = domain(different, 3)
+    held = calibrate(*copies(h, y, 12, 0), CLASSES, M, seed=0)
+    assert len(held.values) == 5 and held.values.min() >= np.float32(-10)
+    p, conditional = held.p_values(np.array([1e6], np.float32))
+    assert p[0] == pytest.approx(1 / 6) and conditional[0] == 1
+
+
+EQUAL: dict[str, Callable[[np.random.Generator], NDArray[np.float64]]] = {
+    "black": lambda rng: np.zeros((1, 96)),
+    "frozen": lambda rng: rng.normal(3, 1, (1, 96)),
+    "two frames": lambda rng: rng.normal(3, 1, (2, 96)),
+    "constant in most coordinates": lambda rng: np.where(np.arange(96) < 90, 50.0, rng.normal(0, 1, (20, 96))),
+    "far from the origin": lambda rng: 1e4 + rng.normal(0, 1e-3, (20, 96)),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("what", EQUAL)
+def test_equal_frames_are_no_foreigners_to_themselves_and_others_are(what: str, classes: int) -> None:
+    """What is calibrated is what the store gives back: float32 sums."""
+    rng = np.random.default_rng(1)
+    h = np.tile(EQUAL[what](rng), (40, 1))[:40].astype(np.float32)
+    y = np.arange(40) // 2 % classes
+    held, known = calibrate(h, y, CLASSES, 64, seed=0), detector(rounded(learn(h, y, CLASSES, 64)))
+    assert not known.repaired
+    own = held.novelty(known, h)
+    assert np.isfinite(own).all() and not (held.p_values(own)[0] <= 0.05).any()
+    foreign = held.novelty(known, (h + rng.normal(0, 1e4, h.shape)).astype(np.float32))
+    assert np.isfinite(foreign).all() and foreign.min() > own.max()
+
+
+def test_sums_that_no_samples_have_still_give_a_detector_that_says_so() -> None:
+    h, y = domain(40, 2)
+    memory = learn(h, y, CLASSES, M)
+    assert not detector(memory).repaired
+    damaged = detector(replace(memory, gram=memory.gram - 100 * np.eye(M)))
+    assert damaged.repaired and np.isfinite(damaged.leverage(h)).all()
+    for gram, sums in ((memory.gram * np.nan, memory.class_sums), (memory.gram, memory.class_sums * np.inf)):
+        with pytest.raises(DataError, match="NaN or infinity"):
+            detector(replace(memory, gram=gram, class_sums=sums))
 
 
 def test_too_few_samples_or_folds_are_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgeear.scenes import COPIES, likeness, remember, repeats
+from edgeear.scenes import COPIES, likeness, remember, repeats, scenes_of
 
 vectors = arrays(np.float32, (6, 4), elements=st.floats(-10, 10, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3))
 
@@ -56,3 +56,44 @@ def test_likeness_is_what_one_pair_in_a_thousand_reaches() -> None:
     assert 0.0005 < reached <= 0.0015
     assert likeness(np.ones((5, 3), np.float32)) == COPIES
     assert likeness(codes[:1]) == likeness(codes[:0]) == 0
+
+
+def shown(scenes: int, times: int, spread: float, seed: int = 0) -> np.ndarray:
+    """Frames `(scenes * times, 64)`: each scene `times` times in a row with a little noise; `spread` is how much the
+    scenes differ."""
+    rng = np.random.default_rng(seed)
+    each = 1 + spread * rng.normal(size=(scenes, 64))
+    return (np.repeat(each, times, axis=0) + 0.02 * spread * rng.normal(size=(scenes * times, 64))).astype(np.float32)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+@pytest.mark.parametrize("times", [2, 4, 8])
+def test_frames_in_a_row_that_are_alike_are_one_scene(times: int, spread: float) -> None:
+    """However alike the scenes of the domain look."""
+    labels = np.repeat(np.arange(40) // 4 % 2, times)
+    scene = scenes_of(shown(40, times, spread), labels)
+    np.testing.assert_array_equal(scene, np.repeat(np.arange(40), times))
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.05])
+def test_frames_that_are_alike_whenever_they_were_taken_are_different_scenes(spread: float, blocks: bool) -> None:
+    """Class by class or in turn: classes whose different frames look alike are no near-copies."""
+    labels = np.arange(60) // 20 if blocks else np.arange(60) % 3
+    rng = np.random.default_rng(1)
+    codes = rng.normal(size=(3, 64))[labels] + spread * rng.normal(size=(60, 64))
+    assert len(set(scenes_of(codes.astype(np.float32), labels).tolist())) == 60
+
+
+def test_exact_copies_are_one_scene_in_any_order_but_not_across_classes() -> None:
+    codes = np.random.default_rng(0).normal(size=(10, 16)).astype(np.float32)
+    labels = np.zeros(20, np.int64)
+    assert scenes_of(np.concatenate([codes, codes]), labels).tolist() == [*range(10), *range(10)]
+    labels[10:] = 1
+    assert len(set(scenes_of(np.concatenate([codes, codes]), labels).tolist())) == 20
+
+
+def test_likeness_counts_a_scene_once() -> None:
+    codes, scene = shown(30, 4, 1.0), np.repeat(np.arange(30), 4)
+    assert likeness(codes) == COPIES or likeness(codes) > 0.99
+    assert likeness(codes, scene) == likeness(codes[::4]) < 0.9
