@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from device.board.board import Board
 from device.board.events import BoardEvent, PolicyChanged
 from device.daemon.labels import LabelBook
-from device.images.decode import decode_bytes
+from device.images.decode import decode_bytes, sent
 from device.mqtt import messages
 from device.mqtt.settings import LiveSettings, read_stored
 from device.provenance import installation
@@ -110,7 +110,8 @@ class Commands:
         return known if len(json.dumps(known)) < messages.MAX_RESULT // 2 else [domain["name"] for domain in known]
 
     def _infer(self, command: messages.Infer) -> Outcome:
-        frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)
+        size = self.board.encoder.input_size
+        frame = decode_bytes(command.image_bytes, PICTURE, size, sent(size))
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
         most = dict(list(prediction.probabilities.items())[:MOST_CLASSES])
         return Outcome("ok", {**prediction_facts(prediction), "probabilities": most})

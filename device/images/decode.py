@@ -3,6 +3,9 @@
 Rules of this file:
 1. `decode` gives a frame or raises `UndecodableInput`, whatever the bytes.
 2. Nothing is executed or unpickled, and a size that a header claims is checked before anything is allocated for it.
+3. `Limits` bound pixels and memory of one picture. Beside the decoded picture itself only strips and what is left after
+   one pass of resizing are in memory, whatever its mode.
+4. The content says what a file is. A message about a file that is intact but of another kind names that kind.
 """
 
 from __future__ import annotations
@@ -12,27 +15,49 @@ import math
 import stat
 import struct
 import tokenize
-import wave
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from device.images.wav import WavError, read_wav
 from edgeear.errors import DataError, UsageError
 from edgeear.types import U8
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".wav", ".npy")
 MAX_FILE_BYTES = 256 << 20
-MAX_PIXELS = 64 << 20
+MAX_PIXELS = 32 << 20
+"""Of a picture as it is decoded: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size."""
+MAX_SIDE = 1 << 16
 MAX_SAMPLES = 8 << 20
 MIN_SAMPLES = 64
 NAMED = 10
 """How many files, classes or domains a message names before it only counts."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one picture may take: `pixels` after decoding, bytes of `memory` while it is decoded, `samples` of a
+    clip."""
+
+    pixels: int = MAX_PIXELS
+    memory: int = 256 << 20
+    samples: int = MAX_SAMPLES
+
+
+FILES = Limits()
+
+
+def sent(size: tuple[int, int]) -> Limits:
+    """The limits of a picture that somebody sends for a frame of `size`: 8 times its sides, at least a full HD picture,
+    and a minute of sound at 16 kHz."""
+    return Limits(max(64 * size[0] * size[1], 2 << 20), 64 << 20, 1 << 20)
 
 
 class UndecodableInput(DataError):
@@ -75,22 +100,76 @@ def read_input(path: Path) -> bytes:
         raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
 
 
-def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
-    """The frame `(height, width, 3)` of a file's content. The suffix of `path` says how to read it.
+def decode_bytes(data: bytes, path: Path, size: tuple[int, int], limits: Limits = FILES) -> U8:
+    """The frame `(height, width, 3)` of a file's content, which came under the name `path`.
 
-    Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, the shorter side is
-    resized to fit (bilinear) and the centre is cropped. wav (PCM) and one-dimensional npy become a grey
+    Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8 (`_levels`), the shorter
+    side is resized to fit (bilinear) and the centre is cropped. wav (PCM, float) and one-dimensional npy become a grey
     log-spectrogram: time to the right, 0 Hz at the bottom, half the sampling rate at the top, black at 80 dB below the
     loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16, bool, or float in 0..1.
-    Raises `UndecodableInput` for content that cannot be decoded, `UsageError` for an empty `size`.
+    Raises `UndecodableInput` for content that cannot be decoded or exceeds `limits`, `UsageError` for an empty `size`.
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
-    decoder = {".wav": _wav_frame, ".npy": _npy_frame}.get(path.suffix.lower(), _image_frame)
     with _named(path):
         if path.suffix.lower() not in SUFFIXES:
             _refuse(f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}", "convert it")
-        return decoder(data, size)
+        return _decoder(data, path)(data, size, limits)
+
+
+Decoder = Callable[[bytes, tuple[int, int], Limits], U8]
+
+# What the first bytes of files say. `?` stands for any byte.
+_OTHERS = {
+    b"RIFF????WEBP": "a WebP picture",
+    b"GIF8": "a GIF picture",
+    b"BM????\0\0\0\0": "a BMP picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"????ftypavi": "an AVIF picture",
+    b"????ftyphei": "a HEIC picture",
+    b"????ftyphev": "a HEIC picture",
+    b"????ftypmif1": "a HEIF picture",
+    b"????ftyp": "a video or another MP4 file",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"8BPS": "a Photoshop file",
+    b"%PDF": "a PDF file",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+    b"ID3": "an MP3 clip",
+    b"OggS": "an Ogg file",
+    b"fLaC": "a FLAC clip",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+}
+_LFS = b"version https://git-lfs"
+
+
+def _decoder(data: bytes, path: Path) -> Decoder:
+    """By content; by the suffix for content that nobody knows. Raises for content that is known and not taken."""
+    if not data:
+        _refuse("the file is empty (0 bytes)", "copy or record it again")
+    if not data.strip(b"\0"):
+        _refuse(f"all of its {len(data)} bytes are 0, as after a power cut", "copy or record it again")
+    if data.startswith(_LFS):
+        _refuse("a pointer of Git LFS instead of the file", "run `git lfs pull`")
+    known = {b"RIFF????WAVE": _wav_frame, b"\x93NUMPY": _npy_frame, b"\xff\xd8\xff": _image_frame}
+    known[b"\x89PNG"] = _image_frame
+    for magic, decoder in known.items():
+        if _begins(data, magic):
+            return decoder
+    for magic, kind in _OTHERS.items():
+        if _begins(data, magic):
+            _refuse(f"the content is {kind}", f"convert it to one of {', '.join(SUFFIXES)}")
+    by_suffix: dict[str, Decoder] = {".wav": _wav_frame, ".npy": _npy_frame}
+    return by_suffix.get(path.suffix.lower(), _image_frame)
+
+
+def _begins(data: bytes, magic: bytes) -> bool:
+    return len(data) >= len(magic) and all(want in (63, got) for want, got in zip(magic, data, strict=False))
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
@@ -98,8 +177,8 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
     is obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
     """
     with _named(Path(getattr(image, "filename", "") or "Pillow image")):
-        _bound_pixels(*image.size)
-        return _fit(_rgb(_upright(image)), size)
+        _bound_pixels(*image.size, FILES)
+        return _fit_image(_upright(image), size)
 
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
@@ -111,7 +190,7 @@ def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
     height, width = pixels.shape[:2]
     if not 0 < height * width <= MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels: from 1 to {MAX_PIXELS} are allowed; make the image smaller")
-    return _fit(Image.fromarray(pixels).convert("RGB"), size)
+    return _fit_image(Image.fromarray(pixels), size)
 
 
 class _Refused(Exception):
@@ -133,7 +212,6 @@ _BROKEN = (
     MemoryError,
     struct.error,
     zlib.error,
-    wave.Error,
     tokenize.TokenError,
     Image.DecompressionBombError,
     Warning,  # where warnings are errors
@@ -162,6 +240,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except _Refused as refusal:
         raise _undecodable(path, refusal.reason, refusal.remedy) from None
+    except WavError as error:
+        raise _undecodable(path, error.reason, error.remedy) from None
     except _BROKEN as error:
         # Pillow's text holds a memory address here, and a bad file must always give the same message.
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
@@ -177,18 +257,44 @@ def _undecodable(path: Path, reason: str, remedy: str) -> UndecodableInput:
     return UndecodableInput(f"{path}: {reason}; {remedy}", (path,))
 
 
-def _image_frame(data: bytes, size: tuple[int, int]) -> U8:
+_PASSES = 100
+"""Most passes of a progressive JPEG; usual are 10. Each costs as much as a whole picture."""
+
+
+def _image_frame(data: bytes, size: tuple[int, int], limits: Limits) -> U8:
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-        _bound_pixels(*image.size)
+        width, height = image.size
+        # A JPEG of several passes is decoded as a whole before it is made smaller: 2 bytes a pixel and channel.
+        passes = 1 if image.format == "PNG" else _passes(data)
+        if passes > _PASSES:
+            _refuse(f"a JPEG of {passes} passes, the limit is {_PASSES}", "save it as a plain JPEG")
+        whole = 2 * width * height * len(image.getbands()) if passes > 1 else 0
         # Decode a large JPEG at 1/2, 1/4 or 1/8 of its size, but at least at twice the frame's size.
         image.draft(None, (2 * max(size), 2 * max(size)))
+        _bound_pixels(*image.size, limits, whole)
         image.load()
-        return _fit(_rgb(_upright(image)), size)
+        return _fit_image(_upright(image), size)
 
 
-def _bound_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        _refuse(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}", "make the image smaller")
+def _passes(jpeg: bytes) -> int:
+    """How many passes (scans) the picture has; those of a preview in its header do not count."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
+        filled = jpeg[at + 1 : at + 2] == b"\xff"
+        at += 1 if filled else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    end = jpeg.find(b"\xff\xd9", at)  # neither marker occurs within a scan
+    return jpeg.count(b"\xff\xda", at, end if end >= 0 else len(jpeg))
+
+
+def _bound_pixels(width: int, height: int, limits: Limits, memory: int = 0) -> None:
+    """Refuses more pixels than the limits have, and `memory` beside 4 bytes a pixel that exceeds theirs."""
+    what = f"{width} x {height} pixels"
+    if max(width, height) > MAX_SIDE:
+        _refuse(f"{what}: a side exceeds the limit of {MAX_SIDE}", "cut the image into parts")
+    if width * height > limits.pixels:
+        _refuse(f"{what} exceed the limit of {limits.pixels}", "make the image smaller, or send it as a JPEG")
+    if (needed := memory + 4 * width * height) > limits.memory:
+        _refuse(f"decoding takes {needed} bytes, the limit is {limits.memory}", "save it as a plain JPEG")
 
 
 _TURNS = {
@@ -210,9 +316,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, span: tuple[float, float] = (0, 65535)) -> Image.Image:
+    """The image in RGB; `span` are the lowest and highest level of an image of more than 8 bits."""
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I"):
-        return Image.fromarray(_levels(np.asarray(image).clip(0, 65535).astype(np.uint16))).convert("RGB")
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+        return Image.fromarray(_levels(levels, span)).convert("RGB")
     if image.has_transparency_data:
         drawn = image.convert("RGBA")
         paper = Image.new("RGBA", drawn.size, (255, 255, 255, 255))
@@ -220,48 +330,68 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: tuple[int, int]) -> U8:
-    return np.array(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
+def _fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
+    low, high = image.getextrema() if image.mode.startswith("I") else (0, 65535)
+    span = float(low), float(high)  # type: ignore[arg-type]  # one channel, so two numbers
+    width = image.size[0]
+    return _fit(lambda top, end: _rgb(image.crop((0, top, width, end)), span), image.size, size)
 
 
-def _wav_frame(data: bytes, size: tuple[int, int]) -> U8:
-    with wave.open(io.BytesIO(data), "rb") as clip:
-        channels, width, rate, claimed = clip.getparams()[:4]
-        if claimed > MAX_SAMPLES:
-            _refuse(f"{claimed} samples exceed the limit of {MAX_SAMPLES}", "cut it into shorter clips")
-        raw = clip.readframes(claimed)
-    if len(raw) != claimed * channels * width:
-        _refuse(f"truncated: {len(raw)} bytes of {claimed * channels * width}", "record or copy it again")
-    samples = _pcm(raw, width).reshape(-1, channels).mean(axis=1)
+_STRIP = 1 << 18  # pixels that are converted at once
+
+
+def _fit(strip: Callable[[int, int], Image.Image], whole: tuple[int, int], size: tuple[int, int]) -> U8:
+    """The frame of an image of `whole` `(width, height)`, whose rows `[top, end)` are `strip(top, end)` in RGB.
+
+    The shorter side fits and the centre is cropped, bilinear: bit for bit Pillow's `ImageOps.fit`, which resizes along
+    rows first, then along columns. Here the first pass goes strip by strip."""
+    (width, height), (tall, wide) = whole, size
+    ratio = wide / tall
+    box_width, box_height = (
+        (ratio * height, float(height)) if width / height >= ratio else (float(width), width / ratio)
+    )
+    left, top = (width - box_width) * 0.5, (height - box_height) * 0.5
+    if width * height <= _STRIP:
+        box = (left, top, left + box_width, top + box_height)
+        return np.array(strip(0, height).resize((wide, tall), Image.Resampling.BILINEAR, box=box), np.uint8)
+    # The rows that the second pass reads: those of the box, and the filter's support around it.
+    support = math.ceil(max(1.0, box_height / tall)) + 1
+    first, last = max(0, math.floor(top) - support), min(height, math.ceil(top + box_height) + support)
+    narrow = Image.new("RGB", (wide, last - first))
+    step = max(1, _STRIP // width)
+    for row in range(first, last, step):
+        end = min(row + step, last)
+        columns = (left, 0, left + box_width, end - row)
+        resized = strip(row, end).resize((wide, end - row), Image.Resampling.BILINEAR, box=columns)
+        narrow.paste(resized, (0, row - first))
+    rows = (0, top - first, wide, top - first + box_height)
+    return np.array(narrow.resize((wide, tall), Image.Resampling.BILINEAR, box=rows), np.uint8)
+
+
+def _wav_frame(data: bytes, size: tuple[int, int], limits: Limits) -> U8:
+    samples, rate = read_wav(data, min(limits.samples, MAX_SAMPLES))
     # 32 ms, rounded to a power of two: 256 samples at 8 kHz, as for an npy signal.
     window = 2 ** round(math.log2(min(max(0.032 * rate, 64), 4096)))
     return _spectrogram(samples, window, size)
 
 
-def _pcm(raw: bytes, width: int) -> NDArray[np.float64]:
-    if width == 1:
-        return np.frombuffer(raw, np.uint8).astype(np.float64) - 128
-    if width == 3:
-        padded = np.zeros((len(raw) // 3, 4), np.uint8)
-        padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-        return padded.view("<i4")[:, 0].astype(np.float64)
-    return np.frombuffer(raw, f"<i{width}").astype(np.float64)
-
-
-def _npy_frame(data: bytes, size: tuple[int, int]) -> U8:
+def _npy_frame(data: bytes, size: tuple[int, int], limits: Limits) -> U8:
     array = _npy(data)
     if array.ndim == 1:
+        _bound_samples(len(array), min(limits.samples, MAX_SAMPLES))
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which is refused below
             signal = array.astype(np.float64)
         return _spectrogram(signal, 256, size)
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         _refuse(f"array of shape {array.shape}", "save (H, W) or (H, W, 3) for an image, (samples,) for a signal")
-    return _array_frame(array, size)
+    return _array_frame(array, size, limits)
 
 
-def _array_frame(array: NDArray[Any], size: tuple[int, int]) -> U8:
-    _bound_pixels(array.shape[1], array.shape[0])
-    return _fit(_rgb(Image.fromarray(_levels(array))), size)
+def _array_frame(array: NDArray[Any], size: tuple[int, int], limits: Limits = FILES) -> U8:
+    height, width = array.shape[:2]
+    _bound_pixels(width, height, limits)
+    span = _span(array)
+    return _fit(lambda top, end: _rgb(Image.fromarray(_levels(array[top:end], span))), (width, height), size)
 
 
 def _npy(data: bytes) -> NDArray[Any]:
@@ -281,27 +411,50 @@ def _npy(data: bytes) -> NDArray[Any]:
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
 
 
-def _levels(array: NDArray[Any]) -> U8:
-    """An image array of any accepted type, scaled to 0..255."""
+_NARROW = 4096
+
+
+def _span(array: NDArray[Any]) -> tuple[float, float]:
+    """Lowest and highest level of an image array; refuses an array of another type or range."""
+    if array.dtype.kind not in "fu" or (array.dtype.itemsize > 2 and array.dtype.kind == "u"):
+        if array.dtype != np.bool_:
+            _refuse(f"image array of {array.dtype}", "give uint8 in 0..255 or float32 in 0..1")
+        return 0, 1
+    with np.errstate(invalid="ignore"):
+        low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "f" and not (low >= 0 and high <= 1):  # NaN fails this comparison, too
+        _refuse(f"float image with values {low:.6g} to {high:.6g}", "remove NaN and scale the image to 0..1")
+    return low, high
+
+
+def _levels(array: NDArray[Any], span: tuple[float, float]) -> U8:
+    """An image array of any accepted type, scaled to 0..255; `span` are its lowest and highest level.
+
+    16 bits are scaled from 0..65535, except where the whole picture lies within less than 4,096 levels, as that of a
+    thermal camera does: fewer than 16 grey levels would be left. It is scaled from its own range, one level a count at
+    most, so that noise is not amplified."""
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+    if array.dtype.kind == "u":
+        low, high = span
+        if 0 < high - low < _NARROW:
+            above = array.astype(np.float32) - np.float32(low)
+            narrow: U8 = np.rint(above * np.float32(255 / max(high - low, 255))).astype(np.uint8)
+            return narrow
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind != "f":
-        _refuse(f"image array of {array.dtype}", "give uint8 in 0..255 or float32 in 0..1")
-    with np.errstate(invalid="ignore", over="ignore"):
-        low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # NaN fails this comparison, too
-        _refuse(f"float image with values {low:.6g} to {high:.6g}", "remove NaN and scale the image to 0..1")
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _bound_samples(samples: int, most: int) -> None:
+    if not MIN_SAMPLES <= samples <= most:
+        _refuse(f"a signal of {samples} samples", f"give clips of {MIN_SAMPLES} to {most}")
 
 
 def _spectrogram(samples: NDArray[np.float64], window: int, size: tuple[int, int]) -> U8:
     """Log-spectrogram of a mono signal `(samples,)` as a grey frame, after removing offset and loudness."""
-    if not MIN_SAMPLES <= len(samples) <= MAX_SAMPLES:
-        _refuse(f"a signal of {len(samples)} samples", f"give clips of {MIN_SAMPLES} to {MAX_SAMPLES}")
+    _bound_samples(len(samples), MAX_SAMPLES)
     peak = float(np.abs(samples).max())
     if not math.isfinite(peak):
         _refuse("the signal holds NaN or infinity", "repair or remove it")

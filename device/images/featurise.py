@@ -29,7 +29,7 @@ from edgeear.errors import DataError, UsageError
 from edgeear.types import F32, Encoder, Tap
 
 BATCH = 8
-DECODER = 1
+DECODER = 2
 """Raise it when `decode.py` or `views.py` changes the pixels of the same bytes: it is part of every cache key."""
 
 OnBad = Literal["raise", "skip"]

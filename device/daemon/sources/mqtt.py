@@ -12,7 +12,8 @@ from typing import Literal
 from device.daemon.finding import Finding, Machine
 from device.daemon.sources.base import Feed, SourceSection, fine
 from device.daemon.sources.running import Stop
-from device.images.decode import decode_bytes
+from device.images.decode import decode_bytes, sent
+from edgeear.types import U8
 
 MAX_BYTES = 8 << 20
 _NAME = Path("message.jpg")  # the suffix says that it is an image; the bytes say which
@@ -58,4 +59,8 @@ class MessageFrames:
                 if not self._changed.wait_for(lambda: self._inbox, timeout=0.5):
                     continue
                 number, captured, payload = self._inbox.popleft()
-            self._feed.put(partial(decode_bytes, payload, _NAME), captured, f"message {number}")
+            self._feed.put(partial(_decoded, payload), captured, f"message {number}")
+
+
+def _decoded(payload: bytes, size: tuple[int, int]) -> U8:
+    return decode_bytes(payload, _NAME, size, sent(size))

@@ -27,7 +27,7 @@ from device.daemon.finding import Finding, Machine, reason
 from device.daemon.section import checked
 from device.daemon.sources.base import Feed, SourceSection, check_device, fine, problem
 from device.daemon.sources.running import Stop
-from device.images.decode import decode_bytes, fit_pixels
+from device.images.decode import decode_bytes, fit_pixels, sent
 from edgeear.errors import DeviceError, UsageError
 from edgeear.types import U8
 from firmware_bridge.sensor import Hello, HostEnd, Log, PixelFormat, SensorFrame, pixels
@@ -120,7 +120,7 @@ class SensorFrames:
     def _put(self, frame: SensorFrame) -> None:
         def decoded(size: tuple[int, int]) -> U8:
             if frame.hello.format is PixelFormat.JPEG:
-                return decode_bytes(frame.data, Path("sensor.jpg"), size)
+                return decode_bytes(frame.data, Path("sensor.jpg"), size, sent(size))
             return fit_pixels(pixels(frame), size)
 
         self.feed.put(decoded, frame.started, f"{frame.hello.sensor} {frame.number}")

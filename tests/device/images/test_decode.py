@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import wave
 import zlib
@@ -188,6 +191,155 @@ def test_an_empty_frame_size_is_refused() -> None:
         decode_bytes(b"", Path("a.png"), (0, 4))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize(
+    "whole", [(1, 1), (1, 900), (900, 1), (7, 5), (24, 16), (300, 200), (301, 199), (2000, 700), (640, 1100)]
+)
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (40, 40)])
+def test_resizing_by_strips_is_bit_for_bit_resizing_at_once(
+    mode: str, whole: tuple[int, int], size: tuple[int, int]
+) -> None:
+    width, height = whole
+    image = Image.fromarray(noise(height, width)).convert(mode)
+    expected = np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BILINEAR))
+    assert np.array_equal(decoding.fit_image(image, size), expected)
+
+
+def cost(data: bytes, limits: decoding.Limits, size: tuple[int, int]) -> tuple[int, float, str]:
+    """Peak memory in bytes and seconds of decoding in a process of its own, and its answer."""
+    script = (
+        "import resource, sys, time; from pathlib import Path\n"
+        "from device.images import decode as d\n"
+        "limits = d.Limits(*map(int, sys.argv[1:4])); size = (int(sys.argv[4]), int(sys.argv[5]))\n"
+        "data = sys.stdin.buffer.read(); now = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before, start = now(), time.process_time()\n"
+        "try: d.decode_bytes(data, Path('a.png'), size, limits); answer = 'ok'\n"
+        "except d.UndecodableInput as error: answer = str(error)\n"
+        "print(now() - before, time.process_time() - start, answer)"
+    )
+    given = [limits.pixels, limits.memory, limits.samples, *size]
+    found = subprocess.run(
+        [sys.executable, "-c", script, *map(str, given)], input=data, capture_output=True, check=True, timeout=60
+    ).stdout.decode()
+    peak, seconds, answer = found.split(maxsplit=2)
+    return int(peak), float(seconds), answer.strip()
+
+
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "rgb": ("RGB", "PNG", {}),
+    "rgba": ("RGBA", "PNG", {}),
+    "grey and alpha": ("LA", "PNG", {}),
+    "palette": ("P", "PNG", {}),
+    "palette and alpha": ("P", "PNG", {"transparency": 0}),
+    "16 bits": ("I;16", "PNG", {}),
+    "bits": ("1", "PNG", {}),
+    "jpeg": ("RGB", "JPEG", {}),
+    "cmyk": ("CMYK", "JPEG", {}),
+    "progressive": ("RGB", "JPEG", {"progressive": True}),
+}
+
+
+def plain(kind: str, width: int, height: int) -> bytes:
+    mode, form, options = KINDS[kind]
+    image = Image.new(mode, (width, height))
+    if mode == "P":
+        image.putpalette([1, 2, 3] * 256)
+    return encoded(image, form, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_within_the_limits_takes_bounded_memory_and_time(kind: str) -> None:
+    """As many pixels as a file may have; a few KB of bytes. 4 bytes a pixel is what Pillow keeps of RGB."""
+    side = math.isqrt(decoding.MAX_PIXELS)
+    peak, seconds, answer = cost(plain(kind, side, side), decoding.FILES, (224, 224))
+    assert answer == "ok"
+    assert peak < 4 * decoding.MAX_PIXELS + (64 << 20) and seconds < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_somebody_sends_is_small_or_refused(kind: str) -> None:
+    size = (224, 224)
+    peak, seconds, answer = cost(plain(kind, 5000, 5000), decoding.sent(size), size)
+    if kind in ("jpeg", "cmyk"):  # decoded at an eighth of their size
+        assert answer == "ok"
+    else:
+        assert "limit" in answer and "; " in answer
+    assert peak < 20 << 20 and seconds < 0.5
+    peak, seconds, answer = cost(plain(kind, 1920, 1080), decoding.sent((64, 64)), (64, 64))
+    assert answer == "ok" and peak < 40 << 20 and seconds < 0.5
+
+
+def test_a_jpeg_of_many_passes_is_refused_and_a_preview_is_no_pass() -> None:
+    data = encoded(Image.fromarray(noise(64, 64)), "JPEG", progressive=True)
+    scan = data.index(b"\xff\xda")
+    assert "passes" in refusal(data[:-2] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 200 + data[-2:], ".jpg")
+    assert decoding._passes(data) == data.count(b"\xff\xda") > 1
+    preview = b"\xff\xe1" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200
+    assert decoding._passes(data[:2] + preview + data[2:]) == data.count(b"\xff\xda")
+    assert scan and decoding._passes(encoded(Image.fromarray(noise()), "JPEG")) == 1
+
+
+def test_a_side_beyond_the_limit_is_refused() -> None:
+    assert "side exceeds the limit" in refusal(plain("bits", decoding.MAX_SIDE + 1, 1), ".png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "named"),
+    [("WEBP", ".jpg", "WebP"), ("GIF", ".jpg", "GIF"), ("BMP", ".png", "BMP"), ("TIFF", ".jpg", "TIFF")],
+)
+def test_an_intact_file_of_another_kind_is_named(kind: str, suffix: str, named: str) -> None:
+    text = refusal(encoded(Image.fromarray(noise()), kind), suffix)
+    assert f"the content is a {named} picture" in text and "convert it" in text and "broken" not in text
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "empty (0 bytes)"),
+        (bytes(5000), "all of its 5000 bytes are 0"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"\0\0\0\x18ftypavif" + bytes(99), "AVIF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
+        (b"<!DOCTYPE html><html>", "web page"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".wav", ".npy"])
+def test_what_is_no_picture_at_all_is_named(data: bytes, named: str, suffix: str) -> None:
+    assert named in refusal(data, suffix)
+
+
+def test_a_picture_under_the_name_of_a_clip_is_still_a_picture() -> None:
+    pixels = noise(*SIZE)
+    assert np.array_equal(frame_of(encoded(Image.fromarray(pixels), "PNG"), ".wav"), pixels)
+    assert np.array_equal(frame_of(npy(pixels), ".jpg"), pixels)
+    assert np.array_equal(frame_of(wav(tone(500)), ".png"), frame_of(wav(tone(500)), ".wav"))
+
+
+# --------------------------------------------------------------------------------------------------- 16 bits
+
+
+def thermal(low: int, high: int) -> NDArray[np.uint16]:
+    return np.random.default_rng(0).integers(low, high, (16, 24), endpoint=True).astype(np.uint16)
+
+
+@pytest.mark.parametrize(("low", "high"), [(29000, 29400), (0, 300), (7000, 11000), (65000, 65535)])
+def test_a_narrow_span_of_16_bits_keeps_its_differences(low: int, high: int) -> None:
+    array = thermal(low, high)
+    frame = frame_of(encoded(Image.fromarray(array), "PNG"), ".png")
+    assert len(np.unique(frame)) > 100
+    expected = (array.astype(float) - array.min()) * 255 / (int(array.max()) - int(array.min()))
+    assert np.abs(frame[..., 0] - expected).max() <= 0.5001
+    assert np.array_equal(frame, frame_of(npy(array), ".npy"))
+    assert np.array_equal(frame, decoding.fit_image(Image.fromarray(array), SIZE))
+
+
+def test_noise_of_16_bits_is_not_amplified() -> None:
+    array = thermal(30000, 30003)
+    assert np.array_equal(frame_of(npy(array), ".npy")[..., 0], (array - 30000).astype(np.uint8))
+    even = np.full((16, 24), 257 * 90, np.uint16)
+    assert (frame_of(npy(even), ".npy") == 90).all()
+
+
 # --------------------------------------------------------------------------------------------------- signals
 
 
@@ -253,6 +405,68 @@ def test_signals_with_nan_or_infinity_are_refused(value: float) -> None:
     samples = tone(500)
     samples[7] = value
     assert "NaN" in refusal(npy(samples), ".npy")
+
+
+_GUID = bytes.fromhex("000000001000800000aa00389b71")
+S = np.sin(np.arange(16000) * 0.2)
+RAW = {
+    (1, 8): (S * 127 + 128).astype(np.uint8).tobytes(),
+    (1, 16): (S * 3e4).astype("<i2").tobytes(),
+    (1, 24): b"".join(struct.pack("<i", int(x * 8e6))[:3] for x in S),
+    (1, 32): (S * 2e9).astype("<i4").tobytes(),
+    (3, 32): S.astype("<f4").tobytes(),
+    (3, 64): S.astype("<f8").tobytes(),
+}
+
+
+def riff(
+    kind: int, bits: int, data: bytes, *, extensible: bool = False, size: int | None = None, more: bytes = b""
+) -> bytes:
+    form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, 1, 16000, 2000 * bits, bits // 8, bits)
+    form += struct.pack("<HHIH", 22, bits, 4, kind) + _GUID if extensible else b""
+    claimed = len(data) if size is None else size
+    body = b"WAVE" + more + b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", claimed) + data
+    return b"RIFF" + struct.pack("<I", len(body) if size is None else size) + body
+
+
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize("form", RAW, ids=str)
+def test_every_usual_wav_gives_the_same_picture(form: tuple[int, int], extensible: bool) -> None:
+    reference = frame_of(riff(1, 32, RAW[1, 32]), ".wav", (64, 64)).astype(int)
+    found = frame_of(riff(*form, RAW[form], extensible=extensible), ".wav", (64, 64)).astype(int)
+    assert np.abs(found - reference).mean() < (25 if form == (1, 8) else 5)
+    assert loudest_row(found.astype(np.uint8)) == loudest_row(reference.astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36])
+def test_a_wav_from_a_pipe_is_read_to_its_end(size: int) -> None:
+    whole = frame_of(riff(1, 16, RAW[1, 16]), ".wav", (64, 64))
+    assert np.array_equal(frame_of(riff(1, 16, RAW[1, 16], size=size), ".wav", (64, 64)), whole)
+    assert np.array_equal(frame_of(riff(1, 16, RAW[1, 16], more=b"LIST\3\0\0\0abc\0"), ".wav", (64, 64)), whole)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (riff(6, 8, bytes(4000)), "A-law with 8 bits"),
+        (riff(0x11, 4, bytes(4000)), "IMA ADPCM"),
+        (riff(3, 16, bytes(4000)), "float with 16 bits"),
+        (riff(1, 16, b""), "0 samples"),
+        (riff(1, 16, RAW[1, 16])[:-7], "truncated: 31993 bytes of 32000"),
+        (riff(1, 16, RAW[1, 16])[:40], "truncated"),
+        (b"RIFF\4\0\0\0WAVE", "truncated: it holds no samples"),
+        (riff(3, 32, np.full(4000, np.nan, "<f4").tobytes()), "NaN"),
+    ],
+)
+def test_a_wav_that_gives_no_samples_says_why(data: bytes, named: str) -> None:
+    text = refusal(data, ".wav")
+    assert named in text and "; " in text and "intact" not in text
+
+
+def test_channels_count_for_the_limit_of_samples() -> None:
+    form = struct.pack("<HHIIHH", 1, 60000, 16000, 0, 60000, 8)
+    data = b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + form + b"data" + struct.pack("<I", 9 << 20) + bytes(9 << 20)
+    assert "exceed the limit" in refusal(data, ".wav")
 
 
 def test_a_truncated_or_unsupported_wav_is_refused() -> None:
