@@ -31,7 +31,7 @@ StoreOption = Annotated[
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one picture: an answer or an error. `truth` is the folder that it lies in, None for no file."""
+    """The result for one picture: an answer or an error. `truth` is the name of its folder, None if it is no file."""
 
     name: str
     answer: Prediction | None
@@ -63,10 +63,10 @@ def learn(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Learn your own photographs: one folder a class. The store is made where it is missing, else it grows.
+    """Learn your own photographs, one folder per class, and keep the result in a store. The store may be new or known.
 
-    A folder of folders of classes is taken for several domains (a camera, a season, a place each), learned one after
-    another. Ends in 1 where a domain was rejected.
+    FOLDER/DOMAIN/CLASS/ is learned as several domains (for example one per camera or season), one after another.
+    Exit code 1 if a domain was rejected.
     """
     need(LEARN if encoder is None else TRAIN)
     from device.api import labelled_folder
@@ -107,7 +107,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="FILES",
-            help="Pictures, or folders of them; - reads one picture or names, one a line, from stdin.",
+            help="Pictures or folders. - reads one picture, or names line by line, from stdin.",
             show_default=False,
         ),
     ],
@@ -116,10 +116,10 @@ def predict(
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")] = False,
     encoder: EncoderPath = None,
 ) -> None:
-    """Say what is on pictures, from which domain they are, and whether they are out of distribution.
+    """Classify pictures: class, probability, domain, and whether a picture is out of distribution.
 
-    Where every picture lies in a folder that is called like a class, the accuracy is told, too. Ends in 1 where a file
-    could not be read; the others are answered.
+    If every picture lies in a folder named like a class, the accuracy is printed, too. Exit code 1 if a file could not
+    be read; the others are answered.
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv: choose one")
@@ -226,7 +226,7 @@ def _print_table(rows: Sequence[Row]) -> None:
 
 
 def _print_accuracy(rows: Sequence[Row], classes: Sequence[str]) -> None:
-    """On stderr, where all pictures lie in folders that are called like classes."""
+    """On stderr, if all pictures lie in folders named like classes."""
     answered = [row for row in rows if row.answer is not None]
     if not answered or not all(row.truth in classes for row in answered):
         return
