@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-1. `learn`, `update` and `merge` go through the same door as on a board: admitted, and only then serving. A rejection is
-   a value, and leaves what served as it was. Nothing known is ever replaced in silence.
+1. `learn`, `update` and `merge` pass the same admission as on a board. A rejection is a value and changes nothing.
+   A known domain is never replaced without a word.
 2. The last change can be taken back with `undo`, until the next change or `save` makes it permanent.
 3. Nothing touches the disk but `save` and `load`, and the cache of the default encoder.
 """
@@ -27,7 +27,7 @@ from device.encoder.cache import cached_encoder
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir
-from device.images.dataset import read_folder
+from device.images.dataset import listed, read_folder
 from device.images.decode import SUFFIXES, UndecodableInput
 from device.images.inputs import Input, frame_of
 from device.images.views import view
@@ -89,7 +89,7 @@ class Learned:
         accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
         lines = [
             f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
-            f" ({', '.join(self.classes)})",
+            f" ({listed(self.classes)})",
             f"  validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}",
             *(
                 f"  {share:.1%} of the inputs of {name} now go elsewhere"
@@ -178,7 +178,7 @@ class Ear:
 
     def __repr__(self) -> str:
         known = [
-            f"{d.name}: {_count(d.memory.n, 'image')} of {', '.join(d.memory.classes)}, {d.bytes / 1024:.0f} KiB"
+            f"{d.name}: {_count(d.memory.n, 'image')} of {listed(d.memory.classes)}, {d.bytes / 1024:.0f} KiB"
             for d in self.system.domains
         ]
         return f"Ear({'; '.join(known) or 'nothing learned yet'}; encoder {self.encoder.digest[:12]})"
@@ -255,17 +255,17 @@ class Ear:
         known = {name: [r for r in rows if r[0] == name] for name in dict.fromkeys(r[0] for r in rows)}
         by_class = {name: [r for r in rows if r[1] == name] for name in sorted({r[1] for r in rows})}
         warnings = [warning for part in parts for warning in part.warnings]
-        few = {f"domain {name}": len(r) for name, r in known.items() if len(r) < FEW}
+        few = {f"domain {name}" if name else "this set": len(r) for name, r in known.items() if len(r) < FEW}
         warnings += [
             f"{name} has only {_count(n, 'image')}, fewer than {FEW}: a rough figure" for name, n in few.items()
         ]
         missing = sorted({label for _, label in truth}.difference(self.classes))
         if missing:
-            warnings.append(f"classes that were never learned count as wrong: {', '.join(missing)}")
+            warnings.append(f"classes that were never learned count as wrong: {listed(missing)}")
         return Evaluation(
-            self._score(rows, False),
-            {name: self._score(r, name in self.domains) for name, r in known.items() if name},
-            {name: self._score(r, False) for name, r in by_class.items()},
+            _score(rows, False),
+            {name: _score(r, name in self.domains) for name, r in known.items() if name},
+            {name: _score(r, False) for name, r in by_class.items()},
             tuple(warnings),
         )
 
@@ -486,11 +486,6 @@ class Ear:
         self._forgot |= forgot
         return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
 
-    def _score(self, rows: Sequence[tuple[str, str, Prediction]], routed: bool) -> Score:
-        right = sum(answer.label == label for _, label, answer in rows)
-        own = sum(answer.route == name for name, _, answer in rows) if routed else None
-        return Score(len(rows), right, own)
-
 
 def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) -> tuple[_Labelled, ...]:
     """Labelled images, domain by domain: one without a name where images and labels were given without one."""
@@ -532,10 +527,16 @@ def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, .
 
 
 def _holds_domains(folder: Path) -> bool:
-    """Whether a folder is DOMAIN/CLASS/* and not CLASS/*: a folder in a folder of it holds images."""
-    inner = [p for p in folder.glob("*/*/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    outer = [p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    return bool(inner) and not outer
+    """Whether images lie in `DOMAIN/CLASS/` and none in `CLASS/`."""
+    inner, outer = (any(p.suffix.lower() in SUFFIXES for p in folder.glob(at)) for at in ("*/*/*", "*/*"))
+    return inner and not outer
+
+
+def _score(rows: Sequence[tuple[str, str, Prediction]], routed: bool) -> Score:
+    """Of rows of domain, class and answer."""
+    right = sum(answer.label == label for _, label, answer in rows)
+    own = sum(answer.route == name for name, _, answer in rows) if routed else None
+    return Score(len(rows), right, own)
 
 
 def _files_in(folder: Path) -> tuple[Input, ...]:
@@ -551,7 +552,7 @@ def _told_copies(lesson: _Labelled, first: dict[tuple[bytes, str], int]) -> Iter
         yield f"{_count(copies, 'image')} left out: copies of others in the same class"
     torn = sum(n > 1 for n in Counter(digest for digest, _ in first).values())
     if torn:
-        yield f"{_count(torn, 'image')} stand in several classes: label each once"
+        yield f"copies of the same image under different labels: {torn}; label each image once"
 
 
 def _caught(image: Input, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]] | UndecodableInput:

@@ -302,7 +302,7 @@ def test_copies_are_not_counted_and_are_told(data: Path) -> None:
     assert isinstance(learned, Learned) and learned.images == 30
     assert any("4 images left out: copies" in w for w in learned.warnings)
     torn = new_ear().learn([*frames, frames[0]], [*labels, "other"], name="red")
-    assert isinstance(torn, Learned) and any("1 image stand in several" in w for w in torn.warnings)
+    assert isinstance(torn, Learned) and any("under different labels: 1" in w for w in torn.warnings)
 
 
 def test_one_class_is_learned_with_a_warning_and_one_image_is_refused() -> None:
