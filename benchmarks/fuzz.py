@@ -41,7 +41,8 @@ from paho.mqtt.properties import Properties
 
 from benchmarks.fuzz_messages import SEEDS, Fuzzer, Message
 from device.daemon import machine
-from device.daemon.sources import Feed, MessageFrames
+from device.daemon.sources import Feed
+from device.daemon.sources.mqtt import MessageFrames
 from device.daemon.sources.running import Stop
 from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics

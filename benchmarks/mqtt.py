@@ -284,7 +284,7 @@ def restarts(folder: Path, count: int, per_life: int = 200) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path.cwd())
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--events", type=int, default=86_400)
     parser.add_argument("--restarts", type=int, default=50)
     options = parser.parse_args()

@@ -20,6 +20,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal, Protocol, assert_never
 
 import numpy as np
@@ -57,8 +58,8 @@ class Labeller(Protocol):
 
         The board asks for the same numbers again and again until its patience ends. Never waits."""
 
-    def domain(self, at: Sequence[int]) -> str:
-        """The name of the domain of these frames."""
+    def domain(self, at: Sequence[int]) -> str | None:
+        """The name of the domain of these frames; None where the labeller has none: the first free `domain-N`."""
 
 
 class Clock(Protocol):
@@ -342,8 +343,10 @@ class Board:
             self._tell(events.TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
             return
         self.phase = after(self.phase, "labels")
-        name, views = waiting.name or self._labeller.domain(waiting.numbers), self.policy.views
+        name = waiting.name or self._labeller.domain(waiting.numbers)
+        name = name or next(free for n in count(1) if (free := f"domain-{n}") not in self.system.names)
         job: Job
+        views = self.policy.views
         if blind is not None and len(known) < MINIMUM:
             frames = tuple(s.frame for s in waiting.seen)
             job = UnlabelledJob(self.system, name, frames, blind, views=views, seed=self._seed)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from prometheus_client import Counter
 
     from device.daemon.metrics import Metrics
-    from device.daemon.sources import Source
+    from device.daemon.sources import RunningSource
     from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
@@ -95,7 +95,7 @@ class Daemon:
         wake: threading.Event | None = None,
         seed: int = 0,
         policy: DaemonPolicy | None = None,
-        source: Source | None = None,
+        source: RunningSource | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
@@ -359,6 +359,7 @@ class Daemon:
 
     def describe(self) -> dict[str, Any]:
         """The daemon's part of a report."""
+        source = self.source
         return {
             "session": self.session,
             "boot": self.outbox.boot,
@@ -366,11 +367,6 @@ class Daemon:
             "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
             "refused_messages": self.counts.refused_messages,
             "outbox": self.readings["outbox"](),
-            "source": None if self.source is None else source_facts(self.source),
+            "source": source and {name: getattr(source, name) for name in ("alive", "finished", "last_error")},
             "rss_mb": self.readings["rss_mb"](),
         }
-
-
-def source_facts(source: Source) -> dict[str, Any]:
-    """The source's part of a report."""
-    return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}

@@ -38,13 +38,20 @@ def discovery(site: str, device: str, version: str, encoder: str, telemetry_peri
     """The discovery payload. A sensor becomes unknown after three telemetry windows without a message."""
     identity = f"edgeear/{site}/{device}"
     available = {"topic": topic_of(site, device, STATUS), "value_template": "{{ value_json.state }}"}
-    components = {
-        **_sensors(topic_of(site, device, TELEMETRY), int(3 * telemetry_period_s) + 1),
-        **_controls(site, device),
-    }
+    telemetry = topic_of(site, device, TELEMETRY)
+    components = _sensors(telemetry, int(3 * telemetry_period_s) + 1) | _controls(site, device)
     for component in components.values():
         component["availability"] = [available]
-    components["connectivity"] = _connectivity(available)
+    components["connectivity"] = {
+        "platform": "binary_sensor",
+        "name": "Connection",
+        "device_class": "connectivity",
+        "entity_category": "diagnostic",
+        "state_topic": available["topic"],
+        "value_template": available["value_template"],
+        "payload_on": "online",
+        "payload_off": "offline",
+    }
     return {
         "device": {
             "identifiers": [identity],
@@ -125,16 +132,3 @@ def _controls(site: str, device: str) -> dict[str, Component]:
         "command_template": f'{{{PRESSED}, "paused": {{{{ value }}}}}}',
     }
     return controls
-
-
-def _connectivity(status: dict[str, str]) -> Component:
-    return {
-        "platform": "binary_sensor",
-        "name": "Connection",
-        "device_class": "connectivity",
-        "entity_category": "diagnostic",
-        "state_topic": status["topic"],
-        "value_template": status["value_template"],
-        "payload_on": "online",
-        "payload_off": "offline",
-    }

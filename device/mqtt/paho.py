@@ -82,39 +82,17 @@ def properties_of(packet: int, **values: Any) -> Properties:
     return made
 
 
-def connect_properties(session_expiry_s: int, receive_maximum: int, maximum_packet: int) -> Properties:
-    return properties_of(
-        PacketTypes.CONNECT,
-        SessionExpiryInterval=session_expiry_s,
-        ReceiveMaximum=receive_maximum,
-        MaximumPacketSize=maximum_packet,
-    )
-
-
-def will_properties(content_type: str) -> Properties:
-    """The broker publishes the will without delay."""
-    return properties_of(PacketTypes.WILLMESSAGE, ContentType=content_type, WillDelayInterval=0)
-
-
 def publish_properties(content_type: str, expiry_s: int | None, correlation: bytes | None) -> Properties:
-    if correlation is None:
-        return _usual_properties(content_type, expiry_s)
-    properties = _new_properties(content_type, expiry_s)
-    properties.CorrelationData = correlation
-    return properties
+    """Cached, except with correlation data, because each of these differs and may have 64 KiB."""
+    values = {"ContentType": content_type, "MessageExpiryInterval": expiry_s, "CorrelationData": correlation}
+    return (_usual if correlation is None else _made)(*((k, v) for k, v in values.items() if v is not None))
 
 
-@functools.lru_cache(maxsize=64)
-def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
-    """Cached. Properties with correlation data are not, because each differs and may have 64 KiB."""
-    return _new_properties(content_type, expiry_s)
+def _made(*values: tuple[str, Any]) -> Properties:
+    return properties_of(PacketTypes.PUBLISH, **dict(values))
 
 
-def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
-    properties = properties_of(PacketTypes.PUBLISH, ContentType=content_type)
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return properties
+_usual = functools.lru_cache(maxsize=64)(_made)
 
 
 def explain(error: Exception, host: str, port: int) -> str:

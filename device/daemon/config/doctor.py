@@ -54,7 +54,15 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
     """Every finding on this machine, in the order of the checks. Takes some seconds: it runs the encoder and connects
     to the broker. `config_path` is the file that `config` came from."""
     now = clock()
-    encoder = probes.encoder(config.device.encoder, config.device.threads)
+    encoders: list[EncoderFacts] = []
+
+    def check_encoder() -> Findings:
+        encoders.append(probes.encoder(config.device.encoder, config.device.threads))
+        yield from check_encoder_file(encoders[0])
+
+    def check_store_on_encoder() -> Findings:
+        yield from check_store(lambda: probes.store(config.device.store), encoders[0].digest if encoders else None)
+
     learning, mqtt, state = config.learning, config.mqtt, config.device.state
     checks: list[tuple[str, Callable[[], Findings]]] = [
         ("cpu", lambda: check_cpu(probes.read("/proc/cpuinfo"), platform.machine())),
@@ -63,8 +71,8 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
         ("clock", lambda: check_clock(now, probes.clock_synchronised())),
         ("state", lambda: check_state(state, probes.writable)),
         ("disk", lambda: check_disk(probes.free_mb(state), config.outbox.max_mb)),
-        ("encoder", lambda: check_encoder_file(encoder)),
-        ("store", lambda: check_store(lambda: probes.store(config.device.store), encoder.digest)),
+        ("encoder", check_encoder),
+        ("store", check_store_on_encoder),
         ("outbox", lambda: check_outbox(config.device.outbox)),
         ("learning", lambda: check_learning(learning.enabled, probes.installed)),
         ("source", lambda: config.source.check(probes)),

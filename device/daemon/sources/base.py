@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import Field
 
@@ -17,31 +16,6 @@ from device.daemon.section import Section
 from device.daemon.sources.running import Capture, RunningSource
 from edgeear.errors import DataError
 from edgeear.types import U8
-
-
-class Source(Protocol):
-    """Something that feeds the queue once started. You start and stop it once."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs and its device is there."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it came to its end by itself, as a replay does."""
-
-    @property
-    def last_error(self) -> str | None:
-        """The last failure, with its remedy; it stays after a recovery."""
-
-    def start(self) -> None:
-        """Start; returns at once."""
-
-    def stop(self, timeout: float = 5.0) -> bool:
-        """Stop; whether it has stopped within `timeout` seconds."""
-
-    def offer(self, payload: bytes) -> None:
-        """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Capture(Protocol):
 
 
 class RunningSource:
-    """A capture in a thread of its own: the `Source` of every kind."""
+    """A capture in a thread of its own, which feeds the queue. You start and stop it once."""
 
     def __init__(self, name: str, capture: Capture, sink: FrameQueue, back_off: BackOff | None = None) -> None:
         self._capture, self._sink, self._back_off = capture, sink, back_off or BackOff()
@@ -68,24 +68,30 @@ class RunningSource:
         self._thread = threading.Thread(target=self._run, name=f"source-{name}", daemon=True)
         self._failing = False
         self.last_error: str | None = None
+        """The last failure, with its remedy; it stays after a recovery."""
         self.finished = False
+        """Whether it came to its end by itself, as a replay does."""
 
     @property
     def alive(self) -> bool:
+        """Whether it runs and its device is there."""
         return self._thread.is_alive() and not self._failing
 
     def start(self) -> None:
+        """Start; returns at once."""
         if self._thread.ident is not None:
             raise UsageError("this source was started already: open another one")
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> bool:
+        """Stop; whether it has stopped within `timeout` seconds."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def offer(self, payload: bytes) -> None:
+        """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
         take = getattr(self._capture, "offer", None)
         if take is not None:
             take(payload)
