@@ -46,8 +46,9 @@ from device.daemon.sources.mqtt import MessageFrames
 from device.daemon.sources.running import Stop
 from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
+from device.mqtt.delivery import Token
 from device.mqtt.link import Inbound, Link, LinkPolicy
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from device.state.codec import to_files
 from tests.device.daemon.test_loop import OWN, Rig, learned, rigged
 from tests.support import boards, fakes
@@ -71,7 +72,7 @@ class Wire:
     acknowledged: int = 0
     refused: int = 0
 
-    def acknowledge(self, inbound: Inbound) -> None:
+    def acknowledge(self, token: Token | None) -> None:
         self.acknowledged += 1
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
@@ -195,7 +196,7 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         return {
             **tally.figures(),
             "answers": {**outcomes, "refused at once": board.wire.refused},
-            "ignored": board.link.counters().ignored,
+            "ignored": board.link.delivery.counters().ignored,
             "messages_per_s": round(tally.sent / seconds),
             **watch.figures(),
         }
@@ -408,7 +409,7 @@ def fuzz_wire(folder: Path, count: int, seed: int, seeds: int, checks: int = CHE
             daemon.wait_told("READY=1")
             heard = Heard()
             filters = tuple(f"{boards.OWN}/{name}" for name in ("response/#", "event", "label-request"))
-            with operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
+            with Operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
                 figures = _wired(daemon, us, sender, count, checks, Fuzzer(boards.OWN, "0" * 16, seed, seeds))
             if heard.wrong:
                 raise Broken(heard.wrong[0])

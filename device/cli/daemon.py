@@ -77,7 +77,7 @@ def run(
         asked.get()
         stop.set()
         for r in running:
-            r.daemon.wake()
+            r.daemon.wake.set()
 
     # A handler interrupts the loop anywhere, also inside the lock of the event that it waits on: only a SimpleQueue is
     # safe to use there, and another thread does the rest.

@@ -85,13 +85,13 @@ def send(
 ) -> None:
     """Send a command to a board and print its response as JSON. Exit code 1 if it was refused or failed."""
     from device.mqtt.topics import RESPONSE, topic_of
-    from device.operator.client import operator
+    from device.operator.client import Operator
     from device.operator.labelling import named
     from device.operator.watching import command_of
 
     site, device = named(board)
     asked = command_of(command, fields or [], identity)
-    with operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
+    with Operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
         _answer(us.ask(site, device, asked, wait))
 
 
@@ -134,12 +134,12 @@ def label(
 ) -> None:
     """Send labels: each picture in DIR/CLASS/ is of that class. Exit code 1 if the board refused them."""
     from device.mqtt.topics import RESPONSE, topic_of
-    from device.operator.client import operator
+    from device.operator.client import Operator
     from device.operator.labelling import named
     from device.operator.labelling import send as send_labels
 
     topic = topic_of(*named(board), RESPONSE)
-    with operator(_address(broker, config, ca, cert, key), (topic,)) as us:
+    with Operator(_address(broker, config, ca, cert, key), (topic,)) as us:
         response, found = send_labels(us, board, folder, domain, wait)
     if found.waiting or found.stale:
         told = f"{found.waiting} pictures are in no class, {found.stale} are of earlier sessions and count no more"

@@ -195,7 +195,7 @@ def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
 def _link(config: Config, daemon: Daemon, now: Callable[[], float]) -> Link:
     """The link, not started. Announces the board to Home Assistant where that is configured."""
     site, device, source = config.device.site, config.device.name, daemon.source
-    daemon.out.link = link = Link(
+    link = Link(
         link_policy(config),
         daemon.outbox,
         daemon.status,
@@ -205,6 +205,7 @@ def _link(config: Config, daemon: Daemon, now: Callable[[], float]) -> Link:
         random.Random(),  # boards that lost the same broker must not reconnect at the same moment
         now,
     )
+    daemon.out.link = link.delivery
     if config.mqtt.discovery:
         encoder, lasting = daemon.board.system.encoder_digest, {"retain": True, "expiry_s": None}
         payload = homeassistant.discovery_payload(site, device, __version__, encoder, daemon.period_s)

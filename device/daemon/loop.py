@@ -107,7 +107,7 @@ class Daemon:
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
-        self._wake = wake or threading.Event()
+        self.wake = wake or threading.Event()
         self._requests: deque[Seen] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
@@ -135,11 +135,7 @@ class Daemon:
                 self._inbox.append(inbound)
             else:
                 self._overflowed = True
-        self._wake.set()
-
-    def wake(self) -> None:
-        """End the sleep between two turns."""
-        self._wake.set()
+        self.wake.set()
 
     def status(self, state: Literal["online", "offline"]) -> bytes:
         """The payload of this session's birth, or of its last will."""
@@ -166,11 +162,11 @@ class Daemon:
     def run(self, stop: threading.Event, progressed: Callable[[], object] = lambda: None) -> None:
         """Take turns until `stop` is set; `progressed` is called after each, for watchdogs."""
         while not stop.is_set():
-            self._wake.clear()
+            self.wake.clear()
             busy = self.turn()
             progressed()
             if not busy and not stop.is_set():
-                self._wake.wait(self._patience())
+                self.wake.wait(self._patience())
         self.tell(Stopped(*self.board.moment))
 
     def turn(self) -> bool:
@@ -253,7 +249,7 @@ class Daemon:
             except DeviceError as error:
                 self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
         if self.out.link is not None:
-            self.out.link.acknowledge(inbound)
+            self.out.link.acknowledge(inbound.token)
 
     def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
         ends = [t for t in (inbound.expires, command.expires) if t is not None]

@@ -32,6 +32,7 @@ from edgeear.system import System
 from edgeear.types import U8
 
 if TYPE_CHECKING:
+    from device.mqtt.delivery import Token
     from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
@@ -40,9 +41,9 @@ MAX_TEXT = 2000
 
 
 class Uplink(Protocol):
-    """What the daemon needs of `device.mqtt.link.Link`."""
+    """What the daemon needs of `device.mqtt.delivery.Delivery`."""
 
-    def acknowledge(self, inbound: Inbound) -> None: ...
+    def acknowledge(self, token: Token | None) -> None: ...
 
     def request_redelivery(self) -> None: ...
 

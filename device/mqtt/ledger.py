@@ -107,7 +107,7 @@ def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: fl
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: call recall before begin")
     if known is None:
-        _record(db, policy, command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None)
+        _record(db, policy, (command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None))
 
 
 def finish(
@@ -128,7 +128,7 @@ def finish(
     if size > policy.max_bytes:
         raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the limit is {policy.max_bytes}; shorten it")
     begun = now if known is None else known.begun
-    _record(db, policy, command_id, begun, size, topic, text, payload)
+    _record(db, policy, (command_id, begun, size, topic, text, payload))
 
 
 def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
@@ -136,27 +136,19 @@ def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
     db.execute("DELETE FROM ledger WHERE begun >= ? AND begun < ?", (CLOCK_SET, now - policy.max_age_s))
 
 
-def _record(
-    db: sqlite3.Connection,
-    policy: LedgerPolicy,
-    command_id: str,
-    begun: float,
-    size: int,
-    topic: str | None,
-    properties: str | None,
-    payload: bytes | None,
-) -> None:
+def _record(db: sqlite3.Connection, policy: LedgerPolicy, row: tuple[object, ...]) -> None:
+    """Writes the entry `(command, begun, size, topic, properties, payload)` and keeps within the bounds."""
     db.execute(
         "INSERT INTO ledger (command, begun, size, topic, properties, payload) VALUES (?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (command) DO UPDATE SET begun = excluded.begun, size = excluded.size, topic = excluded.topic, "
         "properties = excluded.properties, payload = excluded.payload",
-        (command_id, begun, size, topic, properties, payload),
+        row,
     )
     oldest = "DELETE FROM ledger WHERE number = (SELECT min(number) FROM ledger WHERE command != ?)"
     removed = 1
     while removed:  # never the new entry
         within = read_tally(db, COUNT) <= policy.max_count and read_tally(db, BYTES) <= policy.max_bytes
-        removed = 0 if within else db.execute(oldest, (command_id,)).rowcount
+        removed = 0 if within else db.execute(oldest, row[:1]).rowcount
 
 
 def read_tally(db: sqlite3.Connection, name: str) -> int:

@@ -132,7 +132,7 @@ class Backlog(Protocol):
 @dataclass(frozen=True)
 class Inbound:
     """A command from the broker. `name` of topic `.../command/infer` is "infer". `expires`: unix seconds, None for
-    never. `dup`: it may have been delivered before. `token`: for `Link.acknowledge`."""
+    never. `dup`: it may have been delivered before. `token`: for `Delivery.acknowledge`."""
 
     name: str
     payload: bytes
@@ -144,8 +144,8 @@ class Inbound:
 
 
 class Link:
-    """Keeps a board connected. `start` once, `stop` once. The link's thread calls `on_command`, `on_frame`, `on_change`
-    and `status`, which must return at once.
+    """Keeps a board connected. `start` once, `stop` once; any thread may use its `delivery`. The link's thread calls
+    `on_command`, `on_frame`, `on_change` and `status`, which must return at once.
 
     `status(state)` gives the payload of the birth ("online") and of the will and farewell ("offline"). `on_frame`
     matters only where the policy asks for frames. `rng` draws the back-off. `clock` gives unix seconds.
@@ -166,7 +166,7 @@ class Link:
         self._on_command, self._on_frame, self._on_change = on_command, on_frame, on_change
         self._rng, self._clock = rng, clock
         status_topic = topics.topic_of(policy.site, policy.device, topics.STATUS)
-        self._delivery = Delivery(policy.inflight, policy.rate, policy.hold_s, status_topic, status)
+        self.delivery = Delivery(policy.inflight, policy.rate, policy.hold_s, status_topic, status, self._wake_up)
         self._reported: tuple[bool, str] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeear-link", daemon=True)
@@ -183,39 +183,11 @@ class Link:
         """Connect, in a thread of its own."""
         self._thread.start()
 
-    def wake(self) -> None:
-        """Something was put into the outbox."""
-        self._delivery.wake()
-        self._wake_up()
-
-    def acknowledge(self, inbound: Inbound) -> None:
-        """`inbound` is dealt with: the broker may forget it. Does nothing if an older connection brought it; the broker
-        then sends it again, with `dup`."""
-        if inbound.token is not None:
-            self._delivery.acknowledge(inbound.token)
-            self._wake_up()
-
-    def request_redelivery(self) -> None:
-        """Reconnect, so that the broker sends again what was not acknowledged."""
-        self._delivery.request_redelivery()
-        self._wake_up()
-
-    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
-        """Send once with QoS 0, past the outbox. False, and lost, if not connected or the network does not keep up."""
-        taken = self._delivery.publish_now(topic, payload, correlation)
-        self._wake_up()
-        return taken
-
-    def counters(self) -> LinkCounters:
-        """What was counted since the start."""
-        return self._delivery.counters()
-
     def stop(self, timeout: float) -> None:
         """Send what the outbox holds within half of `timeout` seconds, then the offline status, then disconnect."""
         now = time.monotonic()
-        self._delivery.stop(now + timeout / 2, now + timeout)
         self._stopping.set()
-        self._wake_up()
+        self.delivery.stop(now + timeout / 2, now + timeout)
         if self._thread.ident is None:
             self._close()
         else:
@@ -234,11 +206,11 @@ class Link:
     def _run(self) -> None:
         tries, five = 0, self._policy.protocol == "5"
         while not self._stopping.is_set():
-            began, connects = time.monotonic(), self.counters().connects
+            began, connects = time.monotonic(), self.delivery.counters().connects
             if self._live(five) and five:
                 five = False
                 continue
-            if self.counters().connects > connects:
+            if self.delivery.counters().connects > connects:
                 five = self._policy.protocol == "5"
             if time.monotonic() - began >= self._policy.reconnect_max_s:
                 tries = 0
@@ -248,7 +220,7 @@ class Link:
 
     def _live(self, five: bool) -> bool:
         """One connection from its start to its end, which is reported. True: the broker does not know this version."""
-        will, delivery = self._status("offline"), self._delivery
+        will, delivery = self._status("offline"), self.delivery
         connection = Connection(self._policy, five, delivery, self._outbox, will, self._receive, self._report)
         try:
             why = self._steps(connection)
@@ -278,7 +250,7 @@ class Link:
     def _receive(self, message: MQTTMessage) -> None:
         """Pass a command or a frame on; acknowledge at once what is no command."""
         address = _address(message)
-        token = self._delivery.received(message.mid) if message.qos else None
+        token = self.delivery.received(message.mid) if message.qos else None
         ours = (
             address is not None
             and (address.site, address.device) == (self._policy.site, self._policy.device)
@@ -290,9 +262,8 @@ class Link:
         if ours and address is not None and address.topic is topics.FRAME:
             self._on_frame(bytes(message.payload))
         else:
-            self._delivery.ignored()
-        if token is not None:
-            self._delivery.acknowledge(token)
+            self.delivery.ignored()
+        self.delivery.acknowledge(token)
 
     def _inbound(self, name: str, message: MQTTMessage, token: Token | None) -> Inbound:
         given, payload = message.properties, bytes(message.payload)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.mqtt import messages, topics
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from edgeear.errors import DeviceError, UsageError
 
 _NAME = re.compile(r"([0-9a-f]{8,64})-([0-9]{6,16})\.(jpg|png)")
@@ -65,7 +65,7 @@ def collect(
 
     with (
         suppress(KeyboardInterrupt),
-        operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
+        Operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
     ):
         while (count is None or total < count) and (until is None or time.monotonic() < until):
             with suppress(queue.Empty):

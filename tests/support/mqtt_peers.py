@@ -105,7 +105,7 @@ class Board:
 
     def put(self, payload: bytes, **more: Any) -> None:
         self.outbox.put(payload, **more)
-        self.link.wake()
+        self.link.delivery.wake()
 
     def wait_connected(self, times: int = 1) -> None:
         self.signal.wait(lambda: sum(text.startswith("connected") for _, text in self.changes) >= times, "connection")

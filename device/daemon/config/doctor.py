@@ -25,7 +25,7 @@ from pathlib import Path
 
 from device.daemon.config import probes
 from device.daemon.config.certificates import Validity, validity
-from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
+from device.daemon.config.probes import EncoderFacts, StoreFacts
 from device.daemon.config.settings import Config, MqttSection
 from device.daemon.finding import Finding, Verdict, reason
 from device.provenance import installation
@@ -298,19 +298,19 @@ def check_certificate(cert: Path | None, now: float) -> Findings:
         yield _judged("certificate", str(cert), period, now)
 
 
-def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: float) -> Findings:
+def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Validity | None], now: float) -> Findings:
     """Whether the broker answers, and with a valid certificate. Nothing is sent over MQTT."""
     if not mqtt.enabled:
         yield Finding("broker", "ok", "off")
         return
     where = f"{mqtt.host}:{mqtt.port}"
     try:
-        found = call(mqtt)
+        certificate = call(mqtt)
     except OSError as error:
         yield Finding("broker", "problem", f"{where}: {reason(error)}", _broker_remedy(error))
     else:
-        if found.certificate is not None:
-            yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
+        if certificate is not None:
+            yield _judged("broker", f"{where} with TLS, its certificate", certificate, now)
         elif mqtt.password is not None:
             yield Finding(
                 "broker", "warning", f"{where} answers; the password is sent unencrypted", "use TLS: set mqtt.ca"

@@ -20,11 +20,10 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from device.daemon.section import Section
-from device.daemon.sources.base import Feed, SourceSection
+from device.daemon.sources.base import Feed, NoSource, SourceSection
 from device.daemon.sources.camera import CameraSource
 from device.daemon.sources.folder import FolderSource
 from device.daemon.sources.mqtt import MqttSource
-from device.daemon.sources.none import NoSource
 from device.daemon.sources.replay import ReplaySource
 from device.daemon.sources.running import RunningSource
 from device.daemon.sources.serial import SerialSource

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -58,6 +59,18 @@ class SourceSection(Section):
         """The source, not started. Raises as `capture` does."""
         capture = self.capture(feed)
         return None if capture is None else RunningSource(self.kind, capture, feed.sink)
+
+
+class NoSource(SourceSection):
+    """Frames come with the infer command only."""
+
+    kind: Literal["none"] = "none"
+
+    def capture(self, feed: Feed) -> None:
+        return None
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield fine("none: frames come with commands only")
 
 
 def fine(text: str) -> Finding:

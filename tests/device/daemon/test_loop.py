@@ -22,6 +22,7 @@ from device.daemon.labels import LabelBook
 from device.daemon.loop import Daemon
 from device.daemon.sources import RunningSource
 from device.mqtt import messages
+from device.mqtt.delivery import Token
 from device.mqtt.link import Inbound
 from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.mqtt.settings import NAMES, LiveSettings
@@ -43,12 +44,12 @@ OWN = "edgeear/v1/plant/cam-1"
 class Wire:
     """The daemon's link, played by hand: what was acknowledged and what was sent past the outbox."""
 
-    acknowledged: list[Inbound] = field(default_factory=list)
+    acknowledged: list[Token | None] = field(default_factory=list)
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     asked_again: int = 0
 
-    def acknowledge(self, inbound: Inbound) -> None:
-        self.acknowledged.append(inbound)
+    def acknowledge(self, token: Token | None) -> None:
+        self.acknowledged.append(token)
 
     def request_redelivery(self) -> None:
         self.asked_again += 1
@@ -479,7 +480,7 @@ def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
     while not rig.wire.acknowledged:
         assert turned.acquire(timeout=10)
     stop.set()
-    rig.daemon.wake()
+    rig.daemon.wake.set()
     thread.join(10)
     assert not thread.is_alive() and rig.kinds == ["stopped"]
 
