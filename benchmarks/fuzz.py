@@ -114,7 +114,7 @@ class Inside:
         """Give the board one message and let it do all that it does about it."""
         came = MQTTMessage(1, message.topic.encode("utf-8", "surrogatepass"))
         came.payload, came.qos, came.dup, came.properties = message.payload, qos, message.dup, _properties(message)
-        self.link._receive(came)
+        self.link.receive(came)
         while self.daemon.turn():
             pass
 

@@ -151,7 +151,7 @@ class Board:
             if self.outbox.recall(command, START) is None:
                 self.outbox.begin(command, START)
                 self.applied[command] += 1
-                self.outbox.finish(command, "response", f"{PREFIX}/response", lambda seq: b"{}", START)
+                self.outbox.put("response", f"{PREFIX}/response", lambda seq: b"{}", START, answers=command)
                 self.link.delivery.wake()
             else:
                 self.repeated += 1

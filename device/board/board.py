@@ -62,11 +62,6 @@ class Labeller(Protocol):
         """The name of the domain of these frames; None where the labeller has none: the first free `domain-N`."""
 
 
-class Clock(Protocol):
-    def __call__(self) -> float:
-        """Seconds."""
-
-
 @dataclass(frozen=True)
 class BoardPolicy:
     """`labels`: most labels for a shift; `memory`: frames kept before a shift is declared; `probation`: frames that
@@ -121,15 +116,15 @@ class Board:
     """A board: a live system, a detector state and a buffer. Only `step`, `poll` and an operator's verbs change it.
     Call them from one thread. The verbs raise UsageError where the phase does not allow them.
 
-    `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's. `store` None keeps nothing
-    on disk."""
+    `clock` gives seconds. `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's.
+    `store` None keeps nothing on disk."""
 
     def __init__(
         self,
         live: Live,
         encoder: Encoder,
         labeller: Labeller,
-        clock: Clock,
+        clock: Callable[[], float],
         policy: BoardPolicy | None = None,
         *,
         store: Store | None = None,

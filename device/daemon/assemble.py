@@ -21,7 +21,7 @@ from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
-from device.daemon.loop import Daemon, DaemonPolicy
+from device.daemon.loop import Daemon
 from device.daemon.metrics import Metrics
 from device.daemon.sources import Feed
 from device.daemon.systemd import Notifier
@@ -133,7 +133,8 @@ def opened(
             timer=time.perf_counter,
             wake=wake,
             seed=seed,
-            policy=DaemonPolicy(config.source.max_age_s, config.learning.label_requests),
+            max_age_s=config.source.max_age_s,
+            label_requests=config.learning.label_requests,
             source=source,
             metrics=Metrics(__version__) if config.metrics.port else None,
         )

@@ -38,7 +38,7 @@ from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.publisher import Publisher, outbox_facts
 from device.daemon.telemetry import Window
-from device.mqtt import messages
+from device.mqtt import messages, topics
 from device.mqtt.outbox import Outbox, OutboxDamaged
 from device.mqtt.settings import LiveSettings
 from edgeear import __version__
@@ -59,15 +59,6 @@ IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep of an idle loop, and while it waits for labels or a learner, seconds."""
 
 
-@dataclass(frozen=True)
-class DaemonPolicy:
-    """`max_age_s`: seconds after which a waiting frame is not answered; `label_requests`: whether frames that want a
-    label are published."""
-
-    max_age_s: float = 2.0
-    label_requests: bool = True
-
-
 @dataclass
 class Counts:
     """Since the start: frames answered, frames that could not be encoded, messages refused unread or as late."""
@@ -79,7 +70,8 @@ class Counts:
 
 class Daemon:
     """The loop of one board. `address`: site and device; `settings`: as configured. `clock` gives unix seconds, `timer`
-    seconds that never go back. Setting `wake` ends the sleep between two turns."""
+    seconds that never go back. Setting `wake` ends the sleep between two turns. A frame that waited for more than
+    `max_age_s` is not answered; `label_requests`: whether frames that want a label are published."""
 
     def __init__(
         self,
@@ -94,14 +86,15 @@ class Daemon:
         timer: Callable[[], float],
         wake: threading.Event | None = None,
         seed: int = 0,
-        policy: DaemonPolicy | None = None,
+        max_age_s: float = 2.0,
+        label_requests: bool = True,
         source: RunningSource | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
         self.commands = Commands(board, outbox, labels, self.session, settings, self.describe)
         self.out = Publisher(outbox, address, self.session, clock)
-        self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
+        self.counts, self.metrics, self._max_age_s, self._asks_labels = Counts(), metrics, max_age_s, label_requests
         self.source = source
         self._trouble_at: int | None = None
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
@@ -139,7 +132,15 @@ class Daemon:
 
     def status(self, state: Literal["online", "offline"]) -> bytes:
         """The payload of this session's birth, or of its last will."""
-        return self.out.status(state, self.board.system)
+        return messages.Status(
+            state=state,
+            session=self.session,
+            boot=self.outbox.boot,
+            time=self._clock(),
+            version=__version__,
+            encoder=self.board.system.encoder_digest,
+            generation=self.board.system.generation,
+        ).payload()
 
     # Before the loop
 
@@ -154,7 +155,7 @@ class Daemon:
             self.out.event(event, self.board.system.generation)
             if self.metrics is not None and isinstance(event, ENDED):
                 self.metrics.learning_runs.labels(event.kind).inc()
-            if isinstance(event, LabelsWanted) and self.policy.label_requests:
+            if isinstance(event, LabelsWanted) and self._asks_labels:
                 self._requests = deque(self.board.wanted())
 
     # The loop
@@ -172,7 +173,7 @@ class Daemon:
     def turn(self) -> bool:
         """Handle at most one frame, one command and one label request, then the telemetry. False where there was none
         of the first three."""
-        frame = self.frames.get(self._clock(), self.policy.max_age_s)
+        frame = self.frames.get(self._clock(), self._max_age_s)
         if frame is not None:
             self._serve(frame)
         elif self.board.waiting:
@@ -325,7 +326,7 @@ class Daemon:
             **self._window.facts(),
         }
         self._window, self._lost = Window(now, self._random), losses
-        self.out.telemetry(facts)
+        self.out.put(topics.TELEMETRY, messages.Telemetry, facts)
 
     def _losses(self) -> dict[str, int]:
         """Frames and messages that were not served since the start, by field of telemetry."""

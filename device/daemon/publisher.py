@@ -15,7 +15,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -25,10 +25,8 @@ from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
 from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
-from edgeear import __version__
 from edgeear.errors import DeviceError
 from edgeear.flow import Prediction
-from edgeear.system import System
 from edgeear.types import U8
 
 if TYPE_CHECKING:
@@ -64,7 +62,7 @@ class Publisher:
     def event(self, event: BoardEvent, generation: int) -> None:
         """Publish an event of the board, or of the daemon."""
         facts = {"kind": event.kind, "text": bounded(event.text, MAX_TEXT), "at": event.at, "data": event.data}
-        self._put(topics.EVENT, messages.Event, {**facts, "generation": generation})
+        self.put(topics.EVENT, messages.Event, {**facts, "generation": generation})
 
     def expire(self) -> None:
         """Drop what has waited longer than the outbox allows. An error of the disk is logged, and tried again later."""
@@ -75,15 +73,11 @@ class Publisher:
         except DeviceError as error:
             LOG.error("the outbox cannot drop old messages: %s", error)
 
-    def telemetry(self, facts: dict[str, Any]) -> None:
-        """Publish the fields of a telemetry message."""
-        self._put(topics.TELEMETRY, messages.Telemetry, facts)
-
     def label_request(self, seen: Seen, until: float) -> None:
         """Ask for the label of a frame; the board waits until `until`, unix seconds."""
         guess = {"guess": seen.prediction.label, "route": seen.prediction.route}
         facts = {"at": seen.number, "image": picture(seen.frame), "until": until}
-        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
+        self.put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
 
     def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
         """Send the answer for a frame, where a broker is connected."""
@@ -109,7 +103,7 @@ class Publisher:
         def payload(seq: int) -> bytes:
             return self._response(seq, identity, inbound.name, outcome)
 
-        self.outbox.finish(identity, "response", topic, payload, now, properties=properties)
+        self.outbox.put("response", topic, payload, now, properties=properties, answers=identity)
         self._wake()
 
     def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
@@ -132,19 +126,8 @@ class Publisher:
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
             self.link.publish_now(self._reply_topic(inbound), message.payload(), inbound.correlation)
 
-    def status(self, state: Literal["online", "offline"], system: System) -> bytes:
-        """The payload of a birth or last will, which the link sends."""
-        return messages.Status(
-            state=state,
-            session=self.session,
-            boot=self.outbox.boot,
-            time=self._clock(),
-            version=__version__,
-            encoder=system.encoder_digest,
-            generation=system.generation,
-        ).payload()
-
-    def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
+    def put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
+        """Publish the message `model` with the fields `facts` and a stamp."""
         now = self._clock()
         assert row.cls is not None
 

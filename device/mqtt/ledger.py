@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,19 +110,12 @@ def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: fl
 
 
 def finish(
-    db: sqlite3.Connection,
-    policy: LedgerPolicy,
-    command_id: str,
-    now: float,
-    topic: str,
-    payload: bytes,
-    properties: Mapping[str, Any],
+    db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float, topic: str, text: str, payload: bytes
 ) -> None:
-    """Records the answer. A command without effect need not have been begun."""
+    """Records the answer; `text` is the JSON of its properties. A command without effect need not have been begun."""
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: a command is answered once")
-    text = json.dumps(properties)
     size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
     if size > policy.max_bytes:
         raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the limit is {policy.max_bytes}; shorten it")

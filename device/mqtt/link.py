@@ -162,7 +162,7 @@ class Link:
         rng: random.Random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._policy, self._outbox, self._status = policy, outbox, status
+        self.policy, self.outbox, self.status = policy, outbox, status
         self._on_command, self._on_frame, self._on_change = on_command, on_frame, on_change
         self._rng, self._clock = rng, clock
         status_topic = topics.topic_of(policy.site, policy.device, topics.STATUS)
@@ -204,36 +204,35 @@ class Link:
     # In the link's thread
 
     def _run(self) -> None:
-        tries, five = 0, self._policy.protocol == "5"
+        tries, five = 0, self.policy.protocol == "5"
         while not self._stopping.is_set():
             began, connects = time.monotonic(), self.delivery.counters().connects
             if self._live(five) and five:
                 five = False
                 continue
             if self.delivery.counters().connects > connects:
-                five = self._policy.protocol == "5"
-            if time.monotonic() - began >= self._policy.reconnect_max_s:
+                five = self.policy.protocol == "5"
+            if time.monotonic() - began >= self.policy.reconnect_max_s:
                 tries = 0
-            self._stopping.wait(self._policy.backoff(tries, self._rng))
+            self._stopping.wait(self.policy.backoff(tries, self._rng))
             tries += 1
         self._close()
 
     def _live(self, five: bool) -> bool:
         """One connection from its start to its end, which is reported. True: the broker does not know this version."""
-        will, delivery = self._status("offline"), self.delivery
-        connection = Connection(self._policy, five, delivery, self._outbox, will, self._receive, self._report)
+        delivery, connection = self.delivery, Connection(self, five)
         try:
             why = self._steps(connection)
             for action in delivery.disconnected(why, connection.blame):
                 connection.perform(action)
         except DeviceError as error:
-            self._report(False, str(error))
+            self.report(False, str(error))
         except Exception as error:  # a bug, ours or of a callback: the link must go on
             logging.getLogger(__name__).exception("the link failed and starts again")
             why = f"internal error {type(error).__name__}: {error}"
             delivery.disconnected(why, blame=False)
             with contextlib.suppress(Exception):
-                self._report(False, why)
+                self.report(False, why)
         return connection.unsupported
 
     def _steps(self, connection: Connection) -> str:
@@ -247,13 +246,13 @@ class Link:
             connection.close()
         return connection.ended
 
-    def _receive(self, message: MQTTMessage) -> None:
+    def receive(self, message: MQTTMessage) -> None:
         """Pass a command or a frame on; acknowledge at once what is no command."""
         address = _address(message)
         token = self.delivery.received(message.mid) if message.qos else None
         ours = (
             address is not None
-            and (address.site, address.device) == (self._policy.site, self._policy.device)
+            and (address.site, address.device) == (self.policy.site, self.policy.device)
             and not message.retain  # only where the broker does not respect the subscription's options
         )
         if ours and address is not None and address.command is not None:
@@ -272,7 +271,7 @@ class Link:
         expires = None if expiry is None else self._clock() + expiry
         return Inbound(name, payload, *answer_to, expires, message.dup, token)
 
-    def _report(self, connected: bool, text: str) -> None:
+    def report(self, connected: bool, text: str) -> None:
         """Call `on_change` unless it was told the same last."""
         if self._reported != (connected, text):
             self._reported = (connected, text)
@@ -280,30 +279,21 @@ class Link:
 
 
 class Connection:
-    """`open`, then `step` until `ended` says why, then `close`. `will`: what the broker publishes where the connection
-    ends without DISCONNECT. `receive` gets each message, `report` each text for the operator. `blame`: the broker may
-    have ended it because of what it was sent; `unsupported`: it does not know this version of MQTT."""
+    """`open`, then `step` until `ended` says why, then `close`; the broker publishes the offline status where it ends
+    without DISCONNECT. `blame`: the broker may have ended it because of what it was sent; `unsupported`: it does not
+    know this version of MQTT."""
 
-    def __init__(
-        self,
-        policy: LinkPolicy,
-        five: bool,
-        delivery: Delivery,
-        outbox: Backlog,
-        will: bytes,
-        receive: Callable[[MQTTMessage], None],
-        report: Callable[[bool, str], None],
-    ) -> None:
+    def __init__(self, link: Link, five: bool) -> None:
         self.ended: str | None = None
         self.blame = self.unsupported = self._leaving = False
-        self._policy, self._five, self._delivery, self._outbox = policy, five, delivery, outbox
-        self._report = report
+        self._link, self._five, self._delivery, self._policy = link, five, link.delivery, link.policy
+        policy, will = link.policy, link.status("offline")
         self._give_up = time.monotonic() + paho.CONNECT_S
         self._errors = paho.LastError()
         client = paho.make_client(policy.client_id, five, policy.username, policy.password, self._errors)
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
-        client.on_message = lambda client, data, message: receive(message)
+        client.on_message = lambda client, data, message: link.receive(message)
         topic, row = topics.topic_of(policy.site, policy.device, topics.STATUS), topics.STATUS
         about = {"ContentType": row.content_type, "WillDelayInterval": 0}
         last = paho.properties_of(PacketTypes.WILLMESSAGE, **about) if five else None
@@ -352,11 +342,11 @@ class Connection:
             case rules.Acknowledge():
                 self._client.ack(action.mid, 1)
             case rules.Fetch():
-                self._delivery.fetched(self._outbox.pending(action.after, rules.FETCH))
+                self._delivery.fetched(self._link.outbox.pending(action.after, rules.FETCH))
             case rules.Remove():
-                self._outbox.acknowledge(action.items)
+                self._link.outbox.acknowledge(action.items)
             case rules.Tell():
-                self._report(self._delivery.connected, action.text)
+                self._link.report(self._delivery.connected, action.text)
             case rules.Disconnect():
                 self._leaving = True
                 self._client.disconnect()
@@ -434,7 +424,7 @@ class Connection:
 
     def _on_subscribe(self, client: Client, data: Any, mid: int, reasons: list[ReasonCode], extra: Any) -> None:
         version = "5" if self._five else "3.1.1"
-        self._report(True, f"connected to {self._policy.host}:{self._policy.port}, MQTT {version}")
+        self._link.report(True, f"connected to {self._policy.host}:{self._policy.port}, MQTT {version}")
         for reason in reasons:
             if reason.is_failure:
                 self._delivery.subscription_refused(str(reason))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -54,25 +55,24 @@ def collect(
     until `count` are saved. Returns how many. Raises `DeviceError`."""
     topic = topics.topic_of(*named(board), topics.LABEL_REQUEST)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    until = None if seconds is None else time.monotonic() + seconds
-    total = 0
-
-    def take(payload: bytes) -> None:
-        nonlocal total
-        if (path := save(folder, payload)) is not None:
-            total += 1
-            saved(path)
-
+    until, total = math.inf if seconds is None else time.monotonic() + seconds, 0
     with (
         suppress(KeyboardInterrupt),
         Operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
     ):
-        while (count is None or total < count) and (until is None or time.monotonic() < until):
+        while (count is None or total < count) and time.monotonic() < until:
             with suppress(queue.Empty):
-                take(inbox.get(timeout=LOOK_S))
+                total += _saved(folder, inbox.get(timeout=LOOK_S), saved)
     while not inbox.empty():  # the broker no longer has these
-        take(inbox.get())
+        total += _saved(folder, inbox.get(), saved)
     return total
+
+
+def _saved(folder: Path, payload: bytes, tell: Callable[[Path], object]) -> bool:
+    path = save(folder, payload)
+    if path is not None:
+        tell(path)
+    return path is not None
 
 
 def save(folder: Path, payload: bytes) -> Path | None:

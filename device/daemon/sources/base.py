@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from device.daemon.finding import Finding, Machine
+from device.daemon.finding import Finding, Machine, ok, problem
 from device.daemon.frames import FrameQueue
 from device.daemon.section import Section
 from device.daemon.sources.running import Capture, RunningSource
@@ -70,17 +70,7 @@ class NoSource(SourceSection):
         return None
 
     def check(self, machine: Machine) -> Iterator[Finding]:
-        yield fine("none: frames come with commands only")
-
-
-def fine(text: str) -> Finding:
-    """The source is ready."""
-    return Finding("source", "ok", text)
-
-
-def problem(text: str, remedy: str) -> Finding:
-    """The source cannot work."""
-    return Finding("source", "problem", text, remedy)
+        yield ok("none: frames come with commands only")
 
 
 def check_folder(kind: str, path: Path, access: int) -> Finding:
@@ -89,7 +79,7 @@ def check_folder(kind: str, path: Path, access: int) -> Finding:
         return problem(f"{path} is not a folder", "create it, or change source.path")
     if not os.access(path, access):
         return problem(f"{path}: this user may not use it", "change its permissions")
-    return fine(f"{kind} {path}")
+    return ok(f"{kind} {path}")
 
 
 def check_device(kind: str, path: Path, group: str) -> Finding:
@@ -98,4 +88,4 @@ def check_device(kind: str, path: Path, group: str) -> Finding:
         return problem(f"{path} does not exist", "check the cable, or change source.device")
     if not os.access(path, os.R_OK | os.W_OK):
         return problem(f"{path}: this user may not use it", f"add the user to group {group}")
-    return fine(f"{kind} {path}")
+    return ok(f"{kind} {path}")
