@@ -111,7 +111,7 @@ class Commands:
         return known if len(json.dumps(known)) < messages.MAX_RESULT // 2 else [domain["name"] for domain in known]
 
     def _infer(self, command: messages.Infer) -> Outcome:
-        frame = decode_bytes(command.image_bytes, PICTURE, self.board.encoder.input_size)
+        frame = decode_bytes(command.image_bytes, PICTURE, self.board.engine.encoder.input_size)
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
         most = dict(list(prediction.probabilities.items())[:MOST_CLASSES])
         return Outcome("ok", {**prediction_facts(prediction), "probabilities": most})

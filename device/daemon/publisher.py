@@ -15,6 +15,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
@@ -99,14 +100,11 @@ class Publisher:
         that failed."""
         topic, now = self._reply_topic(inbound), self._clock()
         properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
-
-        def payload(seq: int) -> bytes:
-            return self._response(seq, identity, inbound.name, outcome)
-
+        payload = partial(self._response, identity, inbound.name, outcome)
         self.outbox.put("response", topic, payload, now, properties=properties, answers=identity)
         self._wake()
 
-    def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
+    def _response(self, identity: str, name: str, outcome: Outcome, seq: int) -> bytes:
         facts: dict[str, Any] = {**self._stamp(seq, self._clock()), "id": identity, "command": name}
         facts |= {"outcome": outcome.outcome, "reason": outcome.reason and outcome.reason[: messages.MAX_REASON]}
         try:
@@ -128,15 +126,10 @@ class Publisher:
 
     def put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
         """Publish the message `model` with the fields `facts` and a stamp."""
-        now = self._clock()
+        topic, now = self._topic(row), self._clock()
         assert row.cls is not None
-
-        def payload(seq: int) -> bytes:
-            stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
-            return model(**stamped).payload()
-
         try:
-            self.outbox.put(row.cls, self._topic(row), payload, now)
+            self.outbox.put(row.cls, topic, lambda seq: model(**self._stamp(seq, now), **facts).payload(), now)
         except OutboxDamaged:
             raise
         except DeviceError as error:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from device.mqtt.measures import Row, Sensor
 from device.mqtt.messages import MEASURES, Quantiles, Telemetry
 from device.mqtt.topics import COMMAND, STATUS, TELEMETRY, prefix, topic_of
 
@@ -73,38 +72,27 @@ def discovery_payload(site: str, device: str, version: str, encoder: str, teleme
 
 
 def _sensors(topic: str, expire_after_s: int) -> dict[str, Component]:
-    return {
-        sensor.key: {
+    components = {}
+    for row in MEASURES:
+        if (sensor := row.measure.sensor) is None:
+            continue
+        shown = ".".join(("value_json", *row.path))
+        if Telemetry.model_fields[row.path[0]].annotation == Quantiles | None:
+            shown = f"{shown}.p90 | round({sensor.digits}) if {shown} else None"
+        options = {
             "platform": "sensor",
             "name": sensor.name,
             "state_topic": topic,
-            "value_template": f"{{{{ {_shown(row)} }}}}",
+            "value_template": f"{{{{ {shown} }}}}",
             "expire_after": expire_after_s,
-            **_options(sensor),
+            "state_class": "measurement" if sensor.measured else None,
+            "unit_of_measurement": sensor.unit,
+            "device_class": sensor.device_class,
+            "icon": sensor.icon,
+            "entity_category": "diagnostic" if sensor.diagnostic else None,
         }
-        for row in MEASURES
-        if (sensor := row.measure.sensor) is not None
-    }
-
-
-def _shown(row: Row) -> str:
-    """The expression of a template: the figure, or the 90 % quantile where there are several."""
-    value = ".".join(("value_json", *row.path))
-    if Telemetry.model_fields[row.path[0]].annotation != Quantiles | None:
-        return value
-    assert row.measure.sensor is not None
-    return f"{value}.p90 | round({row.measure.sensor.digits}) if {value} else None"
-
-
-def _options(sensor: Sensor) -> Component:
-    options = {
-        "state_class": "measurement" if sensor.measured else None,
-        "unit_of_measurement": sensor.unit,
-        "device_class": sensor.device_class,
-        "icon": sensor.icon,
-        "entity_category": "diagnostic" if sensor.diagnostic else None,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+        components[sensor.key] = {name: value for name, value in options.items() if value is not None}
+    return components
 
 
 def _controls(site: str, device: str) -> dict[str, Component]:

@@ -86,16 +86,11 @@ class Recorded:
         return self.payload is not None
 
 
-def overdue(created: float, now: float, max_age_s: float) -> bool:
-    """Whether something made at `created` is too old at `now`; False if the clock was not set then."""
-    return CLOCK_SET <= created < now - max_age_s
-
-
 def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> Recorded | None:
     """The entry of a command; None if it has none, or the entry is older than the policy's age."""
     query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
     for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
-        if not overdue(begun, now, policy.max_age_s):
+        if not CLOCK_SET <= begun < now - policy.max_age_s:
             return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
     return None
 

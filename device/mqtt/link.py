@@ -29,13 +29,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Final, Literal, assert_never
 
 from paho.mqtt import MQTTException
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -47,7 +47,7 @@ from device.mqtt.paho import TlsFiles
 from edgeear.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from device.mqtt.items import Item
+    from device.mqtt.outbox import Outbox
 
 __all__ = ["Inbound", "Link", "LinkCounters", "LinkPolicy", "TlsFiles"]
 
@@ -113,20 +113,9 @@ class LinkPolicy:
                 f"{self.reconnect_max_s}, rate {self.rate} not below 0"
             )
 
-    @property
-    def client_id(self) -> str:
-        return f"edgeear-{self.site}-{self.device}"
-
     def backoff(self, tries: int, rng: random.Random) -> float:
         """Seconds to wait after `tries` failures in a row; rule 3."""
         return rng.uniform(0, min(self.reconnect_max_s, self.reconnect_min_s * 2 ** min(tries, 30)))
-
-
-class Backlog(Protocol):
-    """What the link needs of the outbox: items in order, and a way to remove them."""
-
-    def pending(self, after: int, limit: int) -> Sequence[Item]: ...
-    def acknowledge(self, ids: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +143,7 @@ class Link:
     def __init__(
         self,
         policy: LinkPolicy,
-        outbox: Backlog,
+        outbox: Outbox,
         status: Callable[[State], bytes],
         on_command: Callable[[Inbound], None],
         on_frame: Callable[[bytes], None],
@@ -290,7 +279,19 @@ class Connection:
         policy, will = link.policy, link.status("offline")
         self._give_up = time.monotonic() + paho.CONNECT_S
         self._errors = paho.LastError()
-        client = paho.make_client(policy.client_id, five, policy.username, policy.password, self._errors)
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            f"edgeear-{policy.site}-{policy.device}",
+            clean_session=None if five else False,
+            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.max_inflight_messages_set(0)  # no limit: the delivery keeps the window
+        client.connect_timeout = paho.CONNECT_S
+        client.enable_logger(self._errors.logger)
+        client.username_pw_set(policy.username, policy.password)
+        client.on_socket_open = paho.send_at_once
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_subscribe, client.on_publish = self._on_subscribe, self._on_publish
         client.on_message = lambda client, data, message: link.receive(message)

@@ -1,8 +1,4 @@
-"""What the link asks of paho-mqtt 2: a client for one connection, its properties, and texts for what goes wrong.
-
-The client keeps no window, does not reconnect and acknowledges nothing by itself: `device.mqtt.delivery` and
-`device.mqtt.link` do that.
-"""
+"""What the link and an operator's client ask of paho-mqtt 2: TLS, properties, and texts for what goes wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -53,24 +48,6 @@ class TlsFiles:
         if self.cert is not None:
             context.load_cert_chain(self.cert, self.key)
         return context
-
-
-def make_client(client_id: str, five: bool, username: str | None, password: str | None, errors: LastError) -> Client:
-    """For one connection, with MQTT 5 or 3.1.1, to be driven by `loop_read`, `loop_write` and `loop_misc`."""
-    client = Client(
-        CallbackAPIVersion.VERSION2,
-        client_id,
-        clean_session=None if five else False,
-        protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
-        reconnect_on_failure=False,
-        manual_ack=True,
-    )
-    client.max_inflight_messages_set(0)  # no limit: `Delivery` keeps the window
-    client.connect_timeout = CONNECT_S
-    client.enable_logger(errors.logger)
-    client.username_pw_set(username, password)
-    client.on_socket_open = _send_at_once
-    return client
 
 
 def properties_of(packet: int, **values: Any) -> Properties:
@@ -132,7 +109,7 @@ class LastError(logging.Handler):
         return f": {self.text}" if self.text else ""
 
 
-def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
+def send_at_once(client: Client, userdata: Any, sock: Any) -> None:
     """Switch off Nagle's algorithm, which delays a small packet until the previous one is acknowledged."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -54,11 +54,12 @@ def collect(
     """Save the frames that `board` (SITE/DEVICE) wants labelled below `folder`: until interrupted, for `seconds`, or
     until `count` are saved. Returns how many. Raises `DeviceError`."""
     topic = topics.topic_of(*named(board), topics.LABEL_REQUEST)
+    session = hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     until, total = math.inf if seconds is None else time.monotonic() + seconds, 0
     with (
         suppress(KeyboardInterrupt),
-        Operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
+        Operator(address, (topic,), lambda _, payload: inbox.put(payload), session),
     ):
         while (count is None or total < count) and time.monotonic() < until:
             with suppress(queue.Empty):
@@ -144,11 +145,6 @@ def _frames(folder: Path) -> Iterator[tuple[Path, str, int]]:
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         if match := _NAME.fullmatch(path.name):
             yield path, match[1], int(match[2])
-
-
-def _own(folder: Path) -> str:
-    """The name of the broker's session for this folder on this machine."""
-    return hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
 
 
 def _identity() -> str:

@@ -92,9 +92,6 @@ def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
         return [Finding(name, "warning", f"the check failed ({type(error).__name__}: {error})", "report this bug")]
 
 
-# ------------------------------------------------------------------------------------------------- machine
-
-
 def check_cpu(cpuinfo: str, machine: str) -> Findings:
     """Whether the CPU has the instructions that make the encoder fast, from `/proc/cpuinfo` and its architecture."""
     line = re.search(r"(?m)^(?:flags|Features)\s*:(.*)$", cpuinfo)
@@ -152,9 +149,6 @@ def check_clock(now: float, synchronised: bool | None) -> Findings:
     else:
         what = "it is unknown whether it is synchronised" if synchronised is None else "not synchronised"
         yield warning(f"{when}, {what}", "run an NTP client (chrony, systemd-timesyncd)")
-
-
-# ---------------------------------------------------------------------------------------------------- disk
 
 
 def check_state(state: Path, writable: Callable[[Path], str | None]) -> Findings:
@@ -236,9 +230,6 @@ def check_outbox(path: Path) -> Findings:
         yield ok(f"{path.stat().st_size / 2**20:.1f} MB")
 
 
-# ------------------------------------------------------------------------------------------- configuration
-
-
 def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
     """Whether the packages of the `learn` extra are installed, if they are needed."""
     missing = [name for name in ("torch", "onnx") if not installed(name)] if enabled else []
@@ -273,9 +264,6 @@ def check_secrets(config: Config, config_path: Path | None) -> Findings:
         bad += 1
     if not bad:
         yield ok("readable by this user only" if files else "none in use")
-
-
-# -------------------------------------------------------------------------------------------------- broker
 
 
 def check_certificate(cert: Path | None, now: float) -> Findings:

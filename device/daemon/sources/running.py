@@ -12,19 +12,13 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
 from typing import Protocol
 
 from device.daemon.frames import FrameQueue
 from edgeear.errors import EdgeearError, UsageError
 
-
-@dataclass(frozen=True)
-class BackOff:
-    """Seconds between tries: after the first failure, and at most."""
-
-    first: float = 0.5
-    most: float = 60.0
+PAUSES_S = (0.5, 60.0)
+"""Seconds between two tries: after the first failure, and at most."""
 
 
 class Stop:
@@ -62,8 +56,8 @@ class Capture(Protocol):
 class RunningSource:
     """A capture in a thread of its own, which feeds the queue. You start and stop it once."""
 
-    def __init__(self, name: str, capture: Capture, sink: FrameQueue, back_off: BackOff | None = None) -> None:
-        self._capture, self._sink, self._back_off = capture, sink, back_off or BackOff()
+    def __init__(self, name: str, capture: Capture, sink: FrameQueue, pauses: tuple[float, float] = PAUSES_S) -> None:
+        self._capture, self._sink, self._pauses = capture, sink, pauses
         self._stop = Stop()
         self._thread = threading.Thread(target=self._run, name=f"source-{name}", daemon=True)
         self._failing = False
@@ -97,7 +91,8 @@ class RunningSource:
             take(payload)
 
     def _run(self) -> None:
-        pause = self._back_off.first
+        first, most = self._pauses
+        pause = first
         while not self._stop.is_set():
             before = self._sink.counts.received
             try:
@@ -108,8 +103,8 @@ class RunningSource:
                 self.finished = not self._stop.is_set()
                 return
             if self._sink.counts.received > before:
-                pause = self._back_off.first
+                pause = first
             self._failing = True
             self._stop.wait(pause)
             self._failing = False
-            pause = min(2 * pause, self._back_off.most)
+            pause = min(2 * pause, most)

@@ -465,7 +465,7 @@ def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytes
 
         raise DataError("tap a.mean holds NaN")
 
-    monkeypatch.setattr(rig.board.encoder, "encode", broken)
+    monkeypatch.setattr(rig.board.engine.encoder, "encode", broken)
     answered = rig.daemon.counts.frames
     rig.show(0, 1)
     assert rig.kinds[-1] == "refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
