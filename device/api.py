@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -45,7 +47,7 @@ from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import Shift, ShiftState
 from edgeear.space import HypervectorSpace
-from edgeear.system import Candidate, Live, Recognised, Rejected, System, commit, confirm, rollback
+from edgeear.system import DIGEST, Candidate, Domain, Live, Recognised, Rejected, System, commit, confirm, rollback
 from edgeear.types import F32, Encoder, Features
 from edgeear.updating import update_domain
 
@@ -70,9 +72,9 @@ T = TypeVar("T")
 class Learned:
     """A domain that was learned and serves now.
 
-    `images` counts different pictures. `validation_accuracy` (fraction of one) is that of its head on `validated` of
-    them that it was not fitted to, None where there were none. `replay` maps each older domain to the share of its
-    inputs that now goes to another one. `warnings` are sentences."""
+    `images` counts different pictures that were new, 0 where nothing changed. `validation_accuracy` (fraction of one)
+    is that of its head on `validated` of them that it was not fitted to, None where there were none. `replay` maps each
+    older domain to the share of its inputs that now goes to another one. `warnings` are sentences."""
 
     name: str
     classes: tuple[str, ...]
@@ -87,10 +89,11 @@ class Learned:
 
     def __str__(self) -> str:
         accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
+        facts = f"validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}"
         lines = [
             f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
             f" ({listed(self.classes)})",
-            f"  validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}",
+            f"  {facts}" if self.images else "  nothing was changed: no image is new",
             *(
                 f"  {share:.1%} of the inputs of {name} now go elsewhere"
                 for name, share in self.replay.items()
@@ -156,7 +159,7 @@ class _Labelled:
 class _Encoded:
     """One image: the digest of its frame, and its features `(1, *tap.shape)` in each view."""
 
-    digest: bytes
+    digest: str
     views: tuple[dict[str, F32], ...]
 
 
@@ -277,13 +280,14 @@ class Ear:
         labels: Sequence[str] | None = None,
         *,
         name: str | None = None,
+        skip_bad: bool = False,
         progress: Show = None,
     ) -> Learned | Rejected:
         """Learn a new domain: a folder `FOLDER/CLASS/*`, called as the folder unless named, or images and their labels.
 
-        A head is searched and fitted, which takes from seconds to minutes. Raises `KnownDomain` where a domain of that
-        name is known, `DataError` for images that cannot be read or fewer than five different ones, `UsageError` for
-        labels that do not fit the images.
+        A head is searched and fitted, which takes from seconds to minutes. `skip_bad` leaves out images that cannot be
+        read, with a warning. Raises `KnownDomain` where a domain of that name is known, `DataError` for images that
+        cannot be read or fewer than five different ones, `UsageError` for labels that do not fit the images.
         """
         lesson = self._lesson(images, labels, name)
         if lesson.name in self.domains:
@@ -293,30 +297,48 @@ class Ear:
             )
         _need_torch("learning")
         with shown(progress) as show:
-            samples, warnings = self._samples(lesson, VIEWS, [t.name for t in self.system.space.taps], show)
+            taps = [t.name for t in self.system.space.taps]
+            samples, seen, warnings = self._samples(lesson, VIEWS, taps, show, skip_bad)
             if len(samples.classes) == 1:
                 warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
             outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
-        return self._learned(outcome, samples, warnings)
+        return self._learned(outcome, samples, {"seen": seen}, warnings)
 
     def update(
-        self, name: str, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None
+        self,
+        name: str,
+        images: Images,
+        labels: Sequence[str] | None = None,
+        *,
+        skip_bad: bool = False,
+        progress: Show = None,
     ) -> Learned | Rejected:
         """Add images, and any new classes, to the known domain `name`: a folder `FOLDER/CLASS/*`, or images and labels.
 
         What is kept of a domain are sums, so the result is that of having learned all images at once, but for its head:
-        that is refitted from the sums where this answers the new images better, and stays otherwise. Give new images
-        only: one that was learned before counts twice. Raises `UsageError` for an unknown domain, else as `learn` does.
+        that is refitted from the sums where this answers the new images better, and stays otherwise. Images that the
+        domain learned before are left out. Where it was learned without a record of them, by a board or by an older
+        version, they count twice, and no accuracy is given. Raises `UsageError` for an unknown domain, else as `learn`.
         """
-        self.system.domain(name)
+        old = self.system.domain(name)
         _need_torch("learning")
         with shown(progress) as show:
             lesson = self._lesson(images, labels, name)
-            samples, warnings = self._samples(lesson, VIEWS[:1], self.system.wanted_taps, show)
+            taps, before = self.system.wanted_taps, old.seen
+            samples, seen, warnings = self._samples(lesson, VIEWS[:1], taps, show, skip_bad, before)
+            if not len(samples.labels):
+                return self._told(old, 0, {}, warnings)
             outcome = update_domain(
                 self.system, self.engine, name, samples.views[0], samples.labels, samples.classes, self.seed
             )
-        return self._learned(outcome, samples, warnings)
+        record: dict[str, object] = {"seen": seen}
+        if sum(map(len, before.values())) < DIGEST * old.memory.n:
+            warnings += (
+                f"not all images of {name} were recorded when it was learned: give new ones only, since known ones "
+                "count twice; so the accuracy is not measured",
+            )
+            record |= {"validation_accuracy": None, "validated_on": 0}
+        return self._learned(outcome, samples, record, warnings)
 
     def forget(self, domain: str, label: str | None = None, images: Images | None = None) -> Changed | Rejected:
         """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
@@ -440,41 +462,67 @@ class Ear:
         return parts[0]
 
     def _samples(
-        self, lesson: _Labelled, views: Sequence[str], taps: Sequence[str], show: Progress
-    ) -> tuple[Samples, tuple[str, ...]]:
-        """The different images of a lesson, encoded, and warnings."""
-        found = self._encoded(lesson.images, views, taps)
-        encoded = _all_good(_watched(found, "encode", len(lesson.images), show))
-        first: dict[tuple[bytes, str], int] = {}
-        for place, (one, label) in enumerate(zip(encoded, lesson.labels, strict=True)):
-            first.setdefault((one.digest, label), place)
-        kept = sorted(first.values())
-        warnings = [*lesson.warnings, *_told_copies(lesson, first)]
-        classes = tuple(sorted(set(lesson.labels)))
-        labels: I64 = np.array([classes.index(lesson.labels[k]) for k in kept], np.int64)
-        features = [_joined([encoded[k].views[v] for k in kept]) for v in range(len(views))]
-        return Samples(lesson.name, features, labels, classes), tuple(warnings)
+        self,
+        lesson: _Labelled,
+        views: Sequence[str],
+        taps: Sequence[str],
+        show: Progress,
+        skip_bad: bool,
+        before: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[Samples, dict[str, str], tuple[str, ...]]:
+        """The different images of a lesson that are not among `before`, encoded; then class -> digests of both, joined
+        as `Domain.seen` has them; and warnings."""
+        found = list(_watched(self._encoded(lesson.images, views, taps), "encode", len(lesson.images), show))
+        bad = [one for one in found if isinstance(one, UndecodableInput)]
+        if bad and not skip_bad:
+            raise UndecodableInput.of_many(bad)
+        known = {joined[at : at + DIGEST] for joined in before.values() for at in range(0, len(joined), DIGEST)}
+        first: dict[tuple[str, str], _Encoded] = {}
+        repeated = 0
+        for one, label in zip(found, lesson.labels, strict=True):
+            if not isinstance(one, UndecodableInput):
+                repeated += one.digest in known
+                if one.digest not in known:
+                    first.setdefault((one.digest, label), one)
+        copies = len(found) - len(bad) - repeated - len(first)
+        classes = tuple(sorted({label for _, label in first}))
+        labels: I64 = np.array([classes.index(label) for _, label in first], np.int64)
+        features = [_joined([one.views[v] for one in first.values()]) for v in range(len(views))]
+        seen = dict(before)
+        for digest, label in first:
+            seen[label] = seen.get(label, "") + digest
+        warnings = (*lesson.warnings, *_told_left_out(bad, repeated, copies, first))
+        return Samples(lesson.name, features, labels, classes), seen, warnings
 
     def _learned(
-        self, outcome: Candidate | Rejected, samples: Samples, warnings: tuple[str, ...]
+        self, outcome: Candidate | Rejected, samples: Samples, record: Mapping[str, object], warnings: tuple[str, ...]
     ) -> Learned | Rejected:
         if isinstance(outcome, Rejected):
             return outcome
-        self._live = commit(confirm(self._live), outcome)
+        self._live = commit(confirm(self._live), outcome.recorded(samples.name, **record))
         grown = self.system.domain(samples.name)
-        accuracy, validated = grown.growth.get("validation_accuracy"), grown.growth.get("validated_on")
-        n = validated if isinstance(validated, int) else 0
+        least = math.ceil(1 / self.system.policy.alpha) - 1 if self.system.policy.alpha else math.inf
+        if (n := len(grown.calibration.values)) < least:
+            warnings += (f"{_count(n, 'image')}: below {least} no image can be called out of distribution",)
+        return self._told(grown, len(samples.labels), outcome.replay, warnings)
+
+    def _told(self, domain: Domain, images: int, replay: Mapping[str, float], warnings: tuple[str, ...]) -> Learned:
+        """What is said of `domain`, whose last change were `images` new ones."""
+        accuracy, validated = domain.growth.get("validation_accuracy"), domain.growth.get("validated_on")
+        n = validated if images and isinstance(validated, int) else 0
         if 0 < n < FEW:
             warnings += (f"validated on only {_count(n, 'image')}, fewer than {FEW}: the accuracy is a rough figure",)
+        tried = domain.growth.get("specs_scored")
+        how = f"best of {tried} tried" if tried != 1 else f"fitted to the sums of {_count(domain.memory.n, 'image')}"
         return Learned(
-            name=grown.name,
-            classes=grown.head.classes,
-            images=len(samples.labels),
-            head=str(grown.growth["explanation"]),
-            bytes=grown.bytes,
-            validation_accuracy=accuracy if isinstance(accuracy, float) else None,
+            name=domain.name,
+            classes=domain.head.classes,
+            images=images,
+            head=f"{domain.head.spec.operator}, {how}",
+            bytes=domain.bytes,
+            validation_accuracy=accuracy if n and isinstance(accuracy, float) else None,
             validated=n,
-            replay=dict(outcome.replay),
+            replay=dict(replay),
             generation=self.system.generation,
             warnings=warnings,
         )
@@ -546,8 +594,14 @@ def _files_in(folder: Path) -> tuple[Input, ...]:
     return files
 
 
-def _told_copies(lesson: _Labelled, first: dict[tuple[bytes, str], int]) -> Iterator[str]:
-    copies = len(lesson.images) - len(first)
+def _told_left_out(
+    bad: Sequence[UndecodableInput], repeated: int, copies: int, first: Iterable[tuple[str, str]]
+) -> Iterator[str]:
+    """`first`: digest and label of each image that is kept."""
+    if bad:
+        yield f"{_count(len(bad), 'image')} left out: {listed([str(error) for error in bad])}"
+    if repeated:
+        yield f"{_count(repeated, 'image')} left out: already learned"
     if copies:
         yield f"{_count(copies, 'image')} left out: copies of others in the same class"
     torn = sum(n > 1 for n in Counter(digest for digest, _ in first).values())
@@ -564,11 +618,11 @@ def _caught(image: Input, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.
 
 def _row(frame: np.ndarray[Any, np.dtype[np.uint8]], features: Sequence[Features], row: int) -> _Encoded:
     one = tuple({tap: x[row : row + 1] for tap, x in given.items()} for given in features)
-    return _Encoded(hashlib.sha256(frame.tobytes()).digest(), one)
+    return _Encoded(hashlib.sha256(frame.tobytes()).hexdigest()[:DIGEST], one)
 
 
 def _joined(rows: Sequence[Features]) -> dict[str, F32]:
-    return {tap: np.concatenate([row[tap] for row in rows]) for tap in rows[0]}
+    return {tap: np.concatenate([row[tap] for row in rows]) for tap in (rows[0] if rows else ())}
 
 
 def _watched(found: Iterable[T], phase: str, total: int, show: Progress) -> Iterator[T]:

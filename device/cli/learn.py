@@ -54,11 +54,13 @@ class Row:
 )
 def learn(
     folder: Annotated[
-        Path, typer.Argument(help="FOLDER/CLASS/*.jpg, or FOLDER/DOMAIN/CLASS/*.jpg.", show_default=False)
+        Path, typer.Argument(help="`FOLDER/CLASS/*.jpg`, or `FOLDER/DOMAIN/CLASS/*.jpg`.", show_default=False)
     ],
     store: StoreOption,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name of the domain; default: the folder's.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Add the images to a domain that is known.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Add the images to domains that are known; others are learned.")
+    ] = False,
     encoder: EncoderPath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -66,7 +68,7 @@ def learn(
     """Learn your own photographs, one folder per class, and keep the result in a store. The store may be new or known.
 
     FOLDER/DOMAIN/CLASS/ is learned as several domains (for example one per camera or season), one after another.
-    Exit code 1 if a domain was rejected.
+    Pictures that cannot be read are left out. Exit code 1 if a domain was rejected, 2 if all are known already.
     """
     need(LEARN if encoder is None else TRAIN)
     from device.api import labelled_folder
@@ -80,25 +82,31 @@ def learn(
     )
     _say(quiet, _printable(f"{folder} is taken for {what}"))
     ear = _ear(store, encoder, seed, new=True)
-    rejected = False
+    rejected, known = False, [part.name for part in parts if part.name in ear.domains]
+    if len(known) == len(parts) and not update:
+        raise UsageError(
+            f"domain {', '.join(map(repr, known))} is known: --update adds images, `edgeear store forget {store} "
+            f"{known[0]}` lets you start again" + ("" if len(parts) > 1 else ", --name learns it under another name")
+        )
     for part in parts:
-        if len(parts) > 1 and part.name in ear.domains and not update:
+        if part.name in known and not update:
             _say(quiet, _printable(f"{part.name} is known and left as it is; --update adds to it"))
             continue
-        do = ear.update if update else ear.learn
+        do = ear.update if part.name in known else ear.learn
         kept = f"{store} keeps {', '.join(ear.domains) or 'nothing yet'}; run the same command again to learn the rest"
         with progress(quiet, _printable(kept)) as show:
-            outcome = do(images=part.images, labels=part.labels, name=part.name, progress=show)
+            outcome = do(images=part.images, labels=part.labels, name=part.name, skip_bad=True, progress=show)
         if isinstance(outcome, Rejected):
             rejected = True
-        else:
+        elif outcome.images:
             ear.save(store)
         typer.echo(_printable(str(outcome)))
         for warning in part.warnings:
             typer.echo(_printable(f"  warning: {warning}"))
-    _say(quiet, f"next: edgeear predict --store {store} FILES")
     if rejected:
+        _say(quiet, "if a rejected domain is a known one, give its folder with --update --name and the known name")
         raise typer.Exit(1)
+    _say(quiet, f"next: edgeear predict --store {store} FILES")
 
 
 @app.command(epilog="Example: `edgeear predict --store my-board photos/ --csv > answers.csv`")
@@ -143,8 +151,11 @@ def _ear(store: Path, encoder: Path | None, seed: int, new: bool) -> Ear:
     from device.api import Ear
     from device.state.store import CURRENT
 
-    if (store / CURRENT).is_file():
-        return Ear.load(store, encoder or "default", seed=seed)
+    if store.exists() and not store.is_dir():
+        raise UsageError(f"{store} is a file: give the folder of a store")
+    ear = Ear.load(store, encoder or "default", seed=seed) if (store / CURRENT).is_file() else None
+    if ear is not None and (new or ear.domains):
+        return ear
     if not new:
         raise UsageError(f"{store} holds nothing learned: run `edgeear learn FOLDER --store {store}` first")
     if store.is_dir() and any(store.iterdir()):

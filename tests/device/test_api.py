@@ -315,6 +315,27 @@ def test_one_class_is_learned_with_a_warning_and_one_image_is_refused() -> None:
         new_ear().learn([frames[0]] * 9, ["only"] * 9, name="red")
 
 
+def test_bad_images_are_left_out_on_request(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    frames, labels = shown(0, 30)
+    with pytest.raises(DataError, match=r"bad.jpg: broken content"):
+        new_ear().learn([*frames, tmp_path / "bad.jpg"], [*labels, labels[0]], name="red")
+    ear = new_ear()
+    learned = ear.learn([tmp_path / "bad.jpg", *frames], [labels[0], *labels], name="red", skip_bad=True)
+    assert isinstance(learned, Learned) and learned.images == 30
+    assert any(w.startswith("1 image left out: ") and "bad.jpg: broken content" in w for w in learned.warnings)
+    assert [a.label for a in ear.predict(frames)] == labels, "labels moved to other images"
+
+
+def test_below_19_images_nothing_is_out_of_distribution_and_this_is_said() -> None:
+    said = "below 19 no image can be called out of distribution"
+    for n, warned in ((18, True), (19, False)):
+        ear = new_ear()
+        learned = ear.learn(*shown(0, n), name="red")
+        assert isinstance(learned, Learned) and any(said in w for w in learned.warnings) is warned
+        assert ear.predict(shown(2, 1)[0][0]).ood is not warned
+
+
 def test_small_validation_sets_are_called_so() -> None:
     frames, labels = shown(0, 12)
     learned = new_ear().learn(frames, labels, name="red")
@@ -375,6 +396,59 @@ def test_update_takes_a_single_image(trained: Ear) -> None:
     frames, labels = shown(0, 1, seed=21)
     assert isinstance(ear.update("red", frames, labels), Learned)
     assert ear.system.domain("red").memory.n == 61
+
+
+def test_known_images_are_left_out_of_an_update(trained: Ear, data: Path) -> None:
+    ear, before = copy_of(trained), trained.system
+    again = ear.update("red", data / "red")
+    assert isinstance(again, Learned) and ear.system is before
+    assert (again.images, again.validation_accuracy, again.validated) == (0, None, 0)
+    assert again.warnings == ("60 images left out: already learned",) and "no image is new" in str(again)
+    files, (frames, labels) = sorted((data / "red").glob("*/*.png")), shown(0, 24, seed=11)
+    mixed = ear.update("red", [*files, *frames], [*(f.parent.name for f in files), *labels])
+    assert isinstance(mixed, Learned) and (mixed.images, mixed.validated) == (24, 24)
+    assert ear.system.domain("red").memory.n == 84
+    assert isinstance(ear.update("red", frames, labels), Learned) and ear.system.domain("red").memory.n == 84
+
+
+def test_random_labels_are_not_measured_on_the_images_that_were_fitted_to_them() -> None:
+    ear, frames = new_ear(), shown(0, 60)[0]
+    labels = [fakes.CLASSES[k] for k in np.random.default_rng(0).integers(len(fakes.CLASSES), size=60)]
+    first = ear.learn(frames, labels, name="red")
+    assert isinstance(first, Learned) and first.validation_accuracy is not None and first.validation_accuracy < 0.7
+    again = ear.update("red", frames, labels)
+    assert isinstance(again, Learned) and again.validation_accuracy is None
+
+
+def test_known_images_stay_known_through_merging_saving_and_forgetting(data: Path, tmp_path: Path) -> None:
+    ear = new_ear()
+    day, night = shown(0, 40, seed=1), shown(1, 40, seed=2)
+    ear.learn(*day, name="day")
+    ear.learn(*night, name="night")
+    ear.merge("day", "night")
+    ear.save(tmp_path / "s")
+    ear = Ear.load(tmp_path / "s", encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    for images, labels in (day, night):
+        found = ear.update("day", images, labels)
+        assert isinstance(found, Learned) and found.images == 0
+    ear.forget("day", FIRST)
+    assert FIRST not in ear.system.domain("day").seen
+    found = ear.update("day", *day)
+    assert isinstance(found, Learned) and found.images == day[1].count(FIRST)
+    assert found.validation_accuracy is not None
+
+
+def test_a_domain_without_a_record_of_its_images_is_not_measured(trained: Ear, data: Path) -> None:
+    from dataclasses import replace
+
+    ear, domain = copy_of(trained), trained.system.domain("red")
+    old = replace(domain, growth={k: v for k, v in domain.growth.items() if k != "seen"})
+    system = replace(trained.system, domains=(old, *trained.system.domains[1:]))
+    ear._live = replace(ear._live, serving=system, confirmed=system)
+    found = ear.update("red", data / "red")
+    assert isinstance(found, Learned) and found.validation_accuracy is None
+    assert any("not all images of red were recorded" in w for w in found.warnings)
+    assert ear.system.domain("red").growth["validation_accuracy"] is None
 
 
 def test_update_of_an_unknown_domain_is_refused(trained: Ear) -> None:

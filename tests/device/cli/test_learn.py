@@ -78,6 +78,45 @@ def test_a_known_domain_is_refused_and_update_adds_to_it(
     more = write(tmp_path / "more", (("red", 3),), 4)
     assert code("learn", more / "red", "--store", store, "--encoder", "e", "--update") == 0
     assert Ear.load(store, "e").system.domain("red").memory.n == 48
+    capsys.readouterr()
+    assert code("learn", more / "red", "--store", store, "--encoder", "e", "--update") == 0
+    assert "12 images left out: already learned" in capsys.readouterr().out
+    assert Ear.load(store, "e").system.domain("red").memory.n == 48
+
+
+def test_an_update_learns_the_new_domains_and_updates_the_known(store: Path, tmp_path: Path) -> None:
+    more = write(tmp_path / "more", (("red", 3), ("blue", 2)), 12)
+    assert code("learn", more, "--store", store, "--encoder", "e", "--update") == 0
+    system = Ear.load(store, "e").system
+    assert system.names == ("green", "red", "blue")
+    assert [d.memory.n for d in system.domains] == [36, 72, 36]
+
+
+def test_domains_that_are_all_known_are_refused_with_the_remedies(
+    data: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, names, remedies in ((data / "red", "'red'", ("--name",)), (data, "'green', 'red'", ())):
+        assert code("learn", folder, "--store", store, "--encoder", "e") == 2
+        error = capsys.readouterr().err
+        assert f"domain {names} is known" in error
+        assert all(r in error for r in ("--update", f"edgeear store forget {store} ", *remedies)), error
+
+
+def test_a_rejection_names_the_known_domain_and_the_remedy(
+    data: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code("learn", data / "red", "--store", store, "--encoder", "e", "--name", "copy") == 1
+    out, error = capsys.readouterr()
+    assert "'copy' was rejected" in out and "update 'red'" in out
+    assert "next:" not in error and "--update --name" in error
+
+
+def test_bad_pictures_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "data", (("red", 0),), 12) / "red"
+    (folder / FIRST / "bad.jpg").write_bytes(b"no picture")
+    assert code("learn", folder, "--store", tmp_path / "s", "--encoder", "e") == 0
+    out = capsys.readouterr().out
+    assert "red: 36 images" in out and "1 image left out: " in out and "bad.jpg: broken content" in out
 
 
 def test_an_interruption_says_what_is_kept(
@@ -185,5 +224,18 @@ def test_names_of_any_bytes_and_controls_are_printed_safely(
         assert FIRST in out and "\x1b" not in out
 
 
-def test_predict_needs_a_store_that_was_learned_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "run `edgeear learn FOLDER --store" in predicted(capsys, tmp_path / "s", "x.jpg", ends=2)[1]
+def test_predict_needs_a_store_that_was_learned_to(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "run `edgeear learn FOLDER --store" in predicted(capsys, tmp_path / "none", "x.jpg", ends=2)[1]
+    for name in ("red", "green"):
+        assert code("store", "forget", store, name) == 0
+    assert "run `edgeear learn FOLDER --store" in predicted(capsys, store, "x.jpg", ends=2)[1]
+
+
+def test_a_store_that_is_a_file_is_refused_before_the_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = sorted((data / "red" / FIRST).iterdir())[0]
+    assert code("learn", data / "red", "--store", photo, "--encoder", "e") == 2
+    error = capsys.readouterr().err
+    assert f"{photo} is a file: give the folder of a store" in error and "encode" not in error
+    assert "is a file" in predicted(capsys, photo, photo, ends=2)[1]
