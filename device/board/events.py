@@ -163,7 +163,7 @@ class RolledBack(_Happened, kind="rolled-back"):
         return f"{self.foreign:.0%} of {self.frames} frames were foreign to the new generation"
 
 
-class StoreDamaged(_Happened, kind="rolled-back", sentence="the store was damaged: {damage}"):
+class StoreDamaged(_Happened, kind="store-damaged", sentence="the store was damaged: {damage}"):
     """An older generation serves."""
 
     damage: str
@@ -199,12 +199,12 @@ class PolicyChanged(_Happened, kind="policy"):
 
 
 class SettingsIgnored(
-    _Happened, kind="policy", sentence="stored settings that do not fit this version have no effect: {faults}"
+    _Happened, kind="settings-ignored", sentence="stored settings that do not fit this version have no effect: {faults}"
 ):
     faults: tuple[str, ...]
 
 
-class FrameRefused(_Happened, kind="refused", sentence="frame {ref}: {error}"):
+class FrameRefused(_Happened, kind="frame-refused", sentence="frame {ref}: {error}"):
     """A frame could not be encoded; `ref` is what its source calls it."""
 
     ref: str

@@ -65,8 +65,9 @@ OutboxClass = Literal["telemetry", "frame", "response", "event"]
 """In the order in which the outbox drops them."""
 Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 EventKind = Literal[
-    "start", "shift", "label-wanted", "recognised", "search", "grown", "confirmed", "rolled-back", "rejected",
-    "refused", "learning-failed", "paused", "resumed", "policy", "forgotten", "source", "dropped", "stopped",
+    "start", "shift", "label-wanted", "recognised", "search", "grown", "confirmed", "rolled-back",
+    "store-damaged", "rejected", "refused", "frame-refused", "learning-failed", "paused", "resumed", "policy",
+    "settings-ignored", "forgotten", "source", "dropped", "stopped",
 ]  # fmt: skip
 
 

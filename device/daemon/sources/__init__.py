@@ -2,7 +2,7 @@
 
 Rules of this package:
 
-1. Frames are decoded and resized by device.images.folder alone, so the network sees the very pixels that it saw in
+1. Frames are decoded and resized by device.images.decode alone, so the network sees the very pixels that it saw in
    training.
 2. Frames are stamped on arrival, before decoding.
 3. Input that gives no frame is counted and skipped. A device that is gone is tried again for ever, with pauses.

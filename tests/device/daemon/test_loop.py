@@ -468,7 +468,7 @@ def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytes
     monkeypatch.setattr(rig.board.engine.encoder, "encode", broken)
     answered = rig.daemon.counts.frames
     rig.show(0, 1)
-    assert rig.kinds[-1] == "refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
+    assert rig.kinds[-1] == "frame-refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
 
 
 def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
