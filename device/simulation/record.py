@@ -321,10 +321,11 @@ class RunRecord(_Part):
             own = self.own_p(fact.domain)
             foreign = sum(p <= ALPHA for p in own)
             if foreign > ALPHA * len(own):
-                found = f"{fact.domain}: once it was learned, {foreign / len(own):.1%} of {len(own)} of its own frames"
-                bound = f"were called out of distribution. At most {ALPHA:.0%} is an average over many calibration sets"
+                share = f"{fact.domain}: once it was learned, {100 * foreign / len(own):.1f} % of {len(own)} of its own"
+                bound = f"At most {100 * ALPHA:.0f} % is an average over many calibration sets; this one comes from"
+                source = f"{fact.labels} labelled images" if fact.labels else "labels that the board gave itself"
                 again = "; a surprising image counts each time it is shown" if fact.frames > fact.images else ""
-                told.append(f"{found} {bound}; this one comes from {fact.labels} labelled images{again}.")
+                told.append(f"{share} frames were called out of distribution. {bound} {source}{again}.")
         return tuple(told)
 
     def to_json(self) -> str:

@@ -315,7 +315,7 @@ def test_more_foreign_verdicts_than_promised_are_explained() -> None:
         assert record.own_p("photo") == p[20:]  # not the frames before the head
         return " ".join(record.remarks())
 
-    words = "photo: once it was learned, 15.0% of 20 of its own frames were called out of distribution."
+    words = "photo: once it was learned, 15.0 % of 20 of its own frames were called out of distribution."
     assert words in told(3) and "from 7 labelled images; a surprising image counts each time it is shown" in told(3)
     assert "once it was learned" not in told(1)
 
