@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 COLUMNS = ("file", "label", "probability", "route", "novelty", "p", "ood", "error")
+UNBOUNDED = 1 << 16
+"""Columns of a table in a pipe, where no line is wrapped."""
 StoreOption = Annotated[
     Path, typer.Option("--store", "-s", help="Folder that keeps what was learned.", show_default=False)
 ]
@@ -123,8 +125,9 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")] = False,
     encoder: EncoderPath = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No accuracy.")] = False,
 ) -> None:
-    """Classify pictures: class, probability, domain, and whether a picture is out of distribution.
+    """Classify pictures: class, probability, domain, and whether a picture is out of distribution: p at most 0.05.
 
     If every picture lies in a folder named like a class, the accuracy is printed, too. Exit code 1 if a file could not
     be read; the others are answered.
@@ -142,7 +145,10 @@ def predict(
             typer.echo(show(row))
     if show is None:
         _print_table(rows)
-    _print_accuracy(rows, ear.classes)
+        for row in rows:
+            _say(not row.error, _printable(f"{row.name}: {row.error}"))
+    if not quiet:
+        _print_accuracy(rows, ear.classes)
     if any(row.error for row in rows):
         raise typer.Exit(1)
 
@@ -169,7 +175,7 @@ def _rows(ear: Ear, files: Sequence[str]) -> Iterator[Row]:
         try:
             yield Row(name, ear.predict(picture), truth=truth)
         except DataError as error:
-            yield Row(name, None, str(error), truth)
+            yield Row(name, None, str(error).removeprefix("bytes: ").removeprefix(f"{name}: "), truth)
 
 
 def _pictures(files: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
@@ -186,7 +192,10 @@ def _pictures(files: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
                 continue
             if "-" in names:
                 raise UsageError("a name '-' on stdin: write ./- for a file of that name")
-            yield from _pictures([n for n in names if n.strip()])
+            names = [n for n in names if n.strip()]
+            if not names:
+                raise DataError("stdin is empty: give a picture, or names of pictures line by line")
+            yield from _pictures(names)
         elif Path(name).is_dir():
             found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
@@ -221,25 +230,26 @@ def _print_table(rows: Sequence[Row]) -> None:
     from device.operator.screen import printable
 
     table = Table(box=None, pad_edge=False)
-    for name in ("file", "label", "probability", "route", "novelty", ""):
+    for name in ("file", "label", "probability", "route", "p", ""):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        a = row.answer
-        if a is None:
-            table.add_row(Text(printable(row.name)), Text(printable(row.error), style="red"))
-            continue
+    answered = [(row.name, row.answer) for row in rows if row.answer is not None]
+    for name, a in answered:
         probability = "" if a.label is None else f"{a.probabilities[a.label]:.0%}"
-        cells = (row.name, a.label or "no answer", probability, a.route or "", f"{a.novelty:.2f}")
+        cells = (name, a.label or "no answer", probability, a.route or "", f"{a.p:.2g}")
         table.add_row(
             *(Text(printable(cell)) for cell in cells), Text("out of distribution" if a.ood else "", style="yellow")
         )
-    Console().print(table, highlight=False)
+    if answered:
+        Console(width=None if sys.stdout.isatty() else UNBOUNDED).print(table, highlight=False)
 
 
 def _print_accuracy(rows: Sequence[Row], classes: Sequence[str]) -> None:
-    """On stderr, if all pictures lie in folders named like classes."""
+    """On stderr, if all pictures lie in folders named like classes; if only some do, why there is none."""
     answered = [row for row in rows if row.answer is not None]
-    if not answered or not all(row.truth in classes for row in answered):
+    unknown = sorted({str(row.truth) for row in answered if row.truth not in classes})
+    if not answered or unknown:
+        if any(row.truth in classes for row in answered):
+            _say(False, _printable(f"no accuracy: no class was learned that is called {', '.join(unknown)}"))
         return
     right, n = sum(row.answer is not None and row.answer.label == row.truth for row in answered), len(answered)
     few = "; fewer than 30 pictures: a rough figure" if n < 30 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -72,6 +73,7 @@ def forget_domain(
         typer.Option("--images", help="Folder with all images learned of the class: then it is forgotten exactly."),
     ] = None,
     encoder: EncoderPath = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Only a terminal is asked.")] = False,
 ) -> None:
     """Forget a domain or a class for good: older generations that know it are removed, too.
 
@@ -82,6 +84,9 @@ def forget_domain(
         raise UsageError("--images are those of a class: name it with --class")
     if label is not None:
         need(PACK)
+    if not yes and sys.stdin.isatty():
+        what = domain if label is None else f"{label} of {domain}"
+        typer.confirm(f"Forget {what} in {store}, in all generations? Nothing brings it back.", abort=True, err=True)
     from device.encoder.session import OnnxEncoder
     from device.state.maintenance import forget
 

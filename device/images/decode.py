@@ -50,7 +50,7 @@ class UndecodableInput(DataError):
         """One error for all of `errors`, which must not be empty."""
         if len(errors) == 1:
             return errors[0]
-        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them (on_bad='skip'):"]
+        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them:"]
         lines += [f"  {error}" for error in errors[:NAMED]]
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
@@ -66,8 +66,10 @@ def read_input(path: Path) -> bytes:
     """The file's bytes. Raises `UndecodableInput` unless it is a readable file of at most `MAX_FILE_BYTES`."""
     try:
         found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise _undecodable(path, "a folder", "give its files; `evaluate` and `learn` take folders")
         if not stat.S_ISREG(found.st_mode):
-            raise _undecodable(path, "not a regular file", "remove it")
+            raise _undecodable(path, "not a regular file", "give the file of a picture")
         if found.st_size > MAX_FILE_BYTES:
             raise _undecodable(path, f"{found.st_size} bytes exceed the {MAX_FILE_BYTES} allowed", "make it smaller")
         return path.read_bytes()
@@ -75,8 +77,8 @@ def read_input(path: Path) -> bytes:
         raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
 
 
-def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
-    """The frame `(height, width, 3)` of a file's content. The suffix of `path` says how to read it.
+def decode_bytes(data: bytes, path: Path, size: tuple[int, int], suffix: str | None = None) -> U8:
+    """The frame `(height, width, 3)` of a file's content. `suffix`, else that of `path`, says how to read it.
 
     Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, the shorter side is
     resized to fit (bilinear) and the centre is cropped. wav (PCM) and one-dimensional npy become a grey
@@ -86,10 +88,11 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int]) -> U8:
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
-    decoder = {".wav": _wav_frame, ".npy": _npy_frame}.get(path.suffix.lower(), _image_frame)
+    kind = path.suffix if suffix is None else suffix
+    decoder = {".wav": _wav_frame, ".npy": _npy_frame}.get(kind.lower(), _image_frame)
     with _named(path):
-        if path.suffix.lower() not in SUFFIXES:
-            _refuse(f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}", "convert it")
+        if kind.lower() not in SUFFIXES:
+            _refuse(f"suffix {kind!r} is not one of {', '.join(SUFFIXES)}", "convert it")
         return decoder(data, size)
 
 

@@ -157,6 +157,8 @@ def trained_size(array: U8, ear: Ear) -> U8:
         (np.full((8, 8), np.nan), r"values nan to nan"),
         (b"no picture", r"bytes.*broken content"),
         (b"", r"broken content"),
+        (".", r"a folder; give its files; `evaluate` and `learn` take folders"),
+        ("/dev/null", r"/dev/null: not a regular file; give the file of a picture"),
         ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
         (io.StringIO("text"), r"open it in binary mode"),
         (7, r"picture of type int: give a path"),
