@@ -15,12 +15,14 @@ import importlib.util
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from threading import RLock
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
 
@@ -37,7 +39,7 @@ from device.progress import shown
 from device.provenance import installation
 from device.state import generations
 from device.state.maintenance import Changed as Changed
-from device.state.store import Store
+from device.state.store import MANIFEST, Manifest, Store
 from edgeear.errors import DataError, KnownDomain, UsageError
 from edgeear.flow import Prediction, adapt, infer, infer_features
 from edgeear.forgetting import forget_class, forget_domain
@@ -66,6 +68,7 @@ Show = bool | Progress | None
 """Progress: True shows it, False does not, None only on a terminal, a function is called with (phase, done, total)."""
 Images = str | Path | Sequence[Input]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,17 @@ class _Encoded:
     views: tuple[dict[str, F32], ...]
 
 
+def _one_at_a_time(change: Callable[Concatenate[Ear, P], T]) -> Callable[Concatenate[Ear, P], T]:
+    """Of the changes of one `Ear`, also where several threads make them: each starts from what the last one left."""
+
+    @wraps(change)
+    def alone(ear: Ear, /, *args: P.args, **given: P.kwargs) -> T:
+        with ear._lock:
+            return change(ear, *args, **given)
+
+    return alone
+
+
 class Ear:
     """A classifier that learns domain after domain over a frozen encoder, and says when an image is from none of them.
 
@@ -177,7 +191,9 @@ class Ear:
         self.seed, self.policy = seed, policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
-        self._forgot = False
+        self._lock = RLock()
+        self._forgets = (0, 0)  # how often something was forgotten in what serves, and in what `undo` goes back to
+        self._kept: dict[Path, tuple[int | Manifest | None, int]] = {}  # what a store serves, and `_forgets` then
 
     def __repr__(self) -> str:
         known = [
@@ -274,6 +290,7 @@ class Ear:
 
     # ------------------------------------------------------------------------------------------------- learning
 
+    @_one_at_a_time
     def learn(
         self,
         images: Images,
@@ -304,6 +321,7 @@ class Ear:
             outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
         return self._learned(outcome, samples, {"seen": seen}, warnings)
 
+    @_one_at_a_time
     def update(
         self,
         name: str,
@@ -340,6 +358,7 @@ class Ear:
             record |= {"validation_accuracy": None, "validated_on": 0}
         return self._learned(outcome, samples, record, warnings)
 
+    @_one_at_a_time
     def forget(self, domain: str, label: str | None = None, images: Images | None = None) -> Changed | Rejected:
         """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
 
@@ -360,6 +379,7 @@ class Ear:
             forget_class(self.system, domain, label, seen), f"forgot {label} of {domain}, {how}", forgot=True
         )
 
+    @_one_at_a_time
     def merge(self, first: str, second: str, name: str | None = None) -> Changed | Rejected:
         """Make one domain of two that turned out the same, called `name`, else as the first. Raises `UsageError` for
         unknown or equal names, `KnownDomain` where `name` is that of a third one."""
@@ -372,24 +392,37 @@ class Ear:
             outcome = outcome.renamed(first, name)
         return self._changed(outcome, f"merged {second} into {first}" + (f" as {name}" if name != first else ""))
 
+    @_one_at_a_time
     def undo(self) -> bool:
         """Serve what served before the last change. False where there is none: it was undone, saved or made
         permanent."""
         undone = self._live.probation
-        self._live = rollback(self._live)
+        self._live, self._forgets = rollback(self._live), (self._forgets[1],) * 2
         return undone
 
     # -------------------------------------------------------------------------------------------------- keeping
 
-    def save(self, folder: str | Path) -> int:
+    @_one_at_a_time
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> int:
         """Keep everything learned in the store `folder`, made when missing, and make it permanent; its number there.
 
-        Raises `DeviceError` where the disk fails or another process has the store open.
+        Raises `UsageError` where the store serves what this `Ear` neither loaded nor saved there, unless you ask to
+        `overwrite` it; `DeviceError` where the disk fails or another process has the store open.
         """
-        with Store.open(Path(folder)) as store:
+        path, forgets = Path(folder), self._forgets[0]
+        with Store.open(path) as store:
+            kept, forgotten = self._kept.get(path.resolve(), (None, forgets))
+            served = store.confirmed and store.manifest(store.confirmed)
+            if served and served != kept and not overwrite:
+                raise UsageError(
+                    f"{path} keeps {served.note or 'nothing'}, which this Ear neither loaded nor saved there: "
+                    f"go on from Ear.load({str(path)!r}), give another folder, or overwrite=True"
+                )
             given = (store, self.system, time.time(), ", ".join(self.domains))
-            saved = generations.publish_alone(*given)[0] if self._forgot else generations.publish_confirmed(*given)
-        self._live, self._forgot = Live(saved, saved), False
+            purge = forgets > forgotten
+            saved = generations.publish_alone(*given)[0] if purge else generations.publish_confirmed(*given)
+            self._kept[path.resolve()] = (store.manifest(saved.generation), forgets)
+        self._live, self._forgets = Live(saved, saved), (forgets, forgets)
         return saved.generation
 
     @classmethod
@@ -405,13 +438,15 @@ class Ear:
         path = Path(folder)
         if not path.is_dir():
             raise UsageError(f"{path} is not a folder: give the one that was saved to")
-        with Store.open(path) as store:
-            system = generations.load(store)
+        system = None
+        if any(path.glob(f"[0-9]*/{MANIFEST}")):  # opening would make a store of any other folder
+            with Store.open(path) as store:
+                system, served = generations.load(store), store.confirmed and store.manifest(store.confirmed)
         if system is None:
             raise UsageError(f"{path} holds nothing learned: give the folder that was saved to")
         ear = cls(encoder, seed=seed, policy=policy)
         generations.require_encoder(system, ear.encoder.digest)
-        ear._live = Live(system, system)
+        ear._live, ear._kept[path.resolve()] = Live(system, system), (served, 0)
         return ear
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -499,12 +534,16 @@ class Ear:
     ) -> Learned | Rejected:
         if isinstance(outcome, Rejected):
             return outcome
-        self._live = commit(confirm(self._live), outcome.recorded(samples.name, **record))
+        self._commit(outcome.recorded(samples.name, **record))
         grown = self.system.domain(samples.name)
         least = math.ceil(1 / self.system.policy.alpha) - 1 if self.system.policy.alpha else math.inf
         if (n := len(grown.calibration.values)) < least:
             warnings += (f"{_count(n, 'image')}: below {least} no image can be called out of distribution",)
         return self._told(grown, len(samples.labels), outcome.replay, warnings)
+
+    def _commit(self, candidate: Candidate, forgot: bool = False) -> None:
+        self._live = commit(confirm(self._live), candidate)
+        self._forgets = (self._forgets[0] + forgot, self._forgets[0])
 
     def _told(self, domain: Domain, images: int, replay: Mapping[str, float], warnings: tuple[str, ...]) -> Learned:
         """What is said of `domain`, whose last change were `images` new ones."""
@@ -530,8 +569,7 @@ class Ear:
     def _changed(self, outcome: Candidate | Rejected, what: str, forgot: bool = False) -> Changed | Rejected:
         if isinstance(outcome, Rejected):
             return outcome
-        self._live = commit(confirm(self._live), outcome)
-        self._forgot |= forgot
+        self._commit(outcome, forgot)
         return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
 
 

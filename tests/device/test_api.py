@@ -484,16 +484,79 @@ def test_forget_a_domain_and_a_class(data: Path, trained: Ear) -> None:
 
 
 def test_what_was_forgotten_is_gone_from_the_store_too(trained: Ear, tmp_path: Path) -> None:
-    from device.state.codec import from_files
-    from device.state.store import Store
-
     ear = copy_of(trained)
     ear.save(tmp_path / "board")
     ear.forget("green")
     ear.save(tmp_path / "board")
-    with Store.open(tmp_path / "board") as store:
-        kept = [from_files(store.read(m.number)).names for m in store.generations()]
-    assert kept and set(kept) == {("red",)}
+    assert set(kept_by(tmp_path / "board")) == {("red",)}
+
+
+def kept_by(store: Path) -> list[tuple[str, ...]]:
+    from device.state.codec import from_files
+    from device.state.store import Store
+
+    with Store.open(store) as opened:
+        return [from_files(opened.read(m.number)).names for m in opened.generations()]
+
+
+def test_forgetting_that_is_undone_removes_no_history(trained: Ear, tmp_path: Path) -> None:
+    ear = copy_of(trained)
+    ear.save(tmp_path / "s")
+    ear.forget("green")
+    ear.undo()
+    ear.save(tmp_path / "s")
+    assert kept_by(tmp_path / "s") == [("red", "green")] * 2
+    ear.forget("green")
+    ear.forget("red")
+    ear.undo()
+    ear.save(tmp_path / "s")
+    assert set(kept_by(tmp_path / "s")) == {("red",)}, "only the last change was undone"
+
+
+def test_what_was_forgotten_is_gone_from_every_store_that_it_is_saved_to(trained: Ear, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    copy_of(trained).save(a)
+    ear = Ear.load(a, encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    ear.forget("green")
+    ear.save(b)
+    ear.save(a)
+    assert set(kept_by(a)) == set(kept_by(b)) == {("red",)}
+
+
+def test_what_another_keeps_is_replaced_only_on_request(trained: Ear, tmp_path: Path) -> None:
+    store, other, empty = tmp_path / "s", copy_of(trained), new_ear()
+    other.save(store)
+    stale = Ear.load(store, encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    other.forget("red")
+    other.save(store)
+    before = sorted(p for p in store.rglob("*"))
+    for ear in (empty, stale, copy_of(trained)):
+        with pytest.raises(UsageError, match=r"keeps green, which this Ear.*Ear.load\(.*overwrite=True"):
+            ear.save(store)
+    assert sorted(p for p in store.rglob("*")) == before
+    foreign = copy_of(trained)
+    foreign.forget("green")
+    foreign.save(store, overwrite=True)
+    assert kept_by(store)[-2:] == [("green",), ("red",)], "the history of another was removed"
+    assert foreign.save(store) == foreign.save(store) - 1
+
+
+def test_loading_makes_no_store_of_a_folder(tmp_path: Path, data: Path) -> None:
+    for folder in (tmp_path, data):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UsageError, match="holds nothing learned"):
+            Ear.load(folder, encoder=fakes.FakeEncoder())
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_threads_that_learn_at_once_both_succeed(data: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ear = new_ear()
+    with ThreadPoolExecutor(3) as pool:
+        learned = list(pool.map(lambda name: ear.learn(data / name), ("red", "green", "blue")))
+    assert all(isinstance(one, Learned) for one in learned)
+    assert set(ear.domains) == {"red", "green", "blue"}
 
 
 def test_merge_makes_one_domain_of_two(tmp_path: Path) -> None:
