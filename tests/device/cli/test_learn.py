@@ -269,6 +269,7 @@ def test_forgetting_asks_on_a_terminal(
 
 def test_the_spare_copy_of_a_change_is_called_so(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code("store", "forget", store, "green") == 0
+    capsys.readouterr()
     assert code("store", "list", store) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     notes = [line.partition(": ")[2] for line in lines if line.startswith("generation ")]
