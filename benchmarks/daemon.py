@@ -25,7 +25,7 @@ from device.encoder.cache import cached_encoder
 from device.evaluation.runtime import _write_generation
 from device.files import cache_dir
 from device.mqtt import messages
-from device.operator.client import BrokerAddress, operator
+from device.operator.client import BrokerAddress, Operator
 from device.state.store import Store
 from tests.support.boards import DEVICE, SITE, DaemonProcess, config, state
 from tests.support.broker import Mosquitto, mosquitto
@@ -67,7 +67,7 @@ def measured(name: str, board: DaemonProcess, broker: Mosquitto, seconds: float)
         time.sleep(seconds)
         share = (board.cpu_s() - cpu) / (time.monotonic() - began)
         rss, peak, torch = board.rss_mb(), board.peak_mb(), "torch" in board.maps()
-        with operator(BrokerAddress("127.0.0.1", broker.port), (f"edgeear/v1/{SITE}/{DEVICE}/response",)) as us:
+        with Operator(BrokerAddress("127.0.0.1", broker.port), (f"edgeear/v1/{SITE}/{DEVICE}/response",)) as us:
             report: dict[str, Any] = us.ask(SITE, DEVICE, messages.Report(id=f"after-{name}")).result
         board.terminate()
     figures = {"cpu_share": round(share, 5), "rss_mb": round(rss, 1), "rss_peak_mb": round(peak, 1), "torch": torch}

@@ -41,12 +41,14 @@ from paho.mqtt.properties import Properties
 
 from benchmarks.fuzz_messages import SEEDS, Fuzzer, Message
 from device.daemon import machine
-from device.daemon.sources import Feed, MessageFrames
+from device.daemon.sources import Feed
+from device.daemon.sources.mqtt import MessageFrames
 from device.daemon.sources.running import Stop
 from device.images.decode import UndecodableInput, decode_bytes
 from device.mqtt import messages, topics
+from device.mqtt.delivery import Token
 from device.mqtt.link import Inbound, Link, LinkPolicy
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from device.state.codec import to_files
 from tests.device.daemon.test_loop import OWN, Rig, learned, rigged
 from tests.support import boards, fakes
@@ -70,7 +72,7 @@ class Wire:
     acknowledged: int = 0
     refused: int = 0
 
-    def acknowledge(self, inbound: Inbound) -> None:
+    def acknowledge(self, token: Token | None) -> None:
         self.acknowledged += 1
 
     def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
@@ -112,7 +114,7 @@ class Inside:
         """Give the board one message and let it do all that it does about it."""
         came = MQTTMessage(1, message.topic.encode("utf-8", "surrogatepass"))
         came.payload, came.qos, came.dup, came.properties = message.payload, qos, message.dup, _properties(message)
-        self.link._receive(came)
+        self.link.receive(came)
         while self.daemon.turn():
             pass
 
@@ -194,7 +196,7 @@ def fuzz_inside(folder: Path, count: int, seed: int, seeds: int, checks: int = C
         return {
             **tally.figures(),
             "answers": {**outcomes, "refused at once": board.wire.refused},
-            "ignored": board.link.counters().ignored,
+            "ignored": board.link.delivery.counters().ignored,
             "messages_per_s": round(tally.sent / seconds),
             **watch.figures(),
         }
@@ -407,7 +409,7 @@ def fuzz_wire(folder: Path, count: int, seed: int, seeds: int, checks: int = CHE
             daemon.wait_told("READY=1")
             heard = Heard()
             filters = tuple(f"{boards.OWN}/{name}" for name in ("response/#", "event", "label-request"))
-            with operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
+            with Operator(BrokerAddress("127.0.0.1", broker.port), filters, heard) as us, Sender(broker.port) as sender:
                 figures = _wired(daemon, us, sender, count, checks, Fuzzer(boards.OWN, "0" * 16, seed, seeds))
             if heard.wrong:
                 raise Broken(heard.wrong[0])

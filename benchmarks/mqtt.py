@@ -142,7 +142,7 @@ class Board:
     def put_event(self, now: float) -> None:
         self.outbox.put("event", f"{PREFIX}/event", lambda seq: self._event(seq, now), now)
         self.put += 1
-        self.link.wake()
+        self.link.delivery.wake()
 
     def apply_commands(self) -> None:
         """Until None is queued: each command once, however often it comes; then, and only then, acknowledge it."""
@@ -151,11 +151,11 @@ class Board:
             if self.outbox.recall(command, START) is None:
                 self.outbox.begin(command, START)
                 self.applied[command] += 1
-                self.outbox.finish(command, "response", f"{PREFIX}/response", lambda seq: b"{}", START)
-                self.link.wake()
+                self.outbox.put("response", f"{PREFIX}/response", lambda seq: b"{}", START, answers=command)
+                self.link.delivery.wake()
             else:
                 self.repeated += 1
-            self.link.acknowledge(inbound)
+            self.link.delivery.acknowledge(inbound.token)
 
     def wait_drained(self, depth: int = 0) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -260,7 +260,7 @@ def restarts(folder: Path, count: int, per_life: int = 200) -> Figures:
     seen = subscriber.seen(board.put)
     board.commands.put(None)
     applying.join()
-    connects = board.link.counters().connects
+    connects = board.link.delivery.counters().connects
     board.close()
     operator.disconnect()
     operator.loop_stop()
@@ -284,7 +284,7 @@ def restarts(folder: Path, count: int, per_life: int = 200) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path.cwd())
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--events", type=int, default=86_400)
     parser.add_argument("--restarts", type=int, default=50)
     options = parser.parse_args()

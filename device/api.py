@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-1. `learn`, `update` and `merge` go through the same door as on a board: admitted, and only then serving. A rejection is
-   a value, and leaves what served as it was. Nothing known is ever replaced in silence.
+1. `learn`, `update` and `merge` pass the same admission as on a board. A rejection is a value and changes nothing.
+   A known domain is never replaced without a word.
 2. The last change can be taken back with `undo`, until the next change or `save` makes it permanent.
 3. Nothing touches the disk but `save` and `load`, and the cache of the default encoder.
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from threading import RLock
+from types import MappingProxyType
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
 
@@ -27,7 +31,7 @@ from device.encoder.cache import cached_encoder
 from device.encoder.engine import OrtEngine
 from device.encoder.session import OnnxEncoder, pooled_taps
 from device.files import cache_dir
-from device.images.dataset import read_folder
+from device.images.dataset import listed, read_folder
 from device.images.decode import SUFFIXES, UndecodableInput
 from device.images.inputs import Input, frame_of
 from device.images.views import view
@@ -35,7 +39,7 @@ from device.progress import shown
 from device.provenance import installation
 from device.state import generations
 from device.state.maintenance import Changed as Changed
-from device.state.store import Store
+from device.state.store import MANIFEST, Manifest, Store
 from edgeear.errors import DataError, KnownDomain, UsageError
 from edgeear.flow import Prediction, adapt, infer, infer_features
 from edgeear.forgetting import forget_class, forget_domain
@@ -45,7 +49,7 @@ from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import Shift, ShiftState
 from edgeear.space import HypervectorSpace
-from edgeear.system import Candidate, Live, Recognised, Rejected, System, commit, confirm, rollback
+from edgeear.system import DIGEST, Candidate, Domain, Live, Recognised, Rejected, System, commit, confirm, rollback
 from edgeear.types import F32, Encoder, Features
 from edgeear.updating import update_domain
 
@@ -64,15 +68,16 @@ Show = bool | Progress | None
 """Progress: True shows it, False does not, None only on a terminal, a function is called with (phase, done, total)."""
 Images = str | Path | Sequence[Input]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Learned:
     """A domain that was learned and serves now.
 
-    `images` counts different pictures. `validation_accuracy` (fraction of one) is that of its head on `validated` of
-    them that it was not fitted to, None where there were none. `replay` maps each older domain to the share of its
-    inputs that now goes to another one. `warnings` are sentences."""
+    `images` counts different pictures that were new, 0 where nothing changed. `validation_accuracy` (fraction of one)
+    is that of its head on `validated` of them that it was not fitted to, None where there were none. `replay` maps each
+    older domain to the share of its inputs that now goes to another one. `warnings` are sentences."""
 
     name: str
     classes: tuple[str, ...]
@@ -87,10 +92,11 @@ class Learned:
 
     def __str__(self) -> str:
         accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
+        facts = f"validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}"
         lines = [
             f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
-            f" ({', '.join(self.classes)})",
-            f"  validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}",
+            f" ({listed(self.classes)})",
+            f"  {facts}" if self.images else "  nothing was changed: no image is new",
             *(
                 f"  {share:.1%} of the inputs of {name} now go elsewhere"
                 for name, share in self.replay.items()
@@ -156,8 +162,19 @@ class _Labelled:
 class _Encoded:
     """One image: the digest of its frame, and its features `(1, *tap.shape)` in each view."""
 
-    digest: bytes
+    digest: str
     views: tuple[dict[str, F32], ...]
+
+
+def _one_at_a_time(change: Callable[Concatenate[Ear, P], T]) -> Callable[Concatenate[Ear, P], T]:
+    """Of the changes of one `Ear`, also where several threads make them: each starts from what the last one left."""
+
+    @wraps(change)
+    def alone(ear: Ear, /, *args: P.args, **given: P.kwargs) -> T:
+        with ear._lock:
+            return change(ear, *args, **given)
+
+    return alone
 
 
 class Ear:
@@ -174,11 +191,13 @@ class Ear:
         self.seed, self.policy = seed, policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
-        self._forgot = False
+        self._lock = RLock()
+        self._forgets = (0, 0)  # how often something was forgotten in what serves, and in what `undo` goes back to
+        self._kept: dict[Path, tuple[int | Manifest | None, int]] = {}  # what a store serves, and `_forgets` then
 
     def __repr__(self) -> str:
         known = [
-            f"{d.name}: {_count(d.memory.n, 'image')} of {', '.join(d.memory.classes)}, {d.bytes / 1024:.0f} KiB"
+            f"{d.name}: {_count(d.memory.n, 'image')} of {listed(d.memory.classes)}, {d.bytes / 1024:.0f} KiB"
             for d in self.system.domains
         ]
         return f"Ear({'; '.join(known) or 'nothing learned yet'}; encoder {self.encoder.digest[:12]})"
@@ -255,35 +274,37 @@ class Ear:
         known = {name: [r for r in rows if r[0] == name] for name in dict.fromkeys(r[0] for r in rows)}
         by_class = {name: [r for r in rows if r[1] == name] for name in sorted({r[1] for r in rows})}
         warnings = [warning for part in parts for warning in part.warnings]
-        few = {f"domain {name}": len(r) for name, r in known.items() if len(r) < FEW}
+        few = {f"domain {name}" if name else "this set": len(r) for name, r in known.items() if len(r) < FEW}
         warnings += [
             f"{name} has only {_count(n, 'image')}, fewer than {FEW}: a rough figure" for name, n in few.items()
         ]
         missing = sorted({label for _, label in truth}.difference(self.classes))
         if missing:
-            warnings.append(f"classes that were never learned count as wrong: {', '.join(missing)}")
+            warnings.append(f"classes that were never learned count as wrong: {listed(missing)}")
         return Evaluation(
-            self._score(rows, False),
-            {name: self._score(r, name in self.domains) for name, r in known.items() if name},
-            {name: self._score(r, False) for name, r in by_class.items()},
+            _score(rows, False),
+            {name: _score(r, name in self.domains) for name, r in known.items() if name},
+            {name: _score(r, False) for name, r in by_class.items()},
             tuple(warnings),
         )
 
     # ------------------------------------------------------------------------------------------------- learning
 
+    @_one_at_a_time
     def learn(
         self,
         images: Images,
         labels: Sequence[str] | None = None,
         *,
         name: str | None = None,
+        skip_bad: bool = False,
         progress: Show = None,
     ) -> Learned | Rejected:
         """Learn a new domain: a folder `FOLDER/CLASS/*`, called as the folder unless named, or images and their labels.
 
-        A head is searched and fitted, which takes from seconds to minutes. Raises `KnownDomain` where a domain of that
-        name is known, `DataError` for images that cannot be read or fewer than five different ones, `UsageError` for
-        labels that do not fit the images.
+        A head is searched and fitted, which takes from seconds to minutes. `skip_bad` leaves out images that cannot be
+        read, with a warning. Raises `KnownDomain` where a domain of that name is known, `DataError` for images that
+        cannot be read or fewer than five different ones, `UsageError` for labels that do not fit the images.
         """
         lesson = self._lesson(images, labels, name)
         if lesson.name in self.domains:
@@ -293,31 +314,51 @@ class Ear:
             )
         _need_torch("learning")
         with shown(progress) as show:
-            samples, warnings = self._samples(lesson, VIEWS, [t.name for t in self.system.space.taps], show)
+            taps = [t.name for t in self.system.space.taps]
+            samples, seen, warnings = self._samples(lesson, VIEWS, taps, show, skip_bad)
             if len(samples.classes) == 1:
                 warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
             outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
-        return self._learned(outcome, samples, warnings)
+        return self._learned(outcome, samples, {"seen": seen}, warnings)
 
+    @_one_at_a_time
     def update(
-        self, name: str, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None
+        self,
+        name: str,
+        images: Images,
+        labels: Sequence[str] | None = None,
+        *,
+        skip_bad: bool = False,
+        progress: Show = None,
     ) -> Learned | Rejected:
         """Add images, and any new classes, to the known domain `name`: a folder `FOLDER/CLASS/*`, or images and labels.
 
         What is kept of a domain are sums, so the result is that of having learned all images at once, but for its head:
-        that is refitted from the sums where this answers the new images better, and stays otherwise. Give new images
-        only: one that was learned before counts twice. Raises `UsageError` for an unknown domain, else as `learn` does.
+        that is refitted from the sums where this answers the new images better, and stays otherwise. Images that the
+        domain learned before are left out. Where it was learned without a record of them, by a board or by an older
+        version, they count twice, and no accuracy is given. Raises `UsageError` for an unknown domain, else as `learn`.
         """
-        self.system.domain(name)
+        old = self.system.domain(name)
         _need_torch("learning")
         with shown(progress) as show:
             lesson = self._lesson(images, labels, name)
-            samples, warnings = self._samples(lesson, VIEWS[:1], self.system.wanted_taps, show)
+            taps, before = self.system.wanted_taps, old.seen
+            samples, seen, warnings = self._samples(lesson, VIEWS[:1], taps, show, skip_bad, before)
+            if not len(samples.labels):
+                return self._told(old, 0, {}, warnings)
             outcome = update_domain(
                 self.system, self.engine, name, samples.views[0], samples.labels, samples.classes, self.seed
             )
-        return self._learned(outcome, samples, warnings)
+        record: dict[str, object] = {"seen": seen}
+        if sum(map(len, before.values())) < DIGEST * old.memory.n:
+            warnings += (
+                f"not all images of {name} were recorded when it was learned: give new ones only, since known ones "
+                "count twice; so the accuracy is not measured",
+            )
+            record |= {"validation_accuracy": None, "validated_on": 0}
+        return self._learned(outcome, samples, record, warnings)
 
+    @_one_at_a_time
     def forget(self, domain: str, label: str | None = None, images: Images | None = None) -> Changed | Rejected:
         """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
 
@@ -338,6 +379,7 @@ class Ear:
             forget_class(self.system, domain, label, seen), f"forgot {label} of {domain}, {how}", forgot=True
         )
 
+    @_one_at_a_time
     def merge(self, first: str, second: str, name: str | None = None) -> Changed | Rejected:
         """Make one domain of two that turned out the same, called `name`, else as the first. Raises `UsageError` for
         unknown or equal names, `KnownDomain` where `name` is that of a third one."""
@@ -350,24 +392,37 @@ class Ear:
             outcome = outcome.renamed(first, name)
         return self._changed(outcome, f"merged {second} into {first}" + (f" as {name}" if name != first else ""))
 
+    @_one_at_a_time
     def undo(self) -> bool:
         """Serve what served before the last change. False where there is none: it was undone, saved or made
         permanent."""
         undone = self._live.probation
-        self._live = rollback(self._live)
+        self._live, self._forgets = rollback(self._live), (self._forgets[1],) * 2
         return undone
 
     # -------------------------------------------------------------------------------------------------- keeping
 
-    def save(self, folder: str | Path) -> int:
+    @_one_at_a_time
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> int:
         """Keep everything learned in the store `folder`, made when missing, and make it permanent; its number there.
 
-        Raises `DeviceError` where the disk fails or another process has the store open.
+        Raises `UsageError` where the store serves what this `Ear` neither loaded nor saved there, unless you ask to
+        `overwrite` it; `DeviceError` where the disk fails or another process has the store open.
         """
-        with Store.open(Path(folder)) as store:
+        path, forgets = Path(folder), self._forgets[0]
+        with Store.open(path) as store:
+            kept, forgotten = self._kept.get(path.resolve(), (None, forgets))
+            served = store.confirmed and store.manifest(store.confirmed)
+            if served and served != kept and not overwrite:
+                raise UsageError(
+                    f"{path} keeps {served.note or 'nothing'}, which this Ear neither loaded nor saved there: "
+                    f"go on from Ear.load({str(path)!r}), give another folder, or overwrite=True"
+                )
             given = (store, self.system, time.time(), ", ".join(self.domains))
-            saved = generations.publish_alone(*given)[0] if self._forgot else generations.publish_confirmed(*given)
-        self._live, self._forgot = Live(saved, saved), False
+            purge = forgets > forgotten
+            saved = generations.publish_alone(*given)[0] if purge else generations.publish_confirmed(*given)
+            self._kept[path.resolve()] = (store.manifest(saved.generation), forgets)
+        self._live, self._forgets = Live(saved, saved), (forgets, forgets)
         return saved.generation
 
     @classmethod
@@ -383,13 +438,15 @@ class Ear:
         path = Path(folder)
         if not path.is_dir():
             raise UsageError(f"{path} is not a folder: give the one that was saved to")
-        with Store.open(path) as store:
-            system = generations.load(store)
+        system = None
+        if any(path.glob(f"[0-9]*/{MANIFEST}")):  # opening would make a store of any other folder
+            with Store.open(path) as store:
+                system, served = generations.load(store), store.confirmed and store.manifest(store.confirmed)
         if system is None:
             raise UsageError(f"{path} holds nothing learned: give the folder that was saved to")
         ear = cls(encoder, seed=seed, policy=policy)
         generations.require_encoder(system, ear.encoder.digest)
-        ear._live = Live(system, system)
+        ear._live, ear._kept[path.resolve()] = Live(system, system), (served, 0)
         return ear
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -440,41 +497,71 @@ class Ear:
         return parts[0]
 
     def _samples(
-        self, lesson: _Labelled, views: Sequence[str], taps: Sequence[str], show: Progress
-    ) -> tuple[Samples, tuple[str, ...]]:
-        """The different images of a lesson, encoded, and warnings."""
-        found = self._encoded(lesson.images, views, taps)
-        encoded = _all_good(_watched(found, "encode", len(lesson.images), show))
-        first: dict[tuple[bytes, str], int] = {}
-        for place, (one, label) in enumerate(zip(encoded, lesson.labels, strict=True)):
-            first.setdefault((one.digest, label), place)
-        kept = sorted(first.values())
-        warnings = [*lesson.warnings, *_told_copies(lesson, first)]
-        classes = tuple(sorted(set(lesson.labels)))
-        labels: I64 = np.array([classes.index(lesson.labels[k]) for k in kept], np.int64)
-        features = [_joined([encoded[k].views[v] for k in kept]) for v in range(len(views))]
-        return Samples(lesson.name, features, labels, classes), tuple(warnings)
+        self,
+        lesson: _Labelled,
+        views: Sequence[str],
+        taps: Sequence[str],
+        show: Progress,
+        skip_bad: bool,
+        before: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[Samples, dict[str, str], tuple[str, ...]]:
+        """The different images of a lesson that are not among `before`, encoded; then class -> digests of both, joined
+        as `Domain.seen` has them; and warnings."""
+        found = list(_watched(self._encoded(lesson.images, views, taps), "encode", len(lesson.images), show))
+        bad = [one for one in found if isinstance(one, UndecodableInput)]
+        if bad and not skip_bad:
+            raise UndecodableInput.of_many(bad)
+        known = {joined[at : at + DIGEST] for joined in before.values() for at in range(0, len(joined), DIGEST)}
+        first: dict[tuple[str, str], _Encoded] = {}
+        repeated = 0
+        for one, label in zip(found, lesson.labels, strict=True):
+            if not isinstance(one, UndecodableInput):
+                repeated += one.digest in known
+                if one.digest not in known:
+                    first.setdefault((one.digest, label), one)
+        copies = len(found) - len(bad) - repeated - len(first)
+        classes = tuple(sorted({label for _, label in first}))
+        labels: I64 = np.array([classes.index(label) for _, label in first], np.int64)
+        features = [_joined([one.views[v] for one in first.values()]) for v in range(len(views))]
+        seen = dict(before)
+        for digest, label in first:
+            seen[label] = seen.get(label, "") + digest
+        warnings = (*lesson.warnings, *_told_left_out(bad, repeated, copies, first))
+        return Samples(lesson.name, features, labels, classes), seen, warnings
 
     def _learned(
-        self, outcome: Candidate | Rejected, samples: Samples, warnings: tuple[str, ...]
+        self, outcome: Candidate | Rejected, samples: Samples, record: Mapping[str, object], warnings: tuple[str, ...]
     ) -> Learned | Rejected:
         if isinstance(outcome, Rejected):
             return outcome
-        self._live = commit(confirm(self._live), outcome)
+        self._commit(outcome.recorded(samples.name, **record))
         grown = self.system.domain(samples.name)
-        accuracy, validated = grown.growth.get("validation_accuracy"), grown.growth.get("validated_on")
-        n = validated if isinstance(validated, int) else 0
+        least = math.ceil(1 / self.system.policy.alpha) - 1 if self.system.policy.alpha else math.inf
+        if (n := len(grown.calibration.values)) < least:
+            warnings += (f"{_count(n, 'image')}: below {least} no image can be called out of distribution",)
+        return self._told(grown, len(samples.labels), outcome.replay, warnings)
+
+    def _commit(self, candidate: Candidate, forgot: bool = False) -> None:
+        self._live = commit(confirm(self._live), candidate)
+        self._forgets = (self._forgets[0] + forgot, self._forgets[0])
+
+    def _told(self, domain: Domain, images: int, replay: Mapping[str, float], warnings: tuple[str, ...]) -> Learned:
+        """What is said of `domain`, whose last change were `images` new ones."""
+        accuracy, validated = domain.growth.get("validation_accuracy"), domain.growth.get("validated_on")
+        n = validated if images and isinstance(validated, int) else 0
         if 0 < n < FEW:
             warnings += (f"validated on only {_count(n, 'image')}, fewer than {FEW}: the accuracy is a rough figure",)
+        tried = domain.growth.get("specs_scored")
+        how = f"best of {tried} tried" if tried != 1 else f"fitted to the sums of {_count(domain.memory.n, 'image')}"
         return Learned(
-            name=grown.name,
-            classes=grown.head.classes,
-            images=len(samples.labels),
-            head=str(grown.growth["explanation"]),
-            bytes=grown.bytes,
-            validation_accuracy=accuracy if isinstance(accuracy, float) else None,
+            name=domain.name,
+            classes=domain.head.classes,
+            images=images,
+            head=f"{domain.head.spec.operator}, {how}",
+            bytes=domain.bytes,
+            validation_accuracy=accuracy if n and isinstance(accuracy, float) else None,
             validated=n,
-            replay=dict(outcome.replay),
+            replay=dict(replay),
             generation=self.system.generation,
             warnings=warnings,
         )
@@ -482,14 +569,8 @@ class Ear:
     def _changed(self, outcome: Candidate | Rejected, what: str, forgot: bool = False) -> Changed | Rejected:
         if isinstance(outcome, Rejected):
             return outcome
-        self._live = commit(confirm(self._live), outcome)
-        self._forgot |= forgot
+        self._commit(outcome, forgot)
         return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
-
-    def _score(self, rows: Sequence[tuple[str, str, Prediction]], routed: bool) -> Score:
-        right = sum(answer.label == label for _, label, answer in rows)
-        own = sum(answer.route == name for name, _, answer in rows) if routed else None
-        return Score(len(rows), right, own)
 
 
 def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) -> tuple[_Labelled, ...]:
@@ -532,10 +613,16 @@ def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, .
 
 
 def _holds_domains(folder: Path) -> bool:
-    """Whether a folder is DOMAIN/CLASS/* and not CLASS/*: a folder in a folder of it holds images."""
-    inner = [p for p in folder.glob("*/*/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    outer = [p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    return bool(inner) and not outer
+    """Whether images lie in `DOMAIN/CLASS/` and none in `CLASS/`."""
+    inner, outer = (any(p.suffix.lower() in SUFFIXES for p in folder.glob(at)) for at in ("*/*/*", "*/*"))
+    return inner and not outer
+
+
+def _score(rows: Sequence[tuple[str, str, Prediction]], routed: bool) -> Score:
+    """Of rows of domain, class and answer."""
+    right = sum(answer.label == label for _, label, answer in rows)
+    own = sum(answer.route == name for name, _, answer in rows) if routed else None
+    return Score(len(rows), right, own)
 
 
 def _files_in(folder: Path) -> tuple[Input, ...]:
@@ -545,13 +632,19 @@ def _files_in(folder: Path) -> tuple[Input, ...]:
     return files
 
 
-def _told_copies(lesson: _Labelled, first: dict[tuple[bytes, str], int]) -> Iterator[str]:
-    copies = len(lesson.images) - len(first)
+def _told_left_out(
+    bad: Sequence[UndecodableInput], repeated: int, copies: int, first: Iterable[tuple[str, str]]
+) -> Iterator[str]:
+    """`first`: digest and label of each image that is kept."""
+    if bad:
+        yield f"{_count(len(bad), 'image')} left out: {listed([str(error) for error in bad])}"
+    if repeated:
+        yield f"{_count(repeated, 'image')} left out: already learned"
     if copies:
         yield f"{_count(copies, 'image')} left out: copies of others in the same class"
     torn = sum(n > 1 for n in Counter(digest for digest, _ in first).values())
     if torn:
-        yield f"{_count(torn, 'image')} stand in several classes: label each once"
+        yield f"copies of the same image under different labels: {torn}; label each image once"
 
 
 def _caught(image: Input, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]] | UndecodableInput:
@@ -563,11 +656,11 @@ def _caught(image: Input, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.
 
 def _row(frame: np.ndarray[Any, np.dtype[np.uint8]], features: Sequence[Features], row: int) -> _Encoded:
     one = tuple({tap: x[row : row + 1] for tap, x in given.items()} for given in features)
-    return _Encoded(hashlib.sha256(frame.tobytes()).digest(), one)
+    return _Encoded(hashlib.sha256(frame.tobytes()).hexdigest()[:DIGEST], one)
 
 
 def _joined(rows: Sequence[Features]) -> dict[str, F32]:
-    return {tap: np.concatenate([row[tap] for row in rows]) for tap in rows[0]}
+    return {tap: np.concatenate([row[tap] for row in rows]) for tap in (rows[0] if rows else ())}
 
 
 def _watched(found: Iterable[T], phase: str, total: int, show: Progress) -> Iterator[T]:

@@ -8,21 +8,21 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgeear.errors import UsageError
+from edgeear.errors import EdgeearError, UsageError
 
 TEMPORARY = ".partial-"
 """Prefix of the name of a file that is still being written."""
 
 
-def take_lock(path: Path) -> int | None:
+def take_lock(path: Path, busy: EdgeearError) -> int:
     """Lock the file `path`, which is made if missing. Returns a descriptor that holds the lock until it is closed or
-    this process ends, or None if the lock is taken, also by another call in this process. The lock is advisory."""
+    this process ends. Raises `busy` if the lock is taken, also by another call in this process. It is advisory."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        return None
+        raise busy from None
     return descriptor
 
 

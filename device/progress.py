@@ -60,14 +60,18 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def _lines(console: Console, clock: Callable[[], float]) -> Progress:
-    """A line at the first call, and then for the first call after each `PERIOD_S`."""
-    due = clock()
+    """A line at the first call, then for the first call after each `PERIOD_S`, and for the end of a phase with a line.
+    A phase of one step is only named, when it starts."""
+    due, told = clock(), ""
 
     def show(phase: str, done: int, total: int) -> None:
-        nonlocal due
-        if clock() >= due:
-            due = clock() + PERIOD_S
-            console.out(f"{_printable(phase)}: {done} of {total}", highlight=False)
+        nonlocal due, told
+        ended = done >= total
+        if ended and (total <= 1 or phase != told):
+            return
+        if ended or clock() >= due:
+            due, told = clock() + PERIOD_S, "" if ended else phase
+            console.out(_printable(phase) + (f": {done} of {total}" if total > 1 else ""), highlight=False)
 
     return show
 

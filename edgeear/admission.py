@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgeear.router import router
 from edgeear.system import Candidate, Domain, Rejected, System
 
 
@@ -30,14 +29,20 @@ def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candid
     policy = system.policy
     for name, share in lost.items():
         if share > policy.max_stolen_share:
+            one = "merge the two domains" if domain.name in system.names else f"update {name!r} with them"
             reasons.append(
                 f"takes {share:.1%} of the inputs of {name!r}, at most {policy.max_stolen_share:.1%} allowed: "
-                "collect more samples, or merge the two domains if they are one"
+                f"collect more samples, or {one} if they are one domain"
             )
-    own = float((router([d.memory for d in grown.domains]).route(_codes(domain)) == _index(grown, domain.name)).mean())
-    if own < policy.min_own_share:
+    won = np.bincount(grown.router.route(_codes(domain)), minlength=len(grown.domains)) / len(domain.codes)
+    mine = _index(grown, domain.name)
+    if won[mine] < policy.min_own_share:
+        share, most = max(
+            (share, name) for k, (share, name) in enumerate(zip(won, grown.names, strict=True)) if k != mine
+        )
         reasons.append(
-            f"wins only {own:.1%} of its own inputs, at least {policy.min_own_share:.1%} needed: it is not a new domain"
+            f"wins only {won[mine]:.1%} of its own inputs, at least {policy.min_own_share:.1%} needed; {most!r} wins "
+            f"{share:.1%}: it is not a new domain; update {most!r} with them"
         )
     return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(system, grown, lost)
 

@@ -66,6 +66,7 @@ def forget_class(system: System, name: str, label: str, seen: F32 | None = None)
     if memory.n < 2 or not len(codes):
         return Rejected(name, (f"only {memory.n} samples and {len(codes)} codes are left: forget the whole domain",))
     head, growth = refit(memory)
+    growth["seen"] = {name: digests for name, digests in domain.seen.items() if name != label}
     after = system.grown(replace(domain, head=head, memory=memory, codes=codes, growth=growth))
     # Only what stays is replayed: where inputs of the forgotten class go no longer matters.
     return Candidate(system, after, replay(_with(system, replace(domain, codes=codes)), after))

@@ -99,7 +99,7 @@ def refit(memory: DomainMemory, seed: int = 0) -> tuple[HeadArchive, dict[str, o
     price = cost(head_spec(), shapes, len(memory.classes))
     return head, {
         "spec": head_spec().to_dict(),
-        "explanation": f"refitted from the sums of {len(memory.classes)} classes and {memory.n} samples, none kept",
+        "explanation": f"linear head, fitted to the sums of {memory.n} samples of {len(memory.classes)} classes",
         "parameters": price.parameters,
         "bytes": len(head.onnx),
         "macs": price.macs,

@@ -45,6 +45,8 @@ def merge_domains(system: System, first: str, second: str, head: HeadChoice = "r
         return Rejected(first, (f"the head of {source.name!r} does not know {', '.join(sorted(missing))}: refit one",))
     else:
         served, growth = source.head, dict(source.growth)
+    if seen := {label: a.seen.get(label, "") + b.seen.get(label, "") for label in {**a.seen, **b.seen}}:
+        growth["seen"] = seen
     codes = _shared(a, b, system.policy.codes)
     calibration, alike = merge_calibrations(a.calibration, b.calibration), max(a.likeness, b.likeness)
     merged = Domain(first, served, memory, calibration, codes, growth, alike)

@@ -27,6 +27,8 @@ from edgeear.types import F32, Features
 
 HYPERVECTOR = "hypervector"
 """Pseudo-tap: the first m coordinates of the hypervector, which heads may read like any pooled tap."""
+DIGEST = 16
+"""Characters that tell one learned image from another, kept so that none is counted twice."""
 TEMPERATURE = {True: 0.12, False: 1.0}
 """Temperature of a head that has none in its record, by whether ridge regression solved it: scores near 0 or 1, or
 logits."""
@@ -93,10 +95,17 @@ class Domain:
         return fitted if isinstance(fitted, float) and fitted > 0 else TEMPERATURE[self.head.spec.solved]
 
     @property
+    def seen(self) -> dict[str, str]:
+        """Class -> the digests of its images, joined, `DIGEST` characters each; only where they were recorded."""
+        found = self.growth.get("seen")
+        return {str(label): str(digests) for label, digests in found.items()} if isinstance(found, Mapping) else {}
+
+    @property
     def bytes(self) -> int:
         """Bytes kept of this domain, head included."""
         memory = self.memory.class_sums.nbytes // 2 + self.memory.gram.nbytes // 4
-        return memory + self.codes.nbytes + self.calibration.values.nbytes + len(self.head.onnx)
+        seen = sum(map(len, self.seen.values()))
+        return memory + seen + self.codes.nbytes + self.calibration.values.nbytes + len(self.head.onnx)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +180,11 @@ class Candidate:
     base: System
     system: System
     replay: Mapping[str, float]
+
+    def recorded(self, name: str, **record: object) -> Candidate:
+        """The same candidate, with `record` added to how its domain `name` was grown."""
+        domains = [replace(d, growth={**d.growth, **record}) if d.name == name else d for d in self.system.domains]
+        return replace(self, system=replace(self.system, domains=tuple(domains)))
 
     def renamed(self, old: str, new: str) -> Candidate:
         """The same candidate, whose domain `old` is called `new`."""

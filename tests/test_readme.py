@@ -2,12 +2,12 @@
 stand.
 
 Fenced blocks marked `sh` and `python` are read; mark as `text` what is only to be looked at. All blocks of a document
-share one folder, one home and one Python namespace, as a reader's would. The folder holds `photo.jpg`, for README
-`photos/{photo,sketch}/{cat,dog}/NN.jpg`, and for the others `photos/` and `held_out/{day,night}/{cat,dog}/NN.jpg` and
-`more/day/bird/NN.jpg`, so a command, a block or an example may name these.
+share one folder, one home and one Python namespace, as a reader's would. The folder holds what
+`examples/make_pictures.py` makes, so a command, a block or an example may name these pictures.
 
 - `edgeear ...` is run. The commands in `LONG` are only checked against their own `--help`.
 - `make TARGET` must be a real target. `pip install` may name only extras that exist.
+- `ls ... | edgeear ...` is run by a shell.
 - `git clone`, `cd` and what makes a virtual environment are left alone. Any other command fails the test: add a check
 for it to `CHECKS`.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -26,9 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.support.needs import need
 
@@ -88,6 +85,11 @@ def problem_of_edgeear(reader: Reader, words: list[str]) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
+def problem_of_pipe(reader: Reader, words: list[str]) -> str:
+    done = reader.run("sh", "-c", " ".join(words))
+    return done.stdout + done.stderr if done.returncode or "| edgeear" not in " ".join(words) else ""
+
+
 def problem_of_options(reader: Reader, words: list[str]) -> str:
     options = [word for word in words if word.startswith("--")]
     first = words.index(options[0]) if options else len(words)
@@ -116,6 +118,7 @@ def no_problem(reader: Reader, words: list[str]) -> str:
 
 CHECKS: dict[str, Callable[[Reader, list[str]], str]] = {
     "edgeear": problem_of_edgeear,
+    "ls": problem_of_pipe,
     "make": problem_of_make,
     "pip": problem_of_pip,
     "git": no_problem,
@@ -144,41 +147,29 @@ def execute(reader: Reader, block: Block) -> None:
     exec(compile("\n" * (block.line - 1) + block.source, str(block.document), "exec"), reader.names)
 
 
-def draw(folder: Path, kinds: dict[str, int], channels: int, count: int, seed: int, shade: float = 1.0) -> None:
-    """Noisy pictures `folder/KIND/NN.jpg`, each kind of a level of its own."""
-    noise = np.random.default_rng(seed)
-    for kind, level in kinds.items():
-        (folder / kind).mkdir(parents=True)
-        for number in range(count):
-            pixels = noise.normal(shade * level, 30, (64, 64, channels)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(np.repeat(pixels, 3 // channels, axis=2)).save(folder / kind / f"{number:02}.jpg")
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def somebody(folder: Path, home: Path) -> Reader:
+    """A reader who has made the pictures, as the documents say."""
+    found = Reader(folder, home)
+    made = found.run(sys.executable, str(ROOT / "examples/make_pictures.py"))
+    assert made.returncode == 0, made.stderr
+    return found
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Reader:
     """Somebody who reads README."""
-    folder = tmp_path_factory.mktemp("readme")
-    for seed, (domain, channels) in enumerate((("photo", 3), ("sketch", 1))):
-        draw(folder / "photos" / domain, {"cat": 90, "dog": 160}, channels, 10, seed)
-    shutil.copy(folder / "photos/photo/cat/00.jpg", folder / "photo.jpg")
-    return Reader(folder, home)
+    return somebody(tmp_path_factory.mktemp("readme"), home)
 
 
 @pytest.fixture(scope="module")
 def beginner(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Reader:
     """Somebody who reads the quickstart and tries the examples."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    for seed, (domain, channels) in enumerate((("day", 3), ("night", 1))):
-        draw(folder / "photos" / domain, {"cat": 90, "dog": 160}, channels, 25, seed)
-        draw(folder / "held_out" / domain, {"cat": 90, "dog": 160}, channels, 25, 10 + seed)
-    draw(folder / "more/day", {"bird": 220}, 3, 12, 20)
-    shutil.copy(folder / "held_out/day/cat/00.jpg", folder / "photo.jpg")
-    return Reader(folder, home)
+    return somebody(tmp_path_factory.mktemp("quickstart"), home)
 
 
 BLOCKS = blocks(README.read_text(encoding="utf-8"))
@@ -210,6 +201,7 @@ SAYS = {
     "evaluate_and_forget": ("accuracy 100.0% of 100", "'day' is known", "('bird', 'cat', 'dog')", "Ear(day: 50 images"),
     "keep_and_continue": ("saved as generation 1", "undone: True ('day',)", "('day', 'evening')"),
     "learn_and_predict": ("day: 50 images of 2 classes", "cat day False"),
+    "make_pictures": ("photos/day is there already", "more/day is there already"),
     "own_encoder": ("validation accuracy 100.0% (n = 50)", "cat "),
     "stream_with_shifts": ("the stream left all that is known", "this is day again", "150 frames answered"),
 }

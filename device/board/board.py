@@ -20,6 +20,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal, Protocol, assert_never
 
 import numpy as np
@@ -57,13 +58,8 @@ class Labeller(Protocol):
 
         The board asks for the same numbers again and again until its patience ends. Never waits."""
 
-    def domain(self, at: Sequence[int]) -> str:
-        """The name of the domain of these frames."""
-
-
-class Clock(Protocol):
-    def __call__(self) -> float:
-        """Seconds."""
+    def domain(self, at: Sequence[int]) -> str | None:
+        """The name of the domain of these frames; None where the labeller has none: the first free `domain-N`."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +116,15 @@ class Board:
     """A board: a live system, a detector state and a buffer. Only `step`, `poll` and an operator's verbs change it.
     Call them from one thread. The verbs raise UsageError where the phase does not allow them.
 
-    `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's. `store` None keeps nothing
-    on disk."""
+    `clock` gives seconds. `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's.
+    `store` None keeps nothing on disk."""
 
     def __init__(
         self,
         live: Live,
         encoder: Encoder,
         labeller: Labeller,
-        clock: Clock,
+        clock: Callable[[], float],
         policy: BoardPolicy | None = None,
         *,
         store: Store | None = None,
@@ -162,10 +158,6 @@ class Board:
         return self.live.serving
 
     @property
-    def encoder(self) -> Encoder:
-        return self.engine.encoder
-
-    @property
     def moment(self) -> tuple[int, float]:
         """Sample number and time, with which every event begins."""
         return self.at, self._clock()
@@ -187,7 +179,6 @@ class Board:
     def step(self, frame: U8) -> tuple[Prediction, tuple[BoardEvent, ...]]:
         """Predict for one `frame (height, width, 3)`, then do what the stream asks for."""
         self.at += 1
-        self._events = []
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
         self._recent.append(Seen(self.at, frame, prediction))
         if self.phase == "probation":
@@ -197,18 +188,16 @@ class Board:
         if self.phase == "collecting":
             self._collect()
         self._advance()
-        return prediction, tuple(self._events)
+        return prediction, self._told()
 
     def poll(self) -> tuple[BoardEvent, ...]:
         """Do what needs no frame: take labels that came, end the wait for labels, take the learner's outcome."""
-        self._events = []
         self._advance()
-        return tuple(self._events)
+        return self._told()
 
     def adapt_now(self, name: str | None = None) -> tuple[BoardEvent, ...]:
         """Learn now from the collected frames, of a known domain or not, as `name` if given. While the board waits for
         labels, it uses those that came. Also raises UsageError while paused and for too few frames."""
-        self._events = []
         if self.paused:
             raise UsageError("learning is paused: resume it first")
         phase = after(self.phase, "adapt")
@@ -221,24 +210,21 @@ class Board:
             self.phase = phase
             self._waiting = replace(self._waiting, name=name or self._waiting.name, since=-math.inf)
         self._advance()
-        return tuple(self._events)
+        return self._told()
 
     def rollback(self) -> tuple[BoardEvent, ...]:
         """Undo the generation on probation."""
-        self._events = []
         self._settle("foreign", None)
-        return tuple(self._events)
+        return self._told()
 
     def confirm(self) -> tuple[BoardEvent, ...]:
         """Make the generation on probation permanent now."""
-        self._events = []
         self._settle("good", None)
-        return tuple(self._events)
+        return self._told()
 
     def pause(self, paused: bool) -> tuple[BoardEvent, ...]:
         """Stop learning, or resume. Predictions and probation go on. Pausing ends a wait for labels and a running job.
         A shift that still holds at the end of the pause is declared then."""
-        self._events = []
         if paused and not self.paused:
             self.phase = after(self.phase, "pause")
             self._drop_work()
@@ -246,7 +232,7 @@ class Board:
         elif self.paused and not paused:
             self._tell(events.Resumed(*self.moment))
         self.paused = paused
-        return tuple(self._events)
+        return self._told()
 
     def offer(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an admitted candidate from anywhere on probation; `note` is kept with its generation. Collected frames
@@ -254,15 +240,13 @@ class Board:
 
         Raises UsageError for another generation's candidate or one without a new or changed domain, DeviceError where
         it cannot be stored; what served before serves then."""
-        self._events = []
         self._enter("offer", candidate, note)
-        return tuple(self._events)
+        return self._told()
 
     def replace(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
         """Serve an operator's admitted change for good, without a way back: a domain or class forgotten, or domains
         merged. A running job is started again over it; no older generation is kept. Raises UsageError for another
         generation's candidate."""
-        self._events = []
         phase, live = after(self.phase, "replace"), confirm(commit(self.live, candidate))
         if self._store is not None:
             alone, _ = generations.publish_alone(self._store, candidate.system, self._clock(), note)
@@ -273,7 +257,7 @@ class Board:
         self._tell(events.Forgotten(*self.moment, note, self.system.generation))
         if job is not None:
             self._start(replace(job, system=self.system))
-        return tuple(self._events)
+        return self._told()
 
     def close(self) -> None:
         """End the learner's job, if any. Do not use the board after this."""
@@ -342,8 +326,10 @@ class Board:
             self._tell(events.TooFewLabels(*self.moment, len(known), len(waiting.seen), MINIMUM))
             return
         self.phase = after(self.phase, "labels")
-        name, views = waiting.name or self._labeller.domain(waiting.numbers), self.policy.views
+        name = waiting.name or self._labeller.domain(waiting.numbers)
+        name = name or next(free for n in count(1) if (free := f"domain-{n}") not in self.system.names)
         job: Job
+        views = self.policy.views
         if blind is not None and len(known) < MINIMUM:
             frames = tuple(s.frame for s in waiting.seen)
             job = UnlabelledJob(self.system, name, frames, blind, views=views, seed=self._seed)
@@ -420,6 +406,10 @@ class Board:
                 keep(self._store)
         except DeviceError as error:  # a restart falls back to what was confirmed before
             self._tell(events.LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
+
+    def _told(self) -> tuple[BoardEvent, ...]:
+        told, self._events = tuple(self._events), []
+        return told
 
     def _tell(self, event: BoardEvent) -> None:
         self._events.append(event)

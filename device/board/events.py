@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, dataclass_transform
 
 from edgeear.attribution import Attribution
 
@@ -24,12 +24,20 @@ MAX_TEXT = 500
 Scalar = str | int | float | bool | None
 
 
+@dataclass_transform(frozen_default=True)
 @dataclass(frozen=True)
 class _Happened:
+    """Subclasses give their kind, and a template of their sentence unless they have a `text` of their own. They become
+    dataclasses by themselves."""
+
     kind: ClassVar[str]
     sentence: ClassVar[str]
     at: int
     time: float
+
+    def __init_subclass__(cls, kind: str, sentence: str = "") -> None:
+        cls.kind, cls.sentence = kind, sentence
+        dataclass(frozen=True)(cls)
 
     @property
     def text(self) -> str:
@@ -42,20 +50,14 @@ class _Happened:
         return {f.name: _scalar(getattr(self, f.name)) for f in fields(self)[2:]}
 
 
-@dataclass(frozen=True)
-class Started(_Happened):
-    """Nothing is learned yet; the board collects its first domain."""
-
-    kind = "start"
-    sentence = "nothing is learned yet: collecting the first domain"
+class Started(_Happened, kind="start", sentence="nothing is learned yet: collecting the first domain"):
+    pass
 
 
-@dataclass(frozen=True)
-class Shifted(_Happened):
+class Shifted(_Happened, kind="shift"):
     """The stream left all known domains after sample `onset`; `at` is the sample that declared it. `attribution` says
     which taps moved."""
 
-    kind = "shift"
     onset: int
     attribution: Attribution = field(compare=False)
 
@@ -69,43 +71,32 @@ class Shifted(_Happened):
         return {"onset": self.onset, "attribution": self.attribution.kind, "ratio": _scalar(self.attribution.ratio)}
 
 
-@dataclass(frozen=True)
-class Recognised(_Happened):
-    """The collected `frames` are of a `domain` that is known: nothing is learned."""
-
-    kind = "recognised"
-    sentence = "{domain} is back: it explains the {frames} frames, none is new"
+class Recognised(
+    _Happened, kind="recognised", sentence="{domain} is back: it explains the {frames} frames, none is new"
+):
     domain: str
     frames: int
 
 
-@dataclass(frozen=True)
-class LabelsWanted(_Happened):
-    """The board waits `wait_s` seconds for labels of the samples `first` to `last`."""
-
-    kind = "label-wanted"
-    sentence = "labels wanted for samples {first} to {last}, within {wait_s:g} s"
+class LabelsWanted(
+    _Happened, kind="label-wanted", sentence="labels wanted for samples {first} to {last}, within {wait_s:g} s"
+):
     first: int
     last: int
     wait_s: float
 
 
-@dataclass(frozen=True)
-class TooFewLabels(_Happened):
-    """The wait is over and `labels` of `frames` are too few to learn from."""
-
-    kind = "refused"
-    sentence = "{labels} labels for {frames} frames, {needed} needed: nothing was learned"
+class TooFewLabels(
+    _Happened, kind="refused", sentence="{labels} labels for {frames} frames, {needed} needed: nothing was learned"
+):
     labels: int
     frames: int
     needed: int
 
 
-@dataclass(frozen=True)
-class Searching(_Happened):
+class Searching(_Happened, kind="search"):
     """A learner started on `frames` frames of `domain`."""
 
-    kind = "search"
     domain: str
     frames: int
     labelled: bool
@@ -117,12 +108,9 @@ class Searching(_Happened):
         return f"{self.domain}: no labels came, adapting without labels from {self.frames} frames"
 
 
-@dataclass(frozen=True)
-class Grown(_Happened):
-    """A new head of `bytes` bytes, memory included, serves `domain` on probation; `explanation`: why that head."""
+class Grown(_Happened, kind="grown", sentence="{domain}: {explanation}; generation {generation} is on probation"):
+    """`bytes` of the new head, memory included; `explanation`: why that head."""
 
-    kind = "grown"
-    sentence = "{domain}: {explanation}; generation {generation} is on probation"
     domain: str
     explanation: str
     classes: int
@@ -130,21 +118,16 @@ class Grown(_Happened):
     generation: int
 
 
-@dataclass(frozen=True)
-class NotAdmitted(_Happened):
+class NotAdmitted(_Happened, kind="rejected", sentence="{domain}: {reasons}"):
     """Admission rejected what was learned of `domain`; what served before still serves."""
 
-    kind = "rejected"
-    sentence = "{domain}: {reasons}"
     domain: str
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class LearningFailed(_Happened):
+class LearningFailed(_Happened, kind="learning-failed"):
     """A job, the store or the machine failed; what served before still serves. `domain` is None outside of a job."""
 
-    kind = "learning-failed"
     domain: str | None
     reason: str
 
@@ -153,12 +136,9 @@ class LearningFailed(_Happened):
         return self.reason if self.domain is None else f"{self.domain}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Confirmed(_Happened):
-    """`generation` is permanent. `foreign`: share of out-of-distribution frames on probation, None where the operator
-    confirmed it."""
+class Confirmed(_Happened, kind="confirmed"):
+    """`foreign`: share of out-of-distribution frames on probation, None where the operator confirmed."""
 
-    kind = "confirmed"
     generation: int
     foreign: float | None
 
@@ -168,12 +148,10 @@ class Confirmed(_Happened):
         return f"generation {self.generation} is permanent ({why})"
 
 
-@dataclass(frozen=True)
-class RolledBack(_Happened):
+class RolledBack(_Happened, kind="rolled-back"):
     """`generation` serves again. `foreign`: share of out-of-distribution frames among the `frames` on probation, None
     where the operator rolled back."""
 
-    kind = "rolled-back"
     generation: int
     foreign: float | None
     frames: int
@@ -185,47 +163,30 @@ class RolledBack(_Happened):
         return f"{self.foreign:.0%} of {self.frames} frames were foreign to the new generation"
 
 
-@dataclass(frozen=True)
-class StoreDamaged(_Happened):
-    """The store was damaged at the start, and an older generation serves."""
+class StoreDamaged(_Happened, kind="store-damaged", sentence="the store was damaged: {damage}"):
+    """An older generation serves."""
 
-    kind = "rolled-back"
-    sentence = "the store was damaged: {damage}"
     damage: str
 
 
-@dataclass(frozen=True)
-class Forgotten(_Happened):
+class Forgotten(_Happened, kind="forgotten", sentence="{what}; generation {generation} serves"):
     """An operator's change (`what`) is permanent as `generation`."""
 
-    kind = "forgotten"
-    sentence = "{what}; generation {generation} serves"
     what: str
     generation: int
 
 
-@dataclass(frozen=True)
-class Paused(_Happened):
-    """The board does not learn."""
-
-    kind = "paused"
-    sentence = "{why}"
+class Paused(_Happened, kind="paused", sentence="{why}"):
     why: str = "learning is paused, predictions go on"
 
 
-@dataclass(frozen=True)
-class Resumed(_Happened):
-    """The board learns again."""
-
-    kind = "resumed"
-    sentence = "learning goes on"
+class Resumed(_Happened, kind="resumed", sentence="learning goes on"):
+    pass
 
 
-@dataclass(frozen=True)
-class PolicyChanged(_Happened):
+class PolicyChanged(_Happened, kind="policy"):
     """An operator changed `settings`."""
 
-    kind = "policy"
     settings: Mapping[str, Scalar]
 
     @property
@@ -237,30 +198,22 @@ class PolicyChanged(_Happened):
         return {name: _scalar(value) for name, value in self.settings.items()}
 
 
-@dataclass(frozen=True)
-class SettingsIgnored(_Happened):
-    """Stored settings do not fit this version: they stay stored and have no effect. `faults` says why."""
-
-    kind = "policy"
-    sentence = "stored settings that do not fit this version have no effect: {faults}"
+class SettingsIgnored(
+    _Happened, kind="settings-ignored", sentence="stored settings that do not fit this version have no effect: {faults}"
+):
     faults: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class FrameRefused(_Happened):
+class FrameRefused(_Happened, kind="frame-refused", sentence="frame {ref}: {error}"):
     """A frame could not be encoded; `ref` is what its source calls it."""
 
-    kind = "refused"
-    sentence = "frame {ref}: {error}"
     ref: str
     error: str
 
 
-@dataclass(frozen=True)
-class SourceChanged(_Happened):
+class SourceChanged(_Happened, kind="source"):
     """Frames stopped coming because of `problem`, or come again (None)."""
 
-    kind = "source"
     problem: str | None
 
     @property
@@ -268,21 +221,13 @@ class SourceChanged(_Happened):
         return self.problem or "frames come again"
 
 
-@dataclass(frozen=True)
-class OutboxReset(_Happened):
-    """The outbox was damaged at the start: its messages are lost, and a new one was made."""
+class OutboxReset(_Happened, kind="dropped", sentence="the outbox was damaged and replaced by a new one: {damage}"):
+    """The messages in it are lost."""
 
-    kind = "dropped"
-    sentence = "the outbox was damaged and replaced by a new one: {damage}"
     damage: str
 
 
-@dataclass(frozen=True)
-class Stopped(_Happened):
-    """The daemon stops."""
-
-    kind = "stopped"
-    sentence = "{why}"
+class Stopped(_Happened, kind="stopped", sentence="{why}"):
     why: str = "the daemon was asked to stop"
 
 

@@ -1,11 +1,11 @@
-"""The command line: `edgeear COMMAND`. It parses, calls one function, and prints; every rule is elsewhere.
+"""The command line: `edgeear COMMAND`. Commands parse, call one function and print.
 
 Rules of this file:
 
 1. Nothing heavy is imported before a command needs it: `--help` answers at once, without the optional packages.
-2. What a user can mend ends in one line on stderr, `error: value, limit, remedy`, and exit code 2, without a traceback;
-   `--debug` shows it. `encoder check` ends in 1 where the file cannot serve.
-3. Results go to stdout or to the file that was named, everything else to stderr.
+2. A mistake that you can correct gives one line on stderr, `error: value, limit, remedy`, and exit code 2. `--debug`
+   shows the traceback. Where a command ran and its answer is no, it ends with code 1; after Ctrl-C with 130.
+3. Results go to stdout or to the named file, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _common(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command; what they do happens before it."""
+    """Options of every command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether the message is meant for the user. The search room is a leaf and has its own two exceptions."""
+    """Whether the message is meant for the user. `adaptors` cannot import `edgeear.errors` and has two exceptions of
+    its own."""
     from adaptors.search_space import EmptyBudget
     from adaptors.spec import InvalidSpec
 

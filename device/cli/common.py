@@ -18,7 +18,7 @@ from edgeear.errors import DeviceError, UsageError
 
 
 class Size(StrEnum):
-    """The named budgets of a head; adaptors.search_space says what they hold."""
+    """The named budgets of a head, defined in adaptors.search_space."""
 
     small = "small"
     medium = "medium"
@@ -37,7 +37,8 @@ Data = Annotated[Path, typer.Option("--data", help="Folder DIR/DOMAIN/CLASS/*.{j
 Order = Annotated[str | None, typer.Option("--order", help="Domains in order, by commas; default: all, sorted.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 EncoderPath = Annotated[
-    Path | None, typer.Option("--encoder", help="Any ONNX image network; default: the built-in one, made when needed.")
+    Path | None,
+    typer.Option("--encoder", help="Any ONNX image network; default: EfficientNet-Lite0, made when first needed."),
 ]
 PreprocessingText = Annotated[
     str | None,
@@ -49,14 +50,14 @@ PreprocessingText = Annotated[
 ]
 Budget = Annotated[Size, typer.Option("--budget", help="Upper limits of a head: parameters, bytes, MACs, latency.")]
 ProfilePath = Annotated[
-    Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as this board has it.")
+    Path | None, typer.Option("--profile", help="File of `edgeear profile`: predict latency as measured on this board.")
 ]
 Json = Annotated[Path, typer.Option("--json", help="File for the result.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DEFAULT_CONFIG = Path("edgeear.toml")
 ConfigPath = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file; default: edgeear.toml where there is one, else the defaults."),
+    typer.Option("--config", "-c", help="TOML file; default: edgeear.toml if it exists, else built-in defaults."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -74,7 +75,7 @@ def names(text: str | None) -> tuple[str, ...] | None:
 
 
 def default_encoder() -> Path:
-    """The cached default encoder; made first where it is not there, which needs the `learn` extra."""
+    """The path of the default encoder in the cache. Makes it if it is missing, which needs the `learn` extra."""
     from device.encoder.cache import cached_encoder
     from device.files import cache_dir
 
@@ -101,7 +102,7 @@ def chosen_encoder(path: Path | None, preprocessing: str | None) -> Path | None:
 
 
 def check_target(path: Path) -> None:
-    """A result that cannot be written is noticed before the work, not after it."""
+    """Fail before the work starts if its result could not be written."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
     try:

@@ -38,7 +38,7 @@ def init(
 def doctor(config: ConfigPath = None, as_json: AsJson = False) -> None:
     """Check this board before it goes into the field: machine, clock, encoder, store, broker, permissions.
 
-    Ends in 0 where all is well or only warned of, in 1 where something will not work."""
+    Exit code 1 if anything will not work, 0 otherwise; warnings do not count."""
     from device.daemon.config.doctor import diagnose, exit_code
     from device.daemon.config.settings import load_config
 
@@ -56,7 +56,7 @@ def run(
     config: ConfigPath = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
 ) -> None:
-    """Run the board's daemon: predict, learn, answer commands, until it is told to stop (SIGTERM or Ctrl-C).
+    """Run the board's daemon: predict, learn and answer commands until SIGTERM or Ctrl-C.
 
     Settings also come from the environment, EDGEEAR_SECTION__KEY, such as EDGEEAR_MQTT__HOST."""
     from device.daemon.assemble import run as serve
@@ -77,7 +77,7 @@ def run(
         asked.get()
         stop.set()
         for r in running:
-            r.daemon.wake()
+            r.daemon.wake.set()
 
     # A handler interrupts the loop anywhere, also inside the lock of the event that it waits on: only a SimpleQueue is
     # safe to use there, and another thread does the rest.

@@ -10,14 +10,14 @@ import typer
 
 from device.cli.common import AsJson, PreprocessingText, default_encoder, save
 
-app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check an ONNX file of yours.")
+app = typer.Typer(no_args_is_help=True, help="Export the default encoder, or check your own ONNX file.")
 
 
 @app.command("export", epilog="Example: `edgeear encoder export --output encoder.onnx`")
 def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Copy it there; default: the cache.")] = None,
 ) -> None:
-    """Make the default encoder (EfficientNet-Lite0 with its taps) and print where it is."""
+    """Make the default encoder (EfficientNet-Lite0 with its taps) and print its path."""
     path = default_encoder()
     if output is not None:
         save(output, path.read_bytes())
@@ -31,7 +31,7 @@ def check(
     preprocessing: PreprocessingText = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether an ONNX file can serve as the encoder, what is wrong with it, and what mends it."""
+    """Check whether an ONNX file can serve as the encoder; name each problem and its remedy."""
     from device.encoder.session import check_encoder
 
     problems = check_encoder(path, preprocessing=preprocessing)

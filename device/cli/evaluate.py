@@ -36,7 +36,7 @@ from device.cli.progress import progress
 from edgeear.errors import UsageError
 
 app = typer.Typer()
-bench = typer.Typer(no_args_is_help=True, help="Measure: run time, search, novelty. Writes one JSON object.")
+bench = typer.Typer(no_args_is_help=True, help="Measure run time, search or novelty, and write one JSON object.")
 app.add_typer(bench, name="bench")
 
 
@@ -44,7 +44,7 @@ KEPT = "the features computed so far are cached, and the same command continues 
 
 
 class Prefer(StrEnum):
-    """What counts among heads of nearly the same estimate; adaptors.search says what they mean."""
+    """Which of several heads with nearly the same estimate is picked; see adaptors.search."""
 
     best = "best"
     fastest = "fastest"
@@ -118,7 +118,7 @@ def profile_board(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure once how long heads take on this board, so that the search predicts their latency. Takes a minute."""
+    """Measure how long heads take on this board, so that the search can predict their latency. Takes a minute, once."""
     need(PACK)
     from device.encoder.session import OnnxEncoder, head_shapes
     from device.evaluation.profile import profile, to_json
@@ -142,7 +142,7 @@ def bench_runtime(
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the encoder.")] = 1,
     encoder: EncoderPath = None,
 ) -> None:
-    """Time the whole path of a frame against the bare encoder, alternating, in a fresh process."""
+    """Compare the time of the whole path of a frame with that of the encoder alone, in a fresh process."""
     need(LEARN if encoder is None else TRAIN)
     from device.evaluation.runtime import bench_runtime as run
 
@@ -159,7 +159,7 @@ def bench_nas(
     heads: Annotated[int, typer.Option("--heads", min=4, help="Random heads to train.")] = 120,
     tables: Annotated[
         Path | None,
-        typer.Option("--tables", help="Folder of tables heads-DOMAIN.json: this domain's is read or made there."),
+        typer.Option("--tables", help="Folder of tables heads-DOMAIN.json. Reads this domain's table, or makes it."),
     ] = None,
     only_table: Annotated[bool, typer.Option("--only-table", help="Make this domain's table and stop.")] = False,
     fidelity: Annotated[int, typer.Option("--fidelity", min=0, help="Heads trained in full beside the table.")] = 0,
@@ -170,7 +170,7 @@ def bench_nas(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Train random heads, once, and hold every training-free proxy and the search against their accuracies.
+    """Train random heads and compare every training-free proxy, and the search, with their accuracies.
 
     With `--tables` the combination of proxies is learned from the tables of the other domains in that folder."""
     need(LEARN if encoder is None else TRAIN)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 COLUMNS = ("file", "label", "probability", "route", "novelty", "p", "ood", "error")
+UNBOUNDED = 1 << 16
+"""Columns of a table in a pipe, where no line is wrapped."""
 StoreOption = Annotated[
     Path, typer.Option("--store", "-s", help="Folder that keeps what was learned.", show_default=False)
 ]
@@ -31,7 +33,7 @@ StoreOption = Annotated[
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one picture: an answer or an error. `truth` is the folder that it lies in, None for no file."""
+    """The result for one picture: an answer or an error. `truth` is the name of its folder, None if it is no file."""
 
     name: str
     answer: Prediction | None
@@ -54,19 +56,21 @@ class Row:
 )
 def learn(
     folder: Annotated[
-        Path, typer.Argument(help="FOLDER/CLASS/*.jpg, or FOLDER/DOMAIN/CLASS/*.jpg.", show_default=False)
+        Path, typer.Argument(help="`FOLDER/CLASS/*.jpg`, or `FOLDER/DOMAIN/CLASS/*.jpg`.", show_default=False)
     ],
     store: StoreOption,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name of the domain; default: the folder's.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Add the images to a domain that is known.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Add the images to domains that are known; others are learned.")
+    ] = False,
     encoder: EncoderPath = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Learn your own photographs: one folder a class. The store is made where it is missing, else it grows.
+    """Learn your own photographs, one folder per class, and keep the result in a store. The store may be new or known.
 
-    A folder of folders of classes is taken for several domains (a camera, a season, a place each), learned one after
-    another. Ends in 1 where a domain was rejected.
+    FOLDER/DOMAIN/CLASS/ is learned as several domains (for example one per camera or season), one after another.
+    Pictures that cannot be read are left out. Exit code 1 if a domain was rejected, 2 if all are known already.
     """
     need(LEARN if encoder is None else TRAIN)
     from device.api import labelled_folder
@@ -80,25 +84,31 @@ def learn(
     )
     _say(quiet, _printable(f"{folder} is taken for {what}"))
     ear = _ear(store, encoder, seed, new=True)
-    rejected = False
+    rejected, known = False, [part.name for part in parts if part.name in ear.domains]
+    if len(known) == len(parts) and not update:
+        raise UsageError(
+            f"domain {', '.join(map(repr, known))} is known: --update adds images, `edgeear store forget {store} "
+            f"{known[0]}` lets you start again" + ("" if len(parts) > 1 else ", --name learns it under another name")
+        )
     for part in parts:
-        if len(parts) > 1 and part.name in ear.domains and not update:
+        if part.name in known and not update:
             _say(quiet, _printable(f"{part.name} is known and left as it is; --update adds to it"))
             continue
-        do = ear.update if update else ear.learn
+        do = ear.update if part.name in known else ear.learn
         kept = f"{store} keeps {', '.join(ear.domains) or 'nothing yet'}; run the same command again to learn the rest"
         with progress(quiet, _printable(kept)) as show:
-            outcome = do(images=part.images, labels=part.labels, name=part.name, progress=show)
+            outcome = do(images=part.images, labels=part.labels, name=part.name, skip_bad=True, progress=show)
         if isinstance(outcome, Rejected):
             rejected = True
-        else:
+        elif outcome.images:
             ear.save(store)
         typer.echo(_printable(str(outcome)))
         for warning in part.warnings:
             typer.echo(_printable(f"  warning: {warning}"))
-    _say(quiet, f"next: edgeear predict --store {store} FILES")
     if rejected:
+        _say(quiet, "if a rejected domain is a known one, give its folder with --update --name and the known name")
         raise typer.Exit(1)
+    _say(quiet, f"next: edgeear predict --store {store} FILES")
 
 
 @app.command(epilog="Example: `edgeear predict --store my-board photos/ --csv > answers.csv`")
@@ -107,7 +117,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="FILES",
-            help="Pictures, or folders of them; - reads one picture or names, one a line, from stdin.",
+            help="Pictures or folders. - reads one picture, or names line by line, from stdin.",
             show_default=False,
         ),
     ],
@@ -115,11 +125,12 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")] = False,
     encoder: EncoderPath = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No accuracy.")] = False,
 ) -> None:
-    """Say what is on pictures, from which domain they are, and whether they are out of distribution.
+    """Classify pictures: class, probability, domain, and whether a picture is out of distribution: p at most 0.05.
 
-    Where every picture lies in a folder that is called like a class, the accuracy is told, too. Ends in 1 where a file
-    could not be read; the others are answered.
+    If every picture lies in a folder named like a class, the accuracy is printed, too. Exit code 1 if a file could not
+    be read; the others are answered.
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv: choose one")
@@ -134,7 +145,10 @@ def predict(
             typer.echo(show(row))
     if show is None:
         _print_table(rows)
-    _print_accuracy(rows, ear.classes)
+        for row in rows:
+            _say(not row.error, _printable(f"{row.name}: {row.error}"))
+    if not quiet:
+        _print_accuracy(rows, ear.classes)
     if any(row.error for row in rows):
         raise typer.Exit(1)
 
@@ -143,8 +157,11 @@ def _ear(store: Path, encoder: Path | None, seed: int, new: bool) -> Ear:
     from device.api import Ear
     from device.state.store import CURRENT
 
-    if (store / CURRENT).is_file():
-        return Ear.load(store, encoder or "default", seed=seed)
+    if store.exists() and not store.is_dir():
+        raise UsageError(f"{store} is a file: give the folder of a store")
+    ear = Ear.load(store, encoder or "default", seed=seed) if (store / CURRENT).is_file() else None
+    if ear is not None and (new or ear.domains):
+        return ear
     if not new:
         raise UsageError(f"{store} holds nothing learned: run `edgeear learn FOLDER --store {store}` first")
     if store.is_dir() and any(store.iterdir()):
@@ -158,7 +175,7 @@ def _rows(ear: Ear, files: Sequence[str]) -> Iterator[Row]:
         try:
             yield Row(name, ear.predict(picture), truth=truth)
         except DataError as error:
-            yield Row(name, None, str(error), truth)
+            yield Row(name, None, str(error).removeprefix("bytes: ").removeprefix(f"{name}: "), truth)
 
 
 def _pictures(files: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
@@ -175,7 +192,10 @@ def _pictures(files: Sequence[str]) -> Iterator[tuple[str, Path | bytes]]:
                 continue
             if "-" in names:
                 raise UsageError("a name '-' on stdin: write ./- for a file of that name")
-            yield from _pictures([n for n in names if n.strip()])
+            names = [n for n in names if n.strip()]
+            if not names:
+                raise DataError("stdin is empty: give a picture, or names of pictures line by line")
+            yield from _pictures(names)
         elif Path(name).is_dir():
             found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
@@ -210,25 +230,26 @@ def _print_table(rows: Sequence[Row]) -> None:
     from device.operator.screen import printable
 
     table = Table(box=None, pad_edge=False)
-    for name in ("file", "label", "probability", "route", "novelty", ""):
+    for name in ("file", "label", "probability", "route", "p", ""):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        a = row.answer
-        if a is None:
-            table.add_row(Text(printable(row.name)), Text(printable(row.error), style="red"))
-            continue
+    answered = [(row.name, row.answer) for row in rows if row.answer is not None]
+    for name, a in answered:
         probability = "" if a.label is None else f"{a.probabilities[a.label]:.0%}"
-        cells = (row.name, a.label or "no answer", probability, a.route or "", f"{a.novelty:.2f}")
+        cells = (name, a.label or "no answer", probability, a.route or "", f"{a.p:.2g}")
         table.add_row(
             *(Text(printable(cell)) for cell in cells), Text("out of distribution" if a.ood else "", style="yellow")
         )
-    Console().print(table, highlight=False)
+    if answered:
+        Console(width=None if sys.stdout.isatty() else UNBOUNDED).print(table, highlight=False)
 
 
 def _print_accuracy(rows: Sequence[Row], classes: Sequence[str]) -> None:
-    """On stderr, where all pictures lie in folders that are called like classes."""
+    """On stderr, if all pictures lie in folders named like classes; if only some do, why there is none."""
     answered = [row for row in rows if row.answer is not None]
-    if not answered or not all(row.truth in classes for row in answered):
+    unknown = sorted({str(row.truth) for row in answered if row.truth not in classes})
+    if not answered or unknown:
+        if any(row.truth in classes for row in answered):
+            _say(False, _printable(f"no accuracy: no class was learned that is called {', '.join(unknown)}"))
         return
     right, n = sum(row.answer is not None and row.answer.label == row.truth for row in answered), len(answered)
     few = "; fewer than 30 pictures: a rough figure" if n < 30 else ""

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Broker = Annotated[
-    str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: that of the configuration.")
+    str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: from the configuration.")
 ]
-Ca = Annotated[Path | None, typer.Option("--ca", help="PEM file of the broker's authority; turns TLS on.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option("--ca", help="PEM file of the authority that signed the broker's certificate; turns TLS on."),
+]
 Cert = Annotated[Path | None, typer.Option("--cert", help="PEM file of the operator's certificate.")]
 Key = Annotated[Path | None, typer.Option("--key", help="PEM file of its key.")]
 Site = Annotated[str, typer.Option("--site", "-s", help="The site; + for all.")]
@@ -35,10 +38,10 @@ def watch(
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="Stop after this many seconds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
 ) -> None:
-    """Follow a fleet: one row a board, and what happens to it. Ctrl-C ends it."""
+    """Watch a fleet: one row per board, with its latest event. Stop with Ctrl-C."""
     from device.operator.watching import follow
 
     follow(_address(broker, config, ca, cert, key), site, seconds, as_json)
@@ -68,7 +71,7 @@ def send(
     command: Annotated[str, typer.Argument(help="One of the commands listed below.")],
     fields: Annotated[
         list[str] | None,
-        typer.Argument(help="The command's fields, NAME=VALUE; a value is JSON or else text, @FILE a picture."),
+        typer.Argument(help="Fields of the command, NAME=VALUE. A value is JSON, else text; @FILE sends a picture."),
     ] = None,
     broker: Broker = None,
     config: ConfigPath = None,
@@ -76,17 +79,19 @@ def send(
     cert: Cert = None,
     key: Key = None,
     wait: Wait = 10.0,
-    identity: Annotated[str | None, typer.Option("--id", help="Command id, to repeat one safely.")] = None,
+    identity: Annotated[
+        str | None, typer.Option("--id", help="Command id: a command with the same id is applied once.")
+    ] = None,
 ) -> None:
-    """Command a board and print its response as JSON. Ends in 1 where it was refused or failed."""
+    """Send a command to a board and print its response as JSON. Exit code 1 if it was refused or failed."""
     from device.mqtt.topics import RESPONSE, topic_of
-    from device.operator.client import operator
+    from device.operator.client import Operator
     from device.operator.labelling import named
     from device.operator.watching import command_of
 
     site, device = named(board)
     asked = command_of(command, fields or [], identity)
-    with operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
+    with Operator(_address(broker, config, ca, cert, key), (topic_of(site, device, RESPONSE),)) as us:
         _answer(us.ask(site, device, asked, wait))
 
 
@@ -101,11 +106,11 @@ def requests(
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after so long.")] = None,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="End after so many pictures.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0.1, help="Stop after this many seconds.")] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after this many pictures.")] = None,
 ) -> None:
-    """Save the frames that a board wants labelled, until Ctrl-C. The broker keeps what comes until the next call for
-    this folder, for a day, so call it once before the board needs you."""
+    """Save the frames that a board wants labelled, until Ctrl-C. Between two calls for the same folder the broker keeps
+    frames for up to a day, so call it once before the board asks for labels."""
     from device.operator.labelling import collect
 
     def saved(path: Path) -> None:
@@ -119,7 +124,7 @@ def requests(
 def label(
     board: BoardName,
     folder: Annotated[Path, typer.Option("--from", "-f", help="Folder of `edgeear requests`, sorted.")],
-    domain: Annotated[str | None, typer.Option("--domain", "-d", help="What the new domain is called.")] = None,
+    domain: Annotated[str | None, typer.Option("--domain", "-d", help="Name of the new domain.")] = None,
     broker: Broker = None,
     config: ConfigPath = None,
     ca: Ca = None,
@@ -127,14 +132,14 @@ def label(
     key: Key = None,
     wait: Wait = 10.0,
 ) -> None:
-    """Send the folders DIR/CLASS/ as labels of the pictures in them. Ends in 1 where the board refused them."""
+    """Send labels: each picture in DIR/CLASS/ is of that class. Exit code 1 if the board refused them."""
     from device.mqtt.topics import RESPONSE, topic_of
-    from device.operator.client import operator
+    from device.operator.client import Operator
     from device.operator.labelling import named
     from device.operator.labelling import send as send_labels
 
     topic = topic_of(*named(board), RESPONSE)
-    with operator(_address(broker, config, ca, cert, key), (topic,)) as us:
+    with Operator(_address(broker, config, ca, cert, key), (topic,)) as us:
         response, found = send_labels(us, board, folder, domain, wait)
     if found.waiting or found.stale:
         told = f"{found.waiting} pictures are in no class, {found.stale} are of earlier sessions and count no more"
@@ -143,7 +148,7 @@ def label(
 
 
 def _answer(response: Response) -> None:
-    """Print what a board said, and end with the exit code that fits."""
+    """Print a board's response and exit: code 0 if it is ok, 1 otherwise."""
     from device.operator.screen import dumped
 
     typer.echo(dumped(response.model_dump(mode="json"), indent=2))
@@ -153,7 +158,7 @@ def _answer(response: Response) -> None:
 def _address(
     broker: str | None, config: Path | None, ca: Path | None, cert: Path | None, key: Path | None
 ) -> BrokerAddress:
-    """The broker that the options name, on top of the configuration's."""
+    """The broker's address: the options override the configuration."""
     from device.daemon.config.settings import load_config
     from device.mqtt.link import TlsFiles
     from device.operator.client import BrokerAddress

@@ -1,4 +1,4 @@
-"""Commands that show the whole life of a board on one machine: `edgeear demo` and `edgeear simulate`."""
+"""Commands that run boards on one machine: `edgeear demo` and `edgeear simulate`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def demo(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Watch a classifier meet three kinds of digits, adapt to each, keep what it knew; then four boards at a broker.
+    """Show a classifier that adapts to three kinds of digits and keeps what it knew; then four boards at a broker.
 
-    Needs no network. The broker is a private mosquitto where one is installed, else iotcore."""
+    Needs no network. The broker is a private mosquitto if installed, else iotcore."""
     need(DEMO)
     from device.simulation.simulate import SimulateOptions
 
@@ -158,7 +158,7 @@ def simulate(
 
 
 def _digits(seed: int, quiet: bool) -> Path:
-    """The folder of the built-in digits; made where it is not there."""
+    """The folder of the built-in digits, made if it is missing."""
     from device.files import cache_dir
     from device.images.digits import write_demo_data
 
@@ -167,7 +167,7 @@ def _digits(seed: int, quiet: bool) -> Path:
 
 
 def _fleet(data: Path, encoder: Path, how: Mapping[str, Any], target: Path | None, quiet: bool) -> None:
-    """Run a fleet, write its result and show its table; exit code 1 where anything is wrong."""
+    """Run a fleet, write its result and print its table; exit code 1 if anything is wrong."""
     from rich.console import Console
 
     from device.daemon.learning.worker import ProcessLearner, WorkerPolicy

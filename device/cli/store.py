@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="List, merge or forget what a stopped board has learned.")
 
 StorePath = Annotated[
-    Path, typer.Argument(help="Folder of `simulate --store` or `Ear.save`; its board is stopped.", show_default=False)
+    Path,
+    typer.Argument(
+        help="Folder of `learn --store`, `simulate --store` or `Ear.save`. Stop its board first.", show_default=False
+    ),
 ]
 
 
 class Head(StrEnum):
-    """Whose head serves a merged domain; edgeear.merging says what they mean."""
+    """Which head serves a merged domain; see edgeear.merging."""
 
     refit = "refit"
     first = "first"
@@ -48,10 +52,10 @@ def merge_domains(
     first: Annotated[str, typer.Argument(help="The domain that stays.", show_default=False)],
     second: Annotated[str, typer.Argument(help="The domain that becomes a part of it.", show_default=False)],
     head: Annotated[
-        Head, typer.Option("--head", help="Refit one to the sums of both, or keep that of one.")
+        Head, typer.Option("--head", help="Refit a head to the sums of both domains, or keep the head of one.")
     ] = Head.refit,
 ) -> None:
-    """Make one of two domains that turned out the same. Admitted like a new one, or rejected with exit code 1."""
+    """Merge two domains that turned out to be the same. Exit code 1 if the result is rejected."""
     if head is Head.refit:
         need(PACK)
     from device.state.maintenance import merge
@@ -65,9 +69,11 @@ def forget_domain(
     domain: Annotated[str, typer.Argument(help="The domain.", show_default=False)],
     label: Annotated[str | None, typer.Option("--class", help="Forget only this class of it.")] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="All images learned of the class: makes forgetting it exact.")
+        Path | None,
+        typer.Option("--images", help="Folder with all images learned of the class: then it is forgotten exactly."),
     ] = None,
     encoder: EncoderPath = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Only a terminal is asked.")] = False,
 ) -> None:
     """Forget a domain or a class for good: older generations that know it are removed, too.
 
@@ -78,6 +84,9 @@ def forget_domain(
         raise UsageError("--images are those of a class: name it with --class")
     if label is not None:
         need(PACK)
+    if not yes and sys.stdin.isatty():
+        what = domain if label is None else f"{label} of {domain}"
+        typer.confirm(f"Forget {what} in {store}, in all generations? Nothing brings it back.", abort=True, err=True)
     from device.encoder.session import OnnxEncoder
     from device.state.maintenance import forget
 
@@ -95,7 +104,7 @@ def _listed(found: Mapping[str, Any]) -> str:
 
 
 def _changed(outcome: Changed | Rejected) -> None:
-    """Say what a change of the store led to; exit code 1 where it was rejected."""
+    """Print the result of a change; exit code 1 if it was rejected."""
     from edgeear.system import Rejected
 
     if isinstance(outcome, Rejected):

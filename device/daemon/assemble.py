@@ -21,7 +21,7 @@ from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.learning.worker import ProcessLearner, WorkerPolicy
-from device.daemon.loop import LOG, Daemon, DaemonPolicy
+from device.daemon.loop import LOG, Daemon
 from device.daemon.metrics import Metrics
 from device.daemon.sources import Feed
 from device.daemon.systemd import Notifier
@@ -79,23 +79,22 @@ def serving(store: Store, encoder: Encoder, start: System | None = None) -> Syst
     return system
 
 
+LINK = {"host", "port", "protocol", "keepalive_s", "username", "session_expiry_s", "receive_maximum", "inflight"}
+"""The keys of [mqtt] that the link takes as they are."""
+WORKER = {"budget", "specs", "time_limit_s", "memory_limit_mb", "nice"}
+"""The keys of [learning] that the learning process takes as they are."""
+
+
 def link_policy(config: Config) -> LinkPolicy:
     """How to reach the broker, as configured."""
     mqtt, password = config.mqtt, config.mqtt.password
     return LinkPolicy(
-        host=mqtt.host,
-        port=mqtt.port,
         site=config.device.site,
         device=config.device.name,
-        protocol=mqtt.protocol,
-        keepalive_s=mqtt.keepalive_s,
-        username=mqtt.username,
         password=None if password is None else password.get_secret_value(),
         tls=TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None,
-        session_expiry_s=mqtt.session_expiry_s,
-        receive_maximum=mqtt.receive_maximum,
-        inflight=mqtt.inflight,
         frames=config.source.kind == "mqtt",
+        **mqtt.model_dump(include=LINK),
     )
 
 
@@ -118,9 +117,41 @@ def opened(
         store = stack.enter_context(Store.open(config.device.store))
         system = serving(store, encoder, start)
         outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
-        daemon = _daemon(config, encoder, file, store, system, outbox, now, stack)
-        link, source = _link(config, daemon, outbox, now, stack), daemon.source
-        port = _serve_metrics(config, daemon, link, stack)
+        wake, labels, seed = threading.Event(), LabelBook(), config.device.seed
+        frames = FrameQueue(config.source.queue, wake.set)
+        learning = WorkerPolicy(**config.learning.model_dump(include=WORKER))
+        learner = ProcessLearner(file, learning, on_ready=wake.set)
+        policy = BoardPolicy().with_live(config.live)
+        board = Board(Live(system, system), encoder, labels, now, policy, store=store, seed=seed, learner=learner)
+        stack.callback(board.close)
+        source = config.source.open(Feed(encoder.input_size, frames, now))
+        daemon = Daemon(
+            board,
+            labels,
+            outbox,
+            frames,
+            (config.device.site, config.device.name),
+            config.live,
+            clock=now,
+            timer=time.perf_counter,
+            wake=wake,
+            seed=seed,
+            max_age_s=config.source.max_age_s,
+            label_requests=config.learning.label_requests,
+            source=source,
+            metrics=Metrics(__version__) if config.metrics.port else None,
+        )
+        _tell_what_is_wrong(config, daemon, store)
+        link = _link(config, daemon, now) if config.mqtt.enabled else None
+        if link is not None:
+            stack.callback(link.stop, FAREWELL_S)
+            link.start()
+        port = None
+        if (metrics := daemon.metrics) is not None:
+            metrics.follow(daemon.readings)
+            metrics.mqtt_connected.set_function(lambda: float(link is not None and link.connected))
+            stack.callback(metrics.close)
+            port = metrics.serve(config.metrics.port)
         if source is not None:
             stack.callback(source.stop)
             source.start()
@@ -131,17 +162,17 @@ def run(config: Config, stop: threading.Event, ready: Callable[[Running], None] 
     """Run a daemon until `stop` is set, as `edgeear run` does. `ready` is called before the loop starts."""
     notifier = Notifier()
     with opened(config) as running:
+        metrics = running.daemon.metrics
+
+        def took_a_turn() -> None:
+            notifier.alive(time.monotonic())
+            if metrics is not None:
+                metrics.alive(time.time())
+
         ready(running)
         notifier.ready(f"{config.device.site}/{config.device.name} serves")
-        running.daemon.run(stop, lambda: _lives(notifier, running.daemon.metrics))
+        running.daemon.run(stop, took_a_turn)
         notifier.stopping()
-
-
-def _lives(notifier: Notifier, metrics: Metrics | None) -> None:
-    """Tell systemd and the metrics that the loop took a turn."""
-    notifier.alive(time.monotonic())
-    if metrics is not None:
-        metrics.alive(time.time())
 
 
 def outbox_policy(config: Config) -> OutboxPolicy:
@@ -150,90 +181,27 @@ def outbox_policy(config: Config) -> OutboxPolicy:
     return OutboxPolicy(size, config.outbox.max_count, config.outbox.max_age_s, frame_bytes=max(1, size // 2))
 
 
-def _daemon(
-    config: Config,
-    encoder: Encoder,
-    file: Path,
-    store: Store,
-    system: System,
-    outbox: Outbox,
-    now: Callable[[], float],
-    stack: ExitStack,
-) -> Daemon:
-    wake = threading.Event()
-    frames = FrameQueue(config.source.queue, wake.set)
-    labels = LabelBook(lambda: board.system.names)
-    learner = ProcessLearner(file, _worker_policy(config), on_ready=wake.set)
-    board = Board(
-        Live(system, system),
-        encoder,
-        labels,
-        now,
-        BoardPolicy().with_live(config.live),
-        store=store,
-        seed=config.device.seed,
-        learner=learner,
-    )
-    stack.callback(board.close)
-    daemon = Daemon(
-        board,
-        labels,
-        outbox,
-        frames,
-        (config.device.site, config.device.name),
-        config.live,
-        clock=now,
-        timer=time.perf_counter,
-        wake=wake,
-        seed=config.device.seed,
-        policy=DaemonPolicy(config.source.max_age_s, config.learning.label_requests),
-        source=config.source.open(Feed(encoder.input_size, frames, now)),
-        metrics=Metrics(__version__) if config.metrics.port else None,
-    )
-    if why := _unable(config):
-        daemon.pause(why)
-    if outbox.recovered_from is not None:
-        daemon.tell(OutboxReset(*board.moment, str(outbox.recovered_from)))
-    if store.recovered_from is not None:
-        daemon.tell(StoreDamaged(*board.moment, str(store.recovered_from)))
-    if faults := daemon.commands.stored.faults:
-        daemon.tell(SettingsIgnored(*board.moment, faults))
-    return daemon
-
-
-def _unable(config: Config) -> str:
-    """Why this board cannot learn; empty where it can."""
+def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
+    """Pause a board that cannot learn, and tell what was damaged or does not fit."""
+    moment = daemon.board.moment
     if not config.learning.enabled:
-        return "learning.enabled is false"
-    if importlib.util.find_spec("torch") is None:
-        return f"torch is not installed: {installation('learn')}"
-    return ""
+        daemon.pause("learning.enabled is false")
+    elif importlib.util.find_spec("torch") is None:
+        daemon.pause(f"torch is not installed: {installation('learn')}")
+    if daemon.outbox.recovered_from is not None:
+        daemon.tell(OutboxReset(*moment, str(daemon.outbox.recovered_from)))
+    if store.recovered_from is not None:
+        daemon.tell(StoreDamaged(*moment, str(store.recovered_from)))
+    if faults := daemon.commands.stored.faults:
+        daemon.tell(SettingsIgnored(*moment, faults))
 
 
-def _worker_policy(config: Config) -> WorkerPolicy:
-    learning = config.learning
-    return WorkerPolicy(
-        budget=learning.budget,
-        specs=learning.specs,
-        time_limit_s=learning.time_limit_s,
-        memory_limit_mb=learning.memory_limit_mb,
-        nice=learning.nice,
-    )
-
-
-def _link(
-    config: Config,
-    daemon: Daemon,
-    outbox: Outbox,
-    now: Callable[[], float],
-    stack: ExitStack,
-) -> Link | None:
-    if not config.mqtt.enabled:
-        return None
-    source = daemon.source
+def _link(config: Config, daemon: Daemon, now: Callable[[], float]) -> Link:
+    """The link, not started. Announces the board to Home Assistant where that is configured."""
+    site, device, source = config.device.site, config.device.name, daemon.source
     link = Link(
         link_policy(config),
-        outbox,
+        daemon.outbox,
         daemon.status,
         daemon.receive,
         source.offer if source is not None else lambda _: None,
@@ -241,27 +209,10 @@ def _link(
         random.Random(),  # boards that lost the same broker must not reconnect at the same moment
         now,
     )
-    daemon.out.link = link
-    stack.callback(link.stop, FAREWELL_S)
-    link.start()
+    daemon.out.link = link.delivery
     if config.mqtt.discovery:
-        _announce(config, daemon, outbox)
+        encoder, lasting = daemon.board.system.encoder_digest, {"retain": True, "expiry_s": None}
+        payload = homeassistant.discovery_payload(site, device, __version__, encoder, daemon.period_s)
+        topic = homeassistant.discovery_topic(site, device)
+        daemon.outbox.put("event", topic, lambda _: payload, time.time(), properties=lasting)
     return link
-
-
-def _announce(config: Config, daemon: Daemon, outbox: Outbox) -> None:
-    """Announce this board to Home Assistant."""
-    site, device, encoder = config.device.site, config.device.name, daemon.board.system.encoder_digest
-    payload = homeassistant.discovery_payload(site, device, __version__, encoder, daemon.period_s)
-    lasting = {"retain": True, "expiry_s": None}
-    outbox.put("event", homeassistant.discovery_topic(site, device), lambda _: payload, time.time(), properties=lasting)
-
-
-def _serve_metrics(config: Config, daemon: Daemon, link: Link | None, stack: ExitStack) -> int | None:
-    metrics = daemon.metrics
-    if metrics is None:
-        return None
-    metrics.follow(daemon.readings)
-    metrics.mqtt_connected.set_function(lambda: float(link is not None and link.connected))
-    stack.callback(metrics.close)
-    return metrics.serve(config.metrics.port)

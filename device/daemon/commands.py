@@ -5,8 +5,8 @@ Rules of this file:
 1. An outcome is a value. `apply` is the only place that turns errors into outcomes: what the operator asked wrongly is
    "refused", what the machine could not do is "failed". Both leave the serving generation as it was. A bug is "failed",
    too, and logged: the broker would send a command that is never acknowledged again and again.
-2. A command may be applied twice, because power may fail between doing and noting it. Where doing it again would be
-   refused, its row's `done` says whether it had its effect.
+2. A command may be applied twice, because power may fail between doing and noting it. `forget` would be refused then,
+   so it looks first whether it had its effect.
 3. `infer` looks at one picture and changes nothing: neither the shift test nor telemetry sees it.
 """
 
@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from device.board.board import Board
 from device.board.events import BoardEvent, PolicyChanged
@@ -78,9 +78,10 @@ class Commands:
 
     def apply(self, command: messages.Command, again: bool = False) -> Outcome:
         """Apply `command`. `again`: it was begun before, and power failed before it was noted as done."""
-        row = TABLE[type(command)]
         try:
-            return self._serving() if again and row.done(self, command) else row.do(self, command)
+            if again and isinstance(command, messages.Forget) and self._forgotten(command):
+                return self._serving()
+            return TABLE[type(command)](self, command)
         except DeviceError as error:
             return Outcome("failed", reason=str(error))
         except ModuleNotFoundError as error:
@@ -110,27 +111,15 @@ class Commands:
         return known if len(json.dumps(known)) < messages.MAX_RESULT // 2 else [domain["name"] for domain in known]
 
     def _infer(self, command: messages.Infer) -> Outcome:
-        size = self.board.encoder.input_size
+        size = self.board.engine.encoder.input_size
         frame = decode_bytes(command.image_bytes, PICTURE, size, sent(size))
         prediction, _, _ = infer(self.board.system, self.board.engine, ShiftState(), frame)
         most = dict(list(prediction.probabilities.items())[:MOST_CLASSES])
         return Outcome("ok", {**prediction_facts(prediction), "probabilities": most})
 
-    def _adapt(self, command: messages.Adapt) -> Outcome:
-        return Outcome("ok", events=self.board.adapt_now(command.domain))
-
-    def _rollback(self, command: messages.Rollback) -> Outcome:
-        return self._serving(self.board.rollback())
-
-    def _confirm(self, command: messages.Confirm) -> Outcome:
-        return self._serving(self.board.confirm())
-
     def _pause(self, command: messages.Pause) -> Outcome:
         self.outbox.set(PAUSED, json.dumps(command.paused))
         return Outcome("ok", {"paused": command.paused}, events=self.board.pause(command.paused))
-
-    def _report(self, command: messages.Report) -> Outcome:
-        return Outcome("ok", self.report())
 
     def _label(self, command: messages.Label) -> Outcome:
         if command.session != self._session:
@@ -187,36 +176,15 @@ def prediction_facts(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a command does, and whether it was `done` before where doing it twice would be refused."""
-
-    do: Callable[[Commands, Any], Outcome]
-    done: Callable[[Commands, Any], bool]
-
-
-C = TypeVar("C", bound=messages.Command)
-
-
-def _row(
-    model: type[C],
-    do: Callable[[Commands, C], Outcome],
-    done: Callable[[Commands, C], bool] = lambda commands, command: False,
-) -> tuple[type[messages.Command], Row]:
-    return model, Row(do, done)
-
-
-TABLE: Final[Mapping[type[messages.Command], Row]] = dict(
-    [
-        _row(messages.Infer, Commands._infer),
-        _row(messages.Label, Commands._label),
-        _row(messages.Adapt, Commands._adapt),
-        _row(messages.Rollback, Commands._rollback),
-        _row(messages.Confirm, Commands._confirm),
-        _row(messages.Pause, Commands._pause),
-        _row(messages.SetPolicy, Commands._set_policy),
-        _row(messages.Report, Commands._report),
-        _row(messages.Forget, Commands._forget, done=Commands._forgotten),
-    ]
-)
-"""The handler of each command; its name, fields and help are those of the model (device/mqtt/messages.py)."""
+TABLE: Final[Mapping[type[messages.Command], Callable[[Commands, Any], Outcome]]] = {
+    messages.Infer: Commands._infer,
+    messages.Label: Commands._label,
+    messages.Adapt: lambda self, command: Outcome("ok", events=self.board.adapt_now(command.domain)),
+    messages.Rollback: lambda self, command: self._serving(self.board.rollback()),
+    messages.Confirm: lambda self, command: self._serving(self.board.confirm()),
+    messages.Pause: Commands._pause,
+    messages.SetPolicy: Commands._set_policy,
+    messages.Report: lambda self, command: Outcome("ok", self.report()),
+    messages.Forget: Commands._forget,
+}
+"""What each command does; its name, fields and help are those of the model (device/mqtt/messages.py)."""

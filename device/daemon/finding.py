@@ -13,12 +13,24 @@ Verdict = Literal["ok", "warning", "problem"]
 @dataclass(frozen=True)
 class Finding:
     """ "problem": the daemon cannot do what the configuration asks for. "warning": it can, but something is missing or
-    will end. `remedy` is empty if the verdict is "ok". No text holds a secret."""
+    will end. `remedy` is empty if the verdict is "ok". No text holds a secret. The doctor fills in the `check`."""
 
     check: str
     verdict: Verdict
     text: str
     remedy: str = ""
+
+
+def ok(text: str) -> Finding:
+    return Finding("", "ok", text)
+
+
+def warning(text: str, remedy: str) -> Finding:
+    return Finding("", "warning", text, remedy)
+
+
+def problem(text: str, remedy: str) -> Finding:
+    return Finding("", "problem", text, remedy)
 
 
 class Machine(Protocol):

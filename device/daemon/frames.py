@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition
 
 from edgeear.errors import UsageError
@@ -29,7 +29,7 @@ class Frame:
     ref: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class FrameCounts:
     """Since the queue was made. `undecodable` inputs gave no frame, so they are not among the `received`."""
 
@@ -54,7 +54,7 @@ class FrameQueue:
         self._changed = Condition()
         self._frames: deque[Frame] = deque()
         self._limit, self._notify, self._closed = limit, notify, False
-        self._received = self._served = self._dropped = self._stale = self._undecodable = 0
+        self._counts = FrameCounts()
 
     def put(self, frame: U8, captured: float, ref: str) -> bool:
         """Add a frame; False when the queue is closed."""
@@ -63,9 +63,9 @@ class FrameQueue:
                 return False
             if len(self._frames) == self._limit:
                 self._frames.popleft()
-                self._dropped += 1
+                self._counts.dropped += 1
             self._frames.append(Frame(frame, captured, ref))
-            self._received += 1
+            self._counts.received += 1
             self._changed.notify_all()
         self._notify()
         return True
@@ -77,9 +77,9 @@ class FrameQueue:
             while self._frames:
                 frame = self._frames.popleft()
                 if now - frame.captured <= max_age_s:
-                    self._served += 1
+                    self._counts.served += 1
                     return frame
-                self._stale += 1
+                self._counts.stale += 1
             return None
 
     def wait(self, timeout: float) -> bool:
@@ -97,14 +97,14 @@ class FrameQueue:
     def passed_over(self, *, stale: bool) -> None:
         """Count an input that a source dropped before decoding: too old, or replaced by a newer one."""
         with self._changed:
-            self._received += 1
-            self._stale += stale
-            self._dropped += not stale
+            self._counts.received += 1
+            self._counts.stale += stale
+            self._counts.dropped += not stale
 
     def undecodable(self) -> None:
         """Count an input that gave no frame."""
         with self._changed:
-            self._undecodable += 1
+            self._counts.undecodable += 1
 
     def close(self) -> None:
         """End all waits, now and later. Closing twice is allowed."""
@@ -121,6 +121,4 @@ class FrameQueue:
     def counts(self) -> FrameCounts:
         """All counters at one moment."""
         with self._changed:
-            return FrameCounts(
-                self._received, self._served, self._dropped, self._stale, self._undecodable, len(self._frames)
-            )
+            return replace(self._counts, waiting=len(self._frames))

@@ -7,8 +7,7 @@ with the labels that it came with: it must not name a later domain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 
 from edgeear.errors import UsageError
 
@@ -17,12 +16,11 @@ LIMIT = 10_000
 
 
 class LabelBook:
-    """Labels by sample number, and the operator's name for the domain. `taken` gives the names in use."""
+    """Labels by sample number, and the operator's name for the domain."""
 
-    def __init__(self, taken: Callable[[], Collection[str]]) -> None:
+    def __init__(self) -> None:
         self._labels: dict[int, str] = {}
         self._name: tuple[int, str] | None = None  # and the newest sample that it came with
-        self._taken = taken
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -43,8 +41,7 @@ class LabelBook:
             self._name = None
         return [self._labels.get(number) for number in at]
 
-    def domain(self, at: Sequence[int]) -> str:
-        """The operator's name, given out once; else the first free `domain-N`."""
+    def domain(self, at: Sequence[int]) -> str | None:
+        """The operator's name, given out once."""
         name, self._name = self._name, None
-        taken = self._taken()
-        return name[1] if name else next(free for n in count(1) if (free := f"domain-{n}") not in taken)
+        return name[1] if name else None

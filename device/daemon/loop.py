@@ -38,7 +38,7 @@ from device.daemon.frames import Frame, FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.publisher import Publisher, outbox_facts
 from device.daemon.telemetry import Window
-from device.mqtt import messages
+from device.mqtt import messages, topics
 from device.mqtt.outbox import Outbox, OutboxDamaged
 from device.mqtt.settings import LiveSettings
 from edgeear import __version__
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from prometheus_client import Counter
 
     from device.daemon.metrics import Metrics
-    from device.daemon.sources import Source
+    from device.daemon.sources import RunningSource
     from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
@@ -57,15 +57,6 @@ INBOX, INBOX_BYTES = 256, 32 << 20
 not acknowledged, and the broker is asked to deliver it again later."""
 IDLE_S, LEARNING_S = 5.0, 0.2
 """Longest sleep of an idle loop, and while it waits for labels or a learner, seconds."""
-
-
-@dataclass(frozen=True)
-class DaemonPolicy:
-    """`max_age_s`: seconds after which a waiting frame is not answered; `label_requests`: whether frames that want a
-    label are published."""
-
-    max_age_s: float = 2.0
-    label_requests: bool = True
 
 
 @dataclass
@@ -79,7 +70,8 @@ class Counts:
 
 class Daemon:
     """The loop of one board. `address`: site and device; `settings`: as configured. `clock` gives unix seconds, `timer`
-    seconds that never go back. Setting `wake` ends the sleep between two turns."""
+    seconds that never go back. Setting `wake` ends the sleep between two turns. A frame that waited for more than
+    `max_age_s` is not answered; `label_requests`: whether frames that want a label are published."""
 
     def __init__(
         self,
@@ -94,20 +86,21 @@ class Daemon:
         timer: Callable[[], float],
         wake: threading.Event | None = None,
         seed: int = 0,
-        policy: DaemonPolicy | None = None,
-        source: Source | None = None,
+        max_age_s: float = 2.0,
+        label_requests: bool = True,
+        source: RunningSource | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.board, self.outbox, self.frames, self.session = board, outbox, frames, messages.new_session()
         self.commands = Commands(board, outbox, labels, self.session, settings, self.describe)
         self.out = Publisher(outbox, address, self.session, clock)
-        self.policy, self.counts, self.metrics = policy or DaemonPolicy(), Counts(), metrics
+        self.counts, self.metrics, self._max_age_s, self._asks_labels = Counts(), metrics, max_age_s, label_requests
         self.source = source
         self._trouble_at: int | None = None
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
-        self._wake = wake or threading.Event()
+        self.wake = wake or threading.Event()
         self._requests: deque[Seen] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
@@ -135,15 +128,19 @@ class Daemon:
                 self._inbox.append(inbound)
             else:
                 self._overflowed = True
-        self._wake.set()
-
-    def wake(self) -> None:
-        """End the sleep between two turns."""
-        self._wake.set()
+        self.wake.set()
 
     def status(self, state: Literal["online", "offline"]) -> bytes:
         """The payload of this session's birth, or of its last will."""
-        return self.out.status(state, self.board.system)
+        return messages.Status(
+            state=state,
+            session=self.session,
+            boot=self.outbox.boot,
+            time=self._clock(),
+            version=__version__,
+            encoder=self.board.system.encoder_digest,
+            generation=self.board.system.generation,
+        ).payload()
 
     # Before the loop
 
@@ -158,7 +155,7 @@ class Daemon:
             self.out.event(event, self.board.system.generation)
             if self.metrics is not None and isinstance(event, ENDED):
                 self.metrics.learning_runs.labels(event.kind).inc()
-            if isinstance(event, LabelsWanted) and self.policy.label_requests:
+            if isinstance(event, LabelsWanted) and self._asks_labels:
                 self._requests = deque(self.board.wanted())
 
     # The loop
@@ -166,17 +163,17 @@ class Daemon:
     def run(self, stop: threading.Event, progressed: Callable[[], object] = lambda: None) -> None:
         """Take turns until `stop` is set; `progressed` is called after each, for watchdogs."""
         while not stop.is_set():
-            self._wake.clear()
+            self.wake.clear()
             busy = self.turn()
             progressed()
             if not busy and not stop.is_set():
-                self._wake.wait(self._patience())
+                self.wake.wait(self._patience())
         self.tell(Stopped(*self.board.moment))
 
     def turn(self) -> bool:
         """Handle at most one frame, one command and one label request, then the telemetry. False where there was none
         of the first three."""
-        frame = self.frames.get(self._clock(), self.policy.max_age_s)
+        frame = self.frames.get(self._clock(), self._max_age_s)
         if frame is not None:
             self._serve(frame)
         elif self.board.waiting:
@@ -253,7 +250,7 @@ class Daemon:
             except DeviceError as error:
                 self._turn_away(inbound, messages.Refusal(command.id, f"the ledger cannot be written: {error}"))
         if self.out.link is not None:
-            self.out.link.acknowledge(inbound)
+            self.out.link.acknowledge(inbound.token)
 
     def _late(self, inbound: Inbound, command: messages.Command) -> str | None:
         ends = [t for t in (inbound.expires, command.expires) if t is not None]
@@ -329,7 +326,7 @@ class Daemon:
             **self._window.facts(),
         }
         self._window, self._lost = Window(now, self._random), losses
-        self.out.telemetry(facts)
+        self.out.put(topics.TELEMETRY, messages.Telemetry, facts)
 
     def _losses(self) -> dict[str, int]:
         """Frames and messages that were not served since the start, by field of telemetry."""
@@ -359,6 +356,7 @@ class Daemon:
 
     def describe(self) -> dict[str, Any]:
         """The daemon's part of a report."""
+        source = self.source
         return {
             "session": self.session,
             "boot": self.outbox.boot,
@@ -366,11 +364,6 @@ class Daemon:
             "frames": {"answered": self.counts.frames, **asdict(self.frames.counts)},
             "refused_messages": self.counts.refused_messages,
             "outbox": self.readings["outbox"](),
-            "source": None if self.source is None else source_facts(self.source),
+            "source": source and {name: getattr(source, name) for name in ("alive", "finished", "last_error")},
             "rss_mb": self.readings["rss_mb"](),
         }
-
-
-def source_facts(source: Source) -> dict[str, Any]:
-    """The source's part of a report."""
-    return {"alive": source.alive, "finished": source.finished, "last_error": source.last_error}

@@ -56,13 +56,16 @@ class Metrics:
         def gauge(name: str, about: str, *labels: str) -> Gauge:
             return Gauge(f"edgeear_{name}", about, labels, registry=registry)
 
+        def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"edgeear_{name}", about, buckets=buckets, registry=registry)
+
         self.frames = counter("frames", "Frames that were answered")
         self.dropped = counter("dropped", "Frames that were not answered: queue (full), stale, undecodable", "why")
         self.ood = counter("ood", "Frames found out of distribution")
         self.abstained = counter("abstained", "Frames that no head answered")
         self.routes = counter("routes", "Frames answered by a domain's head", "domain")
-        self.prediction_seconds = self._histogram("prediction_seconds", "From frame to answer", LATENCY_BUCKETS)
-        self.novelty = self._histogram("novelty", "Novelty of a frame to its best domain", NOVELTY_BUCKETS)
+        self.prediction_seconds = histogram("prediction_seconds", "From frame to answer", LATENCY_BUCKETS)
+        self.novelty = histogram("novelty", "Novelty of a frame to its best domain", NOVELTY_BUCKETS)
         self.gauges = {row: gauge(row.measure.gauge, row.help) for row in MEASURES if row.measure.gauge}
         self.outbox_dropped = counter("outbox_dropped", "Messages dropped at a bound of the outbox", "class")
         self.mqtt_connected = gauge("mqtt_connected", "1 while connected to the broker")
@@ -127,9 +130,6 @@ class Metrics:
             server.shutdown()
             server.server_close()
             thread.join()
-
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"edgeear_{name}", about, buckets=buckets, registry=self.registry)
 
 
 def _reading(row: Row, read: Callable[[], Any]) -> float:

@@ -15,7 +15,8 @@ import base64
 import io
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -25,13 +26,12 @@ from device.daemon.commands import Outcome, prediction_facts
 from device.daemon.frames import Frame
 from device.mqtt import messages, topics
 from device.mqtt.outbox import Outbox, OutboxCounters, OutboxDamaged
-from edgeear import __version__
 from edgeear.errors import DeviceError
 from edgeear.flow import Prediction
-from edgeear.system import System
 from edgeear.types import U8
 
 if TYPE_CHECKING:
+    from device.mqtt.delivery import Token
     from device.mqtt.link import Inbound
 
 LOG = logging.getLogger("edgeear")
@@ -40,9 +40,9 @@ MAX_TEXT = 2000
 
 
 class Uplink(Protocol):
-    """What the daemon needs of `device.mqtt.link.Link`."""
+    """What the daemon needs of `device.mqtt.delivery.Delivery`."""
 
-    def acknowledge(self, inbound: Inbound) -> None: ...
+    def acknowledge(self, token: Token | None) -> None: ...
 
     def request_redelivery(self) -> None: ...
 
@@ -63,7 +63,7 @@ class Publisher:
     def event(self, event: BoardEvent, generation: int) -> None:
         """Publish an event of the board, or of the daemon."""
         facts = {"kind": event.kind, "text": bounded(event.text, MAX_TEXT), "at": event.at, "data": event.data}
-        self._put(topics.EVENT, messages.Event, {**facts, "generation": generation})
+        self.put(topics.EVENT, messages.Event, {**facts, "generation": generation})
 
     def expire(self) -> None:
         """Drop what has waited longer than the outbox allows. An error of the disk is logged, and tried again later."""
@@ -74,15 +74,11 @@ class Publisher:
         except DeviceError as error:
             LOG.error("the outbox cannot drop old messages: %s", error)
 
-    def telemetry(self, facts: dict[str, Any]) -> None:
-        """Publish the fields of a telemetry message."""
-        self._put(topics.TELEMETRY, messages.Telemetry, facts)
-
     def label_request(self, seen: Seen, until: float) -> None:
         """Ask for the label of a frame; the board waits until `until`, unix seconds."""
         guess = {"guess": seen.prediction.label, "route": seen.prediction.route}
         facts = {"at": seen.number, "image": picture(seen.frame), "until": until}
-        self._put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
+        self.put(topics.LABEL_REQUEST, messages.LabelRequest, {**facts, **guess})
 
     def prediction(self, prediction: Prediction, frame: Frame, at: int, generation: int) -> None:
         """Send the answer for a frame, where a broker is connected."""
@@ -104,14 +100,11 @@ class Publisher:
         that failed."""
         topic, now = self._reply_topic(inbound), self._clock()
         properties = {} if inbound.correlation is None else {"correlation": inbound.correlation.hex()}
-
-        def payload(seq: int) -> bytes:
-            return self._response(seq, identity, inbound.name, outcome)
-
-        self.outbox.finish(identity, "response", topic, payload, now, properties=properties)
+        payload = partial(self._response, identity, inbound.name, outcome)
+        self.outbox.put("response", topic, payload, now, properties=properties, answers=identity)
         self._wake()
 
-    def _response(self, seq: int, identity: str, name: str, outcome: Outcome) -> bytes:
+    def _response(self, identity: str, name: str, outcome: Outcome, seq: int) -> bytes:
         facts: dict[str, Any] = {**self._stamp(seq, self._clock()), "id": identity, "command": name}
         facts |= {"outcome": outcome.outcome, "reason": outcome.reason and outcome.reason[: messages.MAX_REASON]}
         try:
@@ -131,28 +124,12 @@ class Publisher:
             message = refusal.response(self._stamp(0, self._clock()), inbound.name)
             self.link.publish_now(self._reply_topic(inbound), message.payload(), inbound.correlation)
 
-    def status(self, state: Literal["online", "offline"], system: System) -> bytes:
-        """The payload of a birth or last will, which the link sends."""
-        return messages.Status(
-            state=state,
-            session=self.session,
-            boot=self.outbox.boot,
-            time=self._clock(),
-            version=__version__,
-            encoder=system.encoder_digest,
-            generation=system.generation,
-        ).payload()
-
-    def _put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
-        now = self._clock()
+    def put(self, row: topics.Topic, model: type[messages.Message], facts: dict[str, Any]) -> None:
+        """Publish the message `model` with the fields `facts` and a stamp."""
+        topic, now = self._topic(row), self._clock()
         assert row.cls is not None
-
-        def payload(seq: int) -> bytes:
-            stamped: dict[str, Any] = {**self._stamp(seq, now), **facts}
-            return model(**stamped).payload()
-
         try:
-            self.outbox.put(row.cls, self._topic(row), payload, now)
+            self.outbox.put(row.cls, topic, lambda seq: model(**self._stamp(seq, now), **facts).payload(), now)
         except OutboxDamaged:
             raise
         except DeviceError as error:

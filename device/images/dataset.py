@@ -93,6 +93,8 @@ def escaped(text: str) -> str:
 
 
 def _empty(folder: Path) -> str:
+    if any(Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file() for entry in _visible(folder)):
+        return f"domain {folder} holds pictures, not CLASS/ folders: give the folder that it lies in"
     return f"domain {folder} is empty: add CLASS/ folders with {listed(SUFFIXES)} files or leave it out"
 
 
@@ -131,7 +133,9 @@ def _classes_of(domain: Path, warnings: _Warnings) -> dict[str, list[str]]:
 def _files_of(folder: Path, warnings: _Warnings) -> list[str]:
     entries = _visible(folder)
     usable = [e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in SUFFIXES]
-    others = sorted({e.name for e in entries}.difference(usable))
+    nested = [e.name for e in entries if e.is_dir()]
+    others = sorted({e.name for e in entries}.difference(usable, nested))
+    warnings.ignored(folder, nested, "nested folders")
     warnings.ignored(folder, others, f"not a regular file ending in {listed(SUFFIXES)}")
     return usable
 

@@ -75,7 +75,7 @@ class UndecodableInput(DataError):
         """One error for all of `errors`, which must not be empty."""
         if len(errors) == 1:
             return errors[0]
-        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them (on_bad='skip'):"]
+        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them:"]
         lines += [f"  {error}" for error in errors[:NAMED]]
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
@@ -91,8 +91,10 @@ def read_input(path: Path) -> bytes:
     """The file's bytes. Raises `UndecodableInput` unless it is a readable file of at most `MAX_FILE_BYTES`."""
     try:
         found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise _undecodable(path, "a folder", "give its files; `evaluate` and `learn` take folders")
         if not stat.S_ISREG(found.st_mode):
-            raise _undecodable(path, "not a regular file", "remove it")
+            raise _undecodable(path, "not a regular file", "give the file of a picture")
         if found.st_size > MAX_FILE_BYTES:
             raise _undecodable(path, f"{found.st_size} bytes exceed the {MAX_FILE_BYTES} allowed", "make it smaller")
         return path.read_bytes()
@@ -100,8 +102,11 @@ def read_input(path: Path) -> bytes:
         raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
 
 
-def decode_bytes(data: bytes, path: Path, size: tuple[int, int], limits: Limits = FILES) -> U8:
-    """The frame `(height, width, 3)` of a file's content, which came under the name `path`.
+def decode_bytes(
+    data: bytes, path: Path, size: tuple[int, int], limits: Limits = FILES, suffix: str | None = None
+) -> U8:
+    """The frame `(height, width, 3)` of a file's content, which came under the name `path`. `suffix` replaces that of
+    `path`.
 
     Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8 (`_levels`), the shorter
     side is resized to fit (bilinear) and the centre is cropped. wav (PCM, float) and one-dimensional npy become a grey
@@ -111,10 +116,11 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int], limits: Limits 
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
+    kind = path.suffix if suffix is None else suffix
     with _named(path):
-        if path.suffix.lower() not in SUFFIXES:
-            _refuse(f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}", "convert it")
-        return _decoder(data, path)(data, size, limits)
+        if kind.lower() not in SUFFIXES:
+            _refuse(f"suffix {kind!r} is not one of {', '.join(SUFFIXES)}", "convert it")
+        return _decoder(data, kind.lower())(data, size, limits)
 
 
 Decoder = Callable[[bytes, tuple[int, int], Limits], U8]
@@ -148,7 +154,7 @@ _OTHERS = {
 _LFS = b"version https://git-lfs"
 
 
-def _decoder(data: bytes, path: Path) -> Decoder:
+def _decoder(data: bytes, suffix: str) -> Decoder:
     """By content; by the suffix for content that nobody knows. Raises for content that is known and not taken."""
     if not data:
         _refuse("the file is empty (0 bytes)", "copy or record it again")
@@ -165,7 +171,7 @@ def _decoder(data: bytes, path: Path) -> Decoder:
         if _begins(data, magic):
             _refuse(f"the content is {kind}", f"convert it to one of {', '.join(SUFFIXES)}")
     by_suffix: dict[str, Decoder] = {".wav": _wav_frame, ".npy": _npy_frame}
-    return by_suffix.get(path.suffix.lower(), _image_frame)
+    return by_suffix.get(suffix, _image_frame)
 
 
 def _begins(data: bytes, magic: bytes) -> bool:

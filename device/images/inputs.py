@@ -51,4 +51,4 @@ def _frame_of_bytes(content: bytes, name: str, size: tuple[int, int]) -> U8:
     if len(content) > MAX_FILE_BYTES:
         raise UndecodableInput(f"{name}: more than {MAX_FILE_BYTES} bytes; make the picture smaller", (Path(name),))
     suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), ".png")  # or a JPEG
-    return decode_bytes(content, Path(name).with_suffix(suffix), size)
+    return decode_bytes(content, Path(name), size, suffix=suffix)

@@ -13,12 +13,12 @@ needs a channel without an address. Where a command names no response topic, the
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic.json_schema import models_json_schema
 
-from device.mqtt.messages import PROTOCOL, VERSION, Command, Message, Response
-from device.mqtt.topics import COMMAND, STATUS, TOPICS, Topic
+from device.mqtt.messages import PROTOCOL, VERSION, Command
+from device.mqtt.topics import COMMAND, RESPONSE, STATUS, TOPICS, Topic
 
 BINDING: Final = "0.2.0"
 SCHEMAS: Final = "#/components/schemas/"
@@ -27,8 +27,33 @@ CORRELATION: Final = {"location": "$message.header#/correlationData"}
 Object = dict[str, Any]
 
 
+class _Entry(NamedTuple):
+    """One kind of message: the row of its topic, its `name`, its `address` below the board's prefix, its help."""
+
+    row: Topic
+    name: str
+    address: str
+    about: str
+
+    @property
+    def channel(self) -> str:
+        return self.address.replace("/", "-")
+
+
+def _entry(row: Topic, model: type[Any] | None) -> _Entry:
+    if model is None:
+        return _Entry(row, row.name.capitalize(), row.name, row.about)
+    if issubclass(model, Command):
+        return _Entry(row, model.__name__, f"command/{model.name}", model.help())
+    return _Entry(row, model.__name__, row.name, row.about)
+
+
+ENTRIES: Final = tuple(_entry(row, model) for row in TOPICS for model in row.models or (None,))
+
+
 def document() -> Object:
     """The whole document, as JSON values."""
+    names = "1 to 64 of `A-Z a-z 0-9 _ -`."
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -41,11 +66,14 @@ def document() -> Object:
         "defaultContentType": "application/json",
         "servers": _servers(),
         "channels": _channels(),
-        "operations": dict(_operation(row, model) for row in TOPICS for model in _models(row)),
+        "operations": dict(map(_operation, ENTRIES)),
         "components": {
-            "messages": _messages(),
+            "messages": {entry.name: _message(entry) for entry in ENTRIES},
             "schemas": _schemas(),
-            "parameters": _parameters(),
+            "parameters": {
+                "site": {"description": f"Where: {names}"},
+                "device": {"description": f"Which board: {names}"},
+            },
             "securitySchemes": {"certificate": {"type": "X509"}, "password": {"type": "userPassword"}},
         },
     }
@@ -64,9 +92,19 @@ def _servers() -> Object:
         "message": "Status with state offline.",
     }
     bindings = {"mqtt": {"cleanSession": False, "lastWill": will, "bindingVersion": BINDING}}
-
-    def server(protocol: str, version: str, port: str, security: str, about: str) -> Object:
-        return {
+    rows = {
+        "tls": ("secure-mqtt", "5", "8883", "certificate", "A certificate for each board and operator."),
+        "plain": ("mqtt", "5", "1883", "password", "Within one machine or a closed network."),
+        "mqtt3": (
+            "mqtt",
+            "3.1.1",
+            "1883",
+            "password",
+            "Without properties: responses go to `response`, `id` tells them apart.",
+        ),
+    }
+    return {
+        name: {
             "host": "{host}:{port}",
             "protocol": protocol,
             "protocolVersion": version,
@@ -75,57 +113,20 @@ def _servers() -> Object:
             "security": [{"$ref": f"#/components/securitySchemes/{security}"}],
             "bindings": bindings,
         }
-
-    return {
-        "tls": server("secure-mqtt", "5", "8883", "certificate", "A certificate for each board and operator."),
-        "plain": server("mqtt", "5", "1883", "password", "Within one machine or a closed network."),
-        "mqtt3": server(
-            "mqtt",
-            "3.1.1",
-            "1883",
-            "password",
-            "Without properties: responses go to `response`, `id` tells them apart.",
-        ),
+        for name, (protocol, version, port, security, about) in rows.items()
     }
 
 
-def _parameters() -> Object:
-    names = "1 to 64 of `A-Z a-z 0-9 _ -`."
-    return {"site": {"description": f"Where: {names}"}, "device": {"description": f"Which board: {names}"}}
-
-
-def _models(row: Topic) -> tuple[type[Message] | None, ...]:
-    return row.models or (None,)
-
-
-def _key(row: Topic, model: type[Message] | None) -> str:
-    """The name of the message and, with its action in front, of the operation."""
-    return model.__name__ if model is not None else row.name.capitalize()
-
-
-def _channel_id(row: Topic, model: type[Message] | None) -> str:
-    return _address(row, model).replace("/", "-")
-
-
-def _address(row: Topic, model: type[Message] | None) -> str:
-    return f"command/{model.name}" if model is not None and issubclass(model, Command) else row.name
-
-
-def _about(row: Topic, model: type[Message] | None) -> str:
-    return model.help() if model is not None and issubclass(model, Command) else row.about
-
-
 def _channels() -> Object:
-    channels: Object = {}
-    for row in TOPICS:
-        for model in _models(row):
-            key = _key(row, model)
-            channels[_channel_id(row, model)] = {
-                "address": f"{PROTOCOL}/{{site}}/{{device}}/{_address(row, model)}",
-                "description": _about(row, model),
-                "messages": {key: {"$ref": MESSAGES + key}},
-                "parameters": {name: {"$ref": f"#/components/parameters/{name}"} for name in ("site", "device")},
-            }
+    channels: Object = {
+        entry.channel: {
+            "address": f"{PROTOCOL}/{{site}}/{{device}}/{entry.address}",
+            "description": entry.about,
+            "messages": {entry.name: {"$ref": MESSAGES + entry.name}},
+            "parameters": {name: {"$ref": f"#/components/parameters/{name}"} for name in ("site", "device")},
+        }
+        for entry in ENTRIES
+    }
     channels["reply"] = {
         "address": None,
         "description": f"The response topic a command names, below `{PROTOCOL}/{{site}}/`; else `response` serves.",
@@ -134,16 +135,16 @@ def _channels() -> Object:
     return channels
 
 
-def _operation(row: Topic, model: type[Message] | None) -> tuple[str, Object]:
-    key, channel = _key(row, model), f"#/channels/{_channel_id(row, model)}"
+def _operation(entry: _Entry) -> tuple[str, Object]:
+    row, channel = entry.row, f"#/channels/{entry.channel}"
     binding: Object = {"qos": row.qos, "retain": row.retain}
     if row.expiry_s is not None:
         binding["messageExpiryInterval"] = row.expiry_s
     operation: Object = {
         "action": "send" if row.direction == "up" else "receive",
         "channel": {"$ref": channel},
-        "summary": _about(row, model),
-        "messages": [{"$ref": f"{channel}/messages/{key}"}],
+        "summary": entry.about,
+        "messages": [{"$ref": f"{channel}/messages/{entry.name}"}],
         "bindings": {"mqtt": {**binding, "bindingVersion": BINDING}},
     }
     if row is COMMAND:
@@ -152,22 +153,15 @@ def _operation(row: Topic, model: type[Message] | None) -> tuple[str, Object]:
             "channel": {"$ref": "#/channels/reply"},
             "messages": [{"$ref": "#/channels/reply/messages/Response"}],
         }
-    return f"{operation['action']}{key}", operation
+    return f"{operation['action']}{entry.name}", operation
 
 
-def _messages() -> Object:
-    messages: Object = {}
-    for row in TOPICS:
-        for model in _models(row):
-            key = _key(row, model)
-            message: Object = {"name": key, "title": _about(row, model), "contentType": row.content_type}
-            if row is COMMAND:
-                message |= {"headers": {"$ref": f"{SCHEMAS}CommandProperties"}, "correlationId": CORRELATION}
-            if model is Response:
-                message |= {"headers": {"$ref": f"{SCHEMAS}ResponseProperties"}, "correlationId": CORRELATION}
-            message["payload"] = {"$ref": SCHEMAS + key}
-            messages[key] = message
-    return messages
+def _message(entry: _Entry) -> Object:
+    message: Object = {"name": entry.name, "title": entry.about, "contentType": entry.row.content_type}
+    if entry.row in (COMMAND, RESPONSE):
+        kind = "Command" if entry.row is COMMAND else "Response"
+        message |= {"headers": {"$ref": f"{SCHEMAS}{kind}Properties"}, "correlationId": CORRELATION}
+    return message | {"payload": {"$ref": SCHEMAS + entry.name}}
 
 
 def _schemas() -> Object:

@@ -89,7 +89,8 @@ class Database:
         path = path.absolute()
         with ExitStack() as undo, _typed(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            database = cls(path, _take_lock(path.with_name(path.name + ".lock")))
+            busy = OutboxBusy(f"{path} is in use: one process at a time may open it; stop the other one first")
+            database = cls(path, take_lock(path.with_name(path.name + ".lock"), busy))
             undo.callback(database.close)
             _probe(path, version)
             aside = None
@@ -268,13 +269,6 @@ def _refuse_foreign(db: sqlite3.Connection, path: Path, version: int) -> None:
         raise NewerOutbox(f"{path}: format {found}, this version reads up to {version}; update the software")
     if tables and not found:
         raise NewerOutbox(f"{path}: a database of another program; choose another path")
-
-
-def _take_lock(path: Path) -> int:
-    descriptor = take_lock(path)
-    if descriptor is None:
-        raise OutboxBusy(f"{path} is in use: only one process at a time may open it; stop the other one first")
-    return descriptor
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 `Delivery` outlives connections. A driver (`device.mqtt.link`) tells it what happens (`accepted`, `puback`, `received`,
 `disconnected`, ...) and does what `next` returns, one action at a time, until that is None. It has no thread and no
 clock: each `now` is in seconds of a clock that never goes back. Only `wake`, `acknowledge`, `publish_now`,
-`request_redelivery` and `stop` may be called from other threads: each appends to a queue or sets one attribute.
+`request_redelivery` and `stop` may be called from other threads: each appends to a queue or sets one attribute, and
+then wakes the driver.
 
 Rules of this file:
 
@@ -153,13 +154,20 @@ class LinkCounters:
 
 class Delivery:
     """See the module's rules. `status(state)` gives the payload of the birth ("online") and of the farewell
-    ("offline"), published to `status_topic`. `rate`: items per second taken from the outbox, 0 for no limit."""
+    ("offline"), published to `status_topic`. `rate`: items per second taken from the outbox, 0 for no limit.
+    `wake_driver` is called by the methods that other threads may call."""
 
     def __init__(
-        self, inflight: int, rate: float, hold_s: float, status_topic: str, status: Callable[[State], bytes]
+        self,
+        inflight: int,
+        rate: float,
+        hold_s: float,
+        status_topic: str,
+        status: Callable[[State], bytes],
+        wake_driver: Callable[[], None] = lambda: None,
     ) -> None:
         self._inflight, self._rate_limit, self._hold_s = inflight, rate, hold_s
-        self._status_topic, self._status = status_topic, status
+        self._status_topic, self._status, self._wake_driver = status_topic, status, wake_driver
         self._counters = LinkCounters()
         self._acks: deque[Token] = deque()
         self._unsent: deque[Publish] = deque()
@@ -196,26 +204,33 @@ class Delivery:
     def wake(self) -> None:
         """Something was put into the outbox."""
         self._fresh = True
+        self._wake_driver()
 
-    def acknowledge(self, token: Token) -> None:
-        """A command is dealt with. Does nothing if an older connection brought it, or if repeated."""
-        self._acks.append(token)
+    def acknowledge(self, token: Token | None) -> None:
+        """A command is dealt with: the broker may forget it. Does nothing if an older connection brought it, whose
+        commands the broker sends again, if repeated, or for None."""
+        if token is not None:
+            self._acks.append(token)
+            self._wake_driver()
 
-    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None) -> bool:
-        """Send once with QoS 0, past the outbox. False where the network does not keep up; the message is lost."""
+    def publish_now(self, topic: str, payload: bytes, correlation: bytes | None = None) -> bool:
+        """Send once with QoS 0, past the outbox. False, and lost, if not connected or the network does not keep up."""
         if not self.connected or len(self._unsent) >= MAX_UNSENT:
             return False
         row = topics.PREDICTION
         self._unsent.append(Publish(topic, payload, 0, False, row.content_type, row.expiry_s, correlation))
+        self._wake_driver()
         return True
 
     def request_redelivery(self) -> None:
         """End the connection: after the next connect the broker sends again what was not acknowledged."""
         self._redeliver = True
+        self._wake_driver()
 
     def stop(self, drain_until: float, leave_until: float) -> None:
         """Send what the outbox holds until `drain_until`, then the farewell; disconnect by `leave_until`."""
         self._stop = drain_until, leave_until
+        self._wake_driver()
 
     # What happens
 

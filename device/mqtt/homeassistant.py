@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from device.mqtt.measures import Row, Sensor
 from device.mqtt.messages import MEASURES, Quantiles, Telemetry
 from device.mqtt.topics import COMMAND, STATUS, TELEMETRY, prefix, topic_of
 
@@ -38,13 +37,20 @@ def discovery(site: str, device: str, version: str, encoder: str, telemetry_peri
     """The discovery payload. A sensor becomes unknown after three telemetry windows without a message."""
     identity = f"edgeear/{site}/{device}"
     available = {"topic": topic_of(site, device, STATUS), "value_template": "{{ value_json.state }}"}
-    components = {
-        **_sensors(topic_of(site, device, TELEMETRY), int(3 * telemetry_period_s) + 1),
-        **_controls(site, device),
-    }
+    telemetry = topic_of(site, device, TELEMETRY)
+    components = _sensors(telemetry, int(3 * telemetry_period_s) + 1) | _controls(site, device)
     for component in components.values():
         component["availability"] = [available]
-    components["connectivity"] = _connectivity(available)
+    components["connectivity"] = {
+        "platform": "binary_sensor",
+        "name": "Connection",
+        "device_class": "connectivity",
+        "entity_category": "diagnostic",
+        "state_topic": available["topic"],
+        "value_template": available["value_template"],
+        "payload_on": "online",
+        "payload_off": "offline",
+    }
     return {
         "device": {
             "identifiers": [identity],
@@ -66,38 +72,27 @@ def discovery_payload(site: str, device: str, version: str, encoder: str, teleme
 
 
 def _sensors(topic: str, expire_after_s: int) -> dict[str, Component]:
-    return {
-        sensor.key: {
+    components = {}
+    for row in MEASURES:
+        if (sensor := row.measure.sensor) is None:
+            continue
+        shown = ".".join(("value_json", *row.path))
+        if Telemetry.model_fields[row.path[0]].annotation == Quantiles | None:
+            shown = f"{shown}.p90 | round({sensor.digits}) if {shown} else None"
+        options = {
             "platform": "sensor",
             "name": sensor.name,
             "state_topic": topic,
-            "value_template": f"{{{{ {_shown(row)} }}}}",
+            "value_template": f"{{{{ {shown} }}}}",
             "expire_after": expire_after_s,
-            **_options(sensor),
+            "state_class": "measurement" if sensor.measured else None,
+            "unit_of_measurement": sensor.unit,
+            "device_class": sensor.device_class,
+            "icon": sensor.icon,
+            "entity_category": "diagnostic" if sensor.diagnostic else None,
         }
-        for row in MEASURES
-        if (sensor := row.measure.sensor) is not None
-    }
-
-
-def _shown(row: Row) -> str:
-    """The expression of a template: the figure, or the 90 % quantile where there are several."""
-    value = ".".join(("value_json", *row.path))
-    if Telemetry.model_fields[row.path[0]].annotation != Quantiles | None:
-        return value
-    assert row.measure.sensor is not None
-    return f"{value}.p90 | round({row.measure.sensor.digits}) if {value} else None"
-
-
-def _options(sensor: Sensor) -> Component:
-    options = {
-        "state_class": "measurement" if sensor.measured else None,
-        "unit_of_measurement": sensor.unit,
-        "device_class": sensor.device_class,
-        "icon": sensor.icon,
-        "entity_category": "diagnostic" if sensor.diagnostic else None,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+        components[sensor.key] = {name: value for name, value in options.items() if value is not None}
+    return components
 
 
 def _controls(site: str, device: str) -> dict[str, Component]:
@@ -125,16 +120,3 @@ def _controls(site: str, device: str) -> dict[str, Component]:
         "command_template": f'{{{PRESSED}, "paused": {{{{ value }}}}}}',
     }
     return controls
-
-
-def _connectivity(status: dict[str, str]) -> Component:
-    return {
-        "platform": "binary_sensor",
-        "name": "Connection",
-        "device_class": "connectivity",
-        "entity_category": "diagnostic",
-        "state_topic": status["topic"],
-        "value_template": status["value_template"],
-        "payload_on": "online",
-        "payload_off": "offline",
-    }

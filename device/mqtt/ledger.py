@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,16 +86,11 @@ class Recorded:
         return self.payload is not None
 
 
-def overdue(created: float, now: float, max_age_s: float) -> bool:
-    """Whether something made at `created` is too old at `now`; False if the clock was not set then."""
-    return CLOCK_SET <= created < now - max_age_s
-
-
 def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> Recorded | None:
     """The entry of a command; None if it has none, or the entry is older than the policy's age."""
     query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
     for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
-        if not overdue(begun, now, policy.max_age_s):
+        if not CLOCK_SET <= begun < now - policy.max_age_s:
             return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
     return None
 
@@ -107,28 +101,21 @@ def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: fl
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: call recall before begin")
     if known is None:
-        _record(db, policy, command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None)
+        _record(db, policy, (command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None))
 
 
 def finish(
-    db: sqlite3.Connection,
-    policy: LedgerPolicy,
-    command_id: str,
-    now: float,
-    topic: str,
-    payload: bytes,
-    properties: Mapping[str, Any],
+    db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float, topic: str, text: str, payload: bytes
 ) -> None:
-    """Records the answer. A command without effect need not have been begun."""
+    """Records the answer; `text` is the JSON of its properties. A command without effect need not have been begun."""
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: a command is answered once")
-    text = json.dumps(properties)
     size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
     if size > policy.max_bytes:
         raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the limit is {policy.max_bytes}; shorten it")
     begun = now if known is None else known.begun
-    _record(db, policy, command_id, begun, size, topic, text, payload)
+    _record(db, policy, (command_id, begun, size, topic, text, payload))
 
 
 def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
@@ -136,27 +123,19 @@ def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
     db.execute("DELETE FROM ledger WHERE begun >= ? AND begun < ?", (CLOCK_SET, now - policy.max_age_s))
 
 
-def _record(
-    db: sqlite3.Connection,
-    policy: LedgerPolicy,
-    command_id: str,
-    begun: float,
-    size: int,
-    topic: str | None,
-    properties: str | None,
-    payload: bytes | None,
-) -> None:
+def _record(db: sqlite3.Connection, policy: LedgerPolicy, row: tuple[object, ...]) -> None:
+    """Writes the entry `(command, begun, size, topic, properties, payload)` and keeps within the bounds."""
     db.execute(
         "INSERT INTO ledger (command, begun, size, topic, properties, payload) VALUES (?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (command) DO UPDATE SET begun = excluded.begun, size = excluded.size, topic = excluded.topic, "
         "properties = excluded.properties, payload = excluded.payload",
-        (command_id, begun, size, topic, properties, payload),
+        row,
     )
     oldest = "DELETE FROM ledger WHERE number = (SELECT min(number) FROM ledger WHERE command != ?)"
     removed = 1
     while removed:  # never the new entry
         within = read_tally(db, COUNT) <= policy.max_count and read_tally(db, BYTES) <= policy.max_bytes
-        removed = 0 if within else db.execute(oldest, (command_id,)).rowcount
+        removed = 0 if within else db.execute(oldest, row[:1]).rowcount
 
 
 def read_tally(db: sqlite3.Connection, name: str) -> int:

@@ -20,7 +20,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Final, Literal, NoReturn, Self, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -65,45 +65,22 @@ OutboxClass = Literal["telemetry", "frame", "response", "event"]
 """In the order in which the outbox drops them."""
 Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 EventKind = Literal[
-    "start",
-    "shift",
-    "label-wanted",
-    "recognised",
-    "search",
-    "grown",
-    "confirmed",
-    "rolled-back",
-    "rejected",
-    "refused",
-    "learning-failed",
-    "paused",
-    "resumed",
-    "policy",
-    "forgotten",
-    "source",
-    "dropped",
-    "stopped",
-]
-
-
-class Stamp(TypedDict):
-    """Identifies a message that went through the outbox: `Event(**stamper(seq, now), kind=...)`."""
-
-    session: str
-    boot: int
-    seq: int
-    time: float
+    "start", "shift", "label-wanted", "recognised", "search", "grown", "confirmed", "rolled-back",
+    "store-damaged", "rejected", "refused", "frame-refused", "learning-failed", "paused", "resumed", "policy",
+    "settings-ignored", "forgotten", "source", "dropped", "stopped",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stamper:
-    """Makes the stamps of one process: `session` is random for each process start, `boot` rises with each."""
+    """Makes the stamps of one process, `Event(**stamper(seq, now), kind=...)`: `session` is random for each process
+    start, `boot` rises with each."""
 
     session: str
     boot: int
 
-    def __call__(self, seq: int, time: float) -> Stamp:
-        return Stamp(session=self.session, boot=self.boot, seq=seq, time=time)
+    def __call__(self, seq: int, time: float) -> dict[str, Any]:
+        return {"session": self.session, "boot": self.boot, "seq": seq, "time": time}
 
 
 def new_session() -> str:
@@ -303,12 +280,16 @@ class Response(_Stamped):
 
 class Command(Message):
     """`id` makes a command happen once however often it arrives; after `expires` (unix seconds) it is refused. The
-    docstring of each command is its help text."""
+    docstring of each command is its help text, its class gives the `name`: `SetPolicy` is "set-policy"."""
 
     limit: ClassVar[int] = SMALL
     name: ClassVar[str]
     id: CommandId
     expires: Moment | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
     @classmethod
     def help(cls) -> str:
@@ -326,7 +307,6 @@ class Infer(Command):
     """Predict for one picture, JPEG or PNG; the stream and its detector do not see it."""
 
     limit: ClassVar[int] = 6 << 20
-    name: ClassVar[str] = "infer"
     image: Image
 
     @property
@@ -340,7 +320,6 @@ class Label(Command):
     new."""
 
     limit: ClassVar[int] = MAX_PAYLOAD
-    name: ClassVar[str] = "label"
     session: Session
     labels: Labels
     domain: Name | None = None
@@ -350,33 +329,25 @@ class Adapt(Command):
     """Learn from what is being seen, without waiting for a shift. While labels are awaited: from those that came. The
     name of a known domain learns that one anew."""
 
-    name: ClassVar[str] = "adapt"
     domain: Name | None = None
 
 
 class Rollback(Command):
     """Undo the generation on probation: the one before it serves again."""
 
-    name: ClassVar[str] = "rollback"
-
 
 class Confirm(Command):
     """Make the generation on probation permanent."""
-
-    name: ClassVar[str] = "confirm"
 
 
 class Pause(Command):
     """Stop learning, or go on; predictions never stop. It survives restarts."""
 
-    name: ClassVar[str] = "pause"
     paused: bool
 
 
 class SetPolicy(Changes, Command):  # type: ignore[misc]
     """Change at least one setting; it survives restarts."""
-
-    name: ClassVar[str] = "set-policy"
 
     @property
     def settings(self) -> dict[str, int | float | bool]:
@@ -394,13 +365,10 @@ class SetPolicy(Changes, Command):  # type: ignore[misc]
 class Report(Command):
     """Describe the board: domains, phase, session, settings, outbox, source."""
 
-    name: ClassVar[str] = "report"
-
 
 class Forget(Command):
     """Forget a domain, or one class of it, in every stored generation. There is no way back."""
 
-    name: ClassVar[str] = "forget"
     domain: Name
     label: Name | None = None
 
@@ -418,7 +386,7 @@ class Refusal:
     id: str | None
     reason: str
 
-    def response(self, stamp: Stamp, command: str) -> Response:
+    def response(self, stamp: dict[str, Any], command: str) -> Response:
         """The response to the sender of `command`."""
         return Response(**stamp, id=self.id, command=_bare(command), outcome="refused", reason=self.reason)
 

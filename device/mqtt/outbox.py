@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from device.mqtt import items, ledger
@@ -103,14 +102,37 @@ class Outbox:
         return outbox
 
     def put(
-        self, cls: OutboxClass, topic: str, make: Make, now: float, *, properties: Mapping[str, Any] | None = None
+        self,
+        cls: OutboxClass,
+        topic: str,
+        make: Make,
+        now: float,
+        *,
+        properties: Mapping[str, Any] | None = None,
+        answers: str | None = None,
     ) -> int | None:
         """Stores a message durably and returns its id; None if the bounds dropped it at once.
 
-        `properties` are JSON values. Raises `ItemTooLarge` if it can never fit, `OutboxFull` if the disk has no room;
-        either way nothing has changed.
+        `properties` are JSON values. If the message `answers` a command, the ledger records that, too. Raises
+        `ItemTooLarge` if it can never fit, `OutboxFull` if the disk has no room, `UsageError` for a command that was
+        answered before; then nothing has changed.
         """
-        return self._put(cls, topic, make, now, properties or {}, None)
+        if cls not in CLASSES or not math.isfinite(now):
+            raise UsageError(f"class {cls!r}, now={now}: use one of {CLASSES} and finite seconds")
+        with self._lock:
+            seq, text = self._seq + 1, json.dumps(properties or {})
+            number = items.item_id(self.boot, seq)
+            draft = Draft(number, CLASSES.index(cls), topic, text, make(seq), now)
+            draft.check(self._policy)
+
+            def work(db: sqlite3.Connection, tally: Tally) -> bool:
+                if answers is not None:
+                    ledger.finish(db, self._policy.ledger, answers, now, topic, text, draft.payload)
+                return items.insert(db, tally, self._policy, draft)
+
+            kept = self._with_room(draft.rank, draft.size, work)
+            self._seq = seq
+        return number if kept else None
 
     def pending(self, after: int, limit: int, *, max_bytes: int = BATCH_BYTES) -> list[Item]:
         """Up to `limit` items with ids above `after`, in order: at most `max_bytes` together, but at least one."""
@@ -162,18 +184,6 @@ class Outbox:
         with self._lock:
             self._with_room(_ANSWER, 0, lambda db, _: ledger.begin(db, self._policy.ledger, command_id, now))
 
-    def finish(
-        self,
-        command_id: str,
-        cls: OutboxClass,
-        topic: str,
-        make: Make,
-        now: float,
-        properties: Mapping[str, Any] | None = None,
-    ) -> int | None:
-        """Puts the answer of a command as `put` does, and records it. Raises `UsageError` if it has finished."""
-        return self._put(cls, topic, make, now, properties or {}, command_id)
-
     def get(self, key: str) -> str | None:
         """A setting, None if it was never set."""
         query = "SELECT value FROM setting WHERE key = ?"
@@ -195,9 +205,7 @@ class Outbox:
     def __enter__(self) -> Outbox:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # The caller holds the lock
@@ -218,26 +226,6 @@ class Outbox:
         """Only when empty: then nothing has to be moved, which saves writes to flash."""
         if not any(self._tally.depth):
             self._database.shrink()
-
-    def _put(
-        self, cls: OutboxClass, topic: str, make: Make, now: float, properties: Mapping[str, Any], command: str | None
-    ) -> int | None:
-        if cls not in CLASSES or not math.isfinite(now):
-            raise UsageError(f"class {cls!r}, now={now}: use one of {CLASSES} and finite seconds")
-        with self._lock:
-            seq = self._seq + 1
-            number = items.item_id(self.boot, seq)
-            draft = Draft(number, CLASSES.index(cls), topic, json.dumps(properties), make(seq), now)
-            draft.check(self._policy)
-
-            def work(db: sqlite3.Connection, tally: Tally) -> bool:
-                if command is not None:
-                    ledger.finish(db, self._policy.ledger, command, now, topic, draft.payload, properties)
-                return items.insert(db, tally, self._policy, draft)
-
-            kept = self._with_room(draft.rank, draft.size, work)
-            self._seq = seq
-        return number if kept else None
 
     def _with_room(self, rank: int, size: int, work: Callable[[sqlite3.Connection, Tally], T]) -> T:
         """Runs `work`; on a full disk again, each time with more items dropped first, up to the class of `rank`."""

@@ -1,8 +1,4 @@
-"""What the link asks of paho-mqtt 2: a client for one connection, its properties, and texts for what goes wrong.
-
-The client keeps no window, does not reconnect and acknowledges nothing by itself: `device.mqtt.delivery` and
-`device.mqtt.link` do that.
-"""
+"""What the link and an operator's client ask of paho-mqtt 2: TLS, properties, and texts for what goes wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -55,24 +50,6 @@ class TlsFiles:
         return context
 
 
-def make_client(client_id: str, five: bool, username: str | None, password: str | None, errors: LastError) -> Client:
-    """For one connection, with MQTT 5 or 3.1.1, to be driven by `loop_read`, `loop_write` and `loop_misc`."""
-    client = Client(
-        CallbackAPIVersion.VERSION2,
-        client_id,
-        clean_session=None if five else False,
-        protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
-        reconnect_on_failure=False,
-        manual_ack=True,
-    )
-    client.max_inflight_messages_set(0)  # no limit: `Delivery` keeps the window
-    client.connect_timeout = CONNECT_S
-    client.enable_logger(errors.logger)
-    client.username_pw_set(username, password)
-    client.on_socket_open = _send_at_once
-    return client
-
-
 def properties_of(packet: int, **values: Any) -> Properties:
     """Properties of a packet of type `packet` (`PacketTypes`), named as in paho."""
     new: Any = Properties  # untyped in paho
@@ -82,39 +59,17 @@ def properties_of(packet: int, **values: Any) -> Properties:
     return made
 
 
-def connect_properties(session_expiry_s: int, receive_maximum: int, maximum_packet: int) -> Properties:
-    return properties_of(
-        PacketTypes.CONNECT,
-        SessionExpiryInterval=session_expiry_s,
-        ReceiveMaximum=receive_maximum,
-        MaximumPacketSize=maximum_packet,
-    )
-
-
-def will_properties(content_type: str) -> Properties:
-    """The broker publishes the will without delay."""
-    return properties_of(PacketTypes.WILLMESSAGE, ContentType=content_type, WillDelayInterval=0)
-
-
 def publish_properties(content_type: str, expiry_s: int | None, correlation: bytes | None) -> Properties:
-    if correlation is None:
-        return _usual_properties(content_type, expiry_s)
-    properties = _new_properties(content_type, expiry_s)
-    properties.CorrelationData = correlation
-    return properties
+    """Cached, except with correlation data, because each of these differs and may have 64 KiB."""
+    values = {"ContentType": content_type, "MessageExpiryInterval": expiry_s, "CorrelationData": correlation}
+    return (_usual if correlation is None else _made)(*((k, v) for k, v in values.items() if v is not None))
 
 
-@functools.lru_cache(maxsize=64)
-def _usual_properties(content_type: str, expiry_s: int | None) -> Properties:
-    """Cached. Properties with correlation data are not, because each differs and may have 64 KiB."""
-    return _new_properties(content_type, expiry_s)
+def _made(*values: tuple[str, Any]) -> Properties:
+    return properties_of(PacketTypes.PUBLISH, **dict(values))
 
 
-def _new_properties(content_type: str, expiry_s: int | None) -> Properties:
-    properties = properties_of(PacketTypes.PUBLISH, ContentType=content_type)
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return properties
+_usual = functools.lru_cache(maxsize=64)(_made)
 
 
 def explain(error: Exception, host: str, port: int) -> str:
@@ -154,7 +109,7 @@ class LastError(logging.Handler):
         return f": {self.text}" if self.text else ""
 
 
-def _send_at_once(client: Client, userdata: Any, sock: Any) -> None:
+def send_at_once(client: Client, userdata: Any, sock: Any) -> None:
     """Switch off Nagle's algorithm, which delays a small packet until the previous one is acknowledged."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from device.mqtt.fields import MAX_LABELS, shown
+from device.mqtt.fields import shown
 
 MIN_LABELS: Final = 5
 """What a calibration needs (edgeear/novelty.py)."""
@@ -29,7 +29,7 @@ UNREADABLE: Final = "unreadable"
 class LiveLearning(BaseModel):
     """Those of the file's section [learning]."""
 
-    labels: int = Field(140, ge=MIN_LABELS, le=MAX_LABELS, description="Labels asked for after one shift.")
+    labels: int = Field(140, ge=MIN_LABELS, le=100_000, description="Labels asked for after one shift.")
     probation: int = Field(40, ge=1, le=1_000_000, description="Frames before a new generation is confirmed.")
     foreign: float = Field(
         0.5, gt=0, le=1, description="Share of foreign frames on probation that rolls the generation back."

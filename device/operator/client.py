@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +43,14 @@ class BrokerAddress:
 
 
 class Operator:
-    """A connected client. `on_message(topic, payload)` is called in the network's thread."""
+    """A client that is connected within its context and receives what matches `filters`. `on_message(topic, payload)`
+    is called in the network's thread."""
 
     def __init__(
         self,
         address: BrokerAddress,
         filters: tuple[str, ...],
-        on_message: Callable[[str, bytes], None],
+        on_message: Callable[[str, bytes], None] = lambda *_: None,
         session: str | None = None,
     ) -> None:
         self._address, self._filters, self._on_message, self._session = address, filters, on_message, session
@@ -117,6 +117,13 @@ class Operator:
         self._client.disconnect()
         self._client.loop_stop()
 
+    def __enter__(self) -> Operator:
+        self.open(WAIT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # Called in the network's thread
 
     def _on_connect(self, client: Client, data: Any, flags: ConnectFlags, reason: ReasonCode, extra: Any) -> None:
@@ -165,19 +172,3 @@ def _context(files: TlsFiles) -> Any:
     except OSError as error:
         named = ", ".join(str(file) for file in (files.ca, files.cert, files.key) if file is not None)
         raise UsageError(f"{named}: {error.strerror or error}; name PEM files that you may read") from error
-
-
-@contextmanager
-def operator(
-    address: BrokerAddress,
-    filters: tuple[str, ...],
-    on_message: Callable[[str, bytes], None] = lambda *_: None,
-    session: str | None = None,
-) -> Iterator[Operator]:
-    """A connected client that receives what matches `filters`."""
-    made = Operator(address, filters, on_message, session)
-    made.open(WAIT_S)
-    try:
-        yield made
-    finally:
-        made.close()

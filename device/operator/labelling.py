@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.mqtt import messages, topics
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from edgeear.errors import DeviceError, UsageError
 
 _NAME = re.compile(r"([0-9a-f]{8,64})-([0-9]{6,16})\.(jpg|png)")
@@ -53,26 +54,26 @@ def collect(
     """Save the frames that `board` (SITE/DEVICE) wants labelled below `folder`: until interrupted, for `seconds`, or
     until `count` are saved. Returns how many. Raises `DeviceError`."""
     topic = topics.topic_of(*named(board), topics.LABEL_REQUEST)
+    session = hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    until = None if seconds is None else time.monotonic() + seconds
-    total = 0
-
-    def take(payload: bytes) -> None:
-        nonlocal total
-        if (path := save(folder, payload)) is not None:
-            total += 1
-            saved(path)
-
+    until, total = math.inf if seconds is None else time.monotonic() + seconds, 0
     with (
         suppress(KeyboardInterrupt),
-        operator(address, (topic,), lambda _, payload: inbox.put(payload), _own(folder)),
+        Operator(address, (topic,), lambda _, payload: inbox.put(payload), session),
     ):
-        while (count is None or total < count) and (until is None or time.monotonic() < until):
+        while (count is None or total < count) and time.monotonic() < until:
             with suppress(queue.Empty):
-                take(inbox.get(timeout=LOOK_S))
+                total += _saved(folder, inbox.get(timeout=LOOK_S), saved)
     while not inbox.empty():  # the broker no longer has these
-        take(inbox.get())
+        total += _saved(folder, inbox.get(), saved)
     return total
+
+
+def _saved(folder: Path, payload: bytes, tell: Callable[[Path], object]) -> bool:
+    path = save(folder, payload)
+    if path is not None:
+        tell(path)
+    return path is not None
 
 
 def save(folder: Path, payload: bytes) -> Path | None:
@@ -144,11 +145,6 @@ def _frames(folder: Path) -> Iterator[tuple[Path, str, int]]:
     for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
         if match := _NAME.fullmatch(path.name):
             yield path, match[1], int(match[2])
-
-
-def _own(folder: Path) -> str:
-    """The name of the broker's session for this folder on this machine."""
-    return hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
 
 
 def _identity() -> str:

@@ -119,10 +119,6 @@ def _generation(row: Row, now: float) -> Text:
     return Text("-" if newest is None else str(newest.generation))
 
 
-def _fps(seen: messages.Telemetry) -> Text:
-    return Text(f"{seen.frames / max(seen.to_time - seen.from_time, 1e-9):.1f}")
-
-
 def _lost(seen: messages.Telemetry) -> Text:
     lost = seen.dropped + seen.stale + seen.undecodable
     return Text(str(lost), "yellow" if lost > seen.frames else "")
@@ -157,20 +153,16 @@ def _foreign(row: Row, now: float) -> Text:
     return Text("-" if row.telemetry is None else f"{row.foreign:.0%}", "bold red" if row.foreign > 0.5 else "")
 
 
-def _waits(seen: messages.Telemetry) -> Text:
-    return Text(str(seen.outbox.depth), "yellow" if seen.outbox.depth > 100 else "")
-
-
 COLUMNS = (
     Column("state", 7, 9, _state, right=False),
     Column("phase", 10, 8, _phase, right=False),
     Column("gen", 4, 4, _generation),
-    Column("fps", 5, 5, _of(_fps)),
+    Column("fps", 5, 5, _of(lambda seen: Text(f"{seen.frames / max(seen.to_time - seen.from_time, 1e-9):.1f}"))),
     Column("OOD", 4, 6, _foreign),
     *(column for cell, column in MEASURED if cell.quantile),
     Column("lost", 5, 3, _of(_lost)),
     *(column for cell, column in MEASURED if not cell.quantile),
-    Column("outbox", 6, 2, _of(_waits)),
+    Column("outbox", 6, 2, _of(lambda seen: Text(str(seen.outbox.depth), "yellow" if seen.outbox.depth > 100 else ""))),
     Column("heard", 6, 7, lambda row, now: Text(ago(now - row.seen)), right=True),
     Column("last event", 20, 7, _event, right=False),
 )

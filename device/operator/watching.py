@@ -19,7 +19,7 @@ from rich.text import Text
 
 from device.mqtt import messages
 from device.mqtt.topics import EVENT, STATUS, TELEMETRY, prefix
-from device.operator.client import BrokerAddress, operator
+from device.operator.client import BrokerAddress, Operator
 from device.operator.screen import dumped, picture, printable
 from device.operator.watch import LATEST, Fleet, Heard
 from edgeear.errors import UsageError
@@ -35,7 +35,7 @@ def follow(address: BrokerAddress, site: str, seconds: float | None, as_json: bo
     inbox: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
     until = None if seconds is None else time.monotonic() + seconds
     with ExitStack() as stack, suppress(KeyboardInterrupt):
-        us = stack.enter_context(operator(address, _filters(site), lambda topic, payload: inbox.put((topic, payload))))
+        us = stack.enter_context(Operator(address, _filters(site), lambda topic, payload: inbox.put((topic, payload))))
         fancy = console.is_terminal and not as_json
         live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True)) if fancy else None
         while until is None or time.monotonic() < until:

@@ -4,7 +4,8 @@ Rules of this file:
 
 1. An answer is what a board would give, by the head that the router picks. Only `oracle` takes the head of the true
    domain.
-2. What was not measured is None: a domain without test images, an oracle for a domain that was not learned.
+2. What was not measured is None: a domain without test images, an oracle for a domain that was not learned, and all
+   while no domain is learned.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class Exam:
 
     def accuracies(self, system: System, engine: Engine) -> tuple[float | None, ...]:
         """Accuracy on every domain, routed: one row of the accuracy matrix."""
+        if not system.domains:
+            return (None,) * len(self.domains)
         return tuple(_share(self.answers(system, engine, name).correct) for name in self.domains)
 
     def oracle(self, system: System, engine: Engine) -> float | None:
@@ -108,7 +111,7 @@ class Exam:
         matrix: list[list[float | None]] = []
         for name in self.domains:
             route = self.answers(system, engine, name).route
-            if len(route) == 0:
+            if len(route) == 0 or not system.domains:
                 matrix.append([None] * (len(self.domains) + 1))
                 continue
             placed = np.array([*columns, len(self.domains)])[route]

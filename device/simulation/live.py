@@ -112,7 +112,8 @@ class LiveView:
         self._phase = _Phase(name, done, total, started)
         if self._mode == "plain":  # a new phase restarts the period, and only a phase with a line gets one for its end
             self._shown = started if fresh else self._shown
-            self._refresh(last=done >= total and self._shown > started)
+            if done < total or self._shown > started:
+                self._refresh(last=done >= total)
         else:
             self._refresh(last=fresh or done >= total)
         if done >= total:
@@ -224,10 +225,10 @@ def _worth_table(record: RunRecord) -> Table:
         table.add_row(Text(_clean(row.domain)), *figures)
     table.add_section()
     before, after = record.mean_worth()
-    labels = f"{sum(row.labels or 0 for row in worth):,}" if record.facts else "-"
+    spent, seconds = record.spent()
     gain = "-" if before is None or after is None else f"{100 * (after - before):+.1f}"
-    seconds = _spent(sum(row.seconds or 0.0 for row in worth)) if record.facts else "-"
-    table.add_row("all, mean or sum", _percent(before), _percent(after), gain, labels, seconds)
+    labels = "-" if spent is None else f"{spent:,}"
+    table.add_row("all, mean or sum", _percent(before), _percent(after), gain, labels, _spent(seconds))
     return table
 
 

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Annotated, Final, Literal, Self, SupportsFloat
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -25,6 +26,8 @@ from edgeear.errors import FormatError, UsageError
 RECORD_VERSION: Final = 1
 ABSTAIN = "abstain"
 """The route of an input that no head serves; no domain may have this name."""
+ALPHA = 0.05
+"""A frame with a p-value up to this one is called out of distribution (`SystemPolicy.alpha`)."""
 FEW_TESTS = 30
 """Test sets of fewer images are named as such: one image more or less moves the accuracy by over 3 points."""
 MAX_DOMAINS = 256
@@ -274,7 +277,8 @@ class RunRecord(_Part):
         nothing = (None,) * len(self.domains)
         measured = [row for row in self.accuracy_matrix if any(value is not None for value in row)] or [nothing]
         seconds = {growth.domain: growth.total_s for growth in self.growth}
-        labels = {fact.domain: fact.labels for fact in self.facts}
+        used = [fact for fact in self.facts if self.stopped_at is None or fact.domain in seconds]
+        labels = {fact.domain: fact.labels for fact in used}  # those of a search that you stopped taught nothing
         tests = {fact.domain: fact.tests for fact in self.facts}
         return tuple(
             Worth(name, before, after, labels.get(name), seconds.get(name), tests.get(name))
@@ -286,8 +290,24 @@ class RunRecord(_Part):
         rows = [row for row in self.worth() if row.gain is not None]
         return mean(row.without for row in rows), mean(row.after for row in rows)
 
+    def spent(self) -> tuple[int | None, float | None]:
+        """Labels and seconds of learning of all domains together; None where none is known."""
+        worth = self.worth()
+        labels = [row.labels for row in worth if row.labels is not None]
+        seconds = [row.seconds for row in worth if row.seconds is not None]
+        return sum(labels) if labels else None, sum(seconds) if seconds else None
+
+    def own_p(self, domain: str) -> list[float]:
+        """p-values of the domain's own frames, from the first one that its head answered."""
+        stream = self.stream
+        own = [
+            (p, route) for p, route, true in zip(stream.p, stream.route, stream.domain, strict=True) if true == domain
+        ]
+        return [p for p, _ in dropwhile(lambda frame: frame[1] != domain, own) if p is not None]
+
     def remarks(self) -> tuple[str, ...]:
-        """Sentences on what limits the figures: small test sets, repeated frames, classes that got no label."""
+        """Sentences on what limits the figures: small test sets, repeated frames, classes that got no label, more OOD
+        verdicts on known frames than the average that is promised."""
         told = []
         for fact in self.facts:
             if fact.tests < FEW_TESTS:
@@ -298,6 +318,14 @@ class RunRecord(_Part):
                 told.append(f"{again}: they were shown repeatedly; a repeated image counts as one label.")
             if fact.labels and fact.unlabelled:
                 told.append(f"{fact.domain}: no image of these classes got a label: {', '.join(fact.unlabelled)}.")
+            own = self.own_p(fact.domain)
+            foreign = sum(p <= ALPHA for p in own)
+            if foreign > ALPHA * len(own):
+                share = f"{fact.domain}: once it was learned, {100 * foreign / len(own):.1f} % of {len(own)} of its own"
+                bound = f"At most {100 * ALPHA:.0f} % is an average over many calibration sets; this one comes from"
+                source = f"{fact.labels} labelled images" if fact.labels else "labels that the board gave itself"
+                again = "; a surprising image counts each time it is shown" if fact.frames > fact.images else ""
+                told.append(f"{share} frames were called out of distribution. {bound} {source}{again}.")
         return tuple(told)
 
     def to_json(self) -> str:

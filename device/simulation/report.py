@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from device.files import write_whole
 from device.provenance import installation
-from device.simulation.record import ABSTAIN, Matrix, RunRecord, mean
+from device.simulation.record import ABSTAIN, FEW_TESTS, Matrix, RunRecord, mean
 from device.simulation.report_pictures import HUES, draw_search, draw_stream, picture, printable
 from edgeear.errors import DeviceError, UsageError
 
@@ -50,7 +50,7 @@ def _view(record: RunRecord) -> dict[str, object]:
     """What the template shows beside the record itself."""
     steps = [shift for shift in record.shift if not shift.false_alarm]
     detected = [shift for shift in steps if shift.detected]
-    worth, (without, after) = record.worth(), record.mean_worth()
+    worth, (without, after), (labels, seconds) = record.worth(), record.mean_worth(), record.spent()
     auroc = {(pair.known, pair.unknown): pair.auroc for pair in record.ood}
     detection = [[auroc.get((known, unknown)) for unknown in record.domains] for known in record.domains]
     stream = record.stream
@@ -59,8 +59,8 @@ def _view(record: RunRecord) -> dict[str, object]:
         "worth": worth,
         "without": without,
         "after": after,
-        "labels": sum(row.labels or 0 for row in worth) if record.facts else None,
-        "seconds": sum(row.seconds or 0.0 for row in worth),
+        "labels": labels,
+        "seconds": seconds,
         "facts": {fact.domain: fact for fact in record.facts},
         "remarks": record.remarks(),
         "routed": mean(row[index] for index, row in enumerate(record.routing_accuracy)),
@@ -75,6 +75,9 @@ def _view(record: RunRecord) -> dict[str, object]:
         "detection": _rows(record, detection),
         "routes": routes,
         "forgotten": _rows(record, record.forgetting),
+        "declared": [shift for shift in record.shift if shift.at is not None],
+        "few": FEW_TESTS,
+        "few_tests": any(fact.tests < FEW_TESTS for fact in record.facts),
         "largest": max([0.01, *(abs(value) for value in record.forgetting if value is not None)]),
     }
 

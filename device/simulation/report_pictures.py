@@ -97,7 +97,8 @@ def draw_stream(figure: Figure, record: RunRecord) -> list[str]:
     names = _draw_bands(top, record)
     top.plot(stream.at, _floats(stream.novelty), color=_INK, linewidth=0.8)
     top.set_ylabel("novelty")
-    middle.plot(stream.at, _floats(stream.p, floor=1e-6), color=_INK, linewidth=0.7)
+    p = [None if novelty is None else p for novelty, p in zip(stream.novelty, stream.p, strict=True)]
+    middle.plot(stream.at, _floats(p, floor=1e-6), color=_INK, linewidth=0.7)
     middle.set_yscale("log")
     _label_log(middle.yaxis)
     middle.set_ylabel("p-value")

@@ -366,7 +366,7 @@ class _Run:
             "accuracy_matrix": [*self.rows, *[(None,) * count] * rest],
             "routing_accuracy": self.exam.routing(system, engine),
             "final_accuracy": mean(self.rows[-1]),
-            "bwt": metrics.bwt(learned),
+            "bwt": metrics.bwt(learned) if system.domains else None,
             "forgetting": [*metrics.forgetting(learned), *[None] * rest],
             "oracle_route_accuracy": self.exam.oracle(system, engine),
             "ood": self.exam.ood(system),
@@ -491,6 +491,7 @@ def _growth(domain: str, growth: Mapping[str, object], times: Mapping[str, float
             "search_s": times.get("search", 0.0),
             "train_s": times.get("train", 0.0),
             "total_s": sum(times.values()) if times else None,
+            "validation_accuracy": growth.get("validation_accuracy"),
             "candidates": [{key: point[key] for key in CANDIDATE} for point in points],
         }
     )

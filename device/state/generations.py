@@ -70,5 +70,5 @@ def publish_alone(store: Store, system: System, now: float, note: str) -> tuple[
 
     Returns it as the generation that it is in the store, and the numbers removed."""
     # Twice, because the store keeps one confirmed generation beside the newest: that one must not know it either.
-    publish_confirmed(store, system, now, note)
+    publish_confirmed(store, system, now, f"{note} (spare copy)")
     return publish_confirmed(store, system, now, note), store.collect(keep=1)

@@ -89,7 +89,9 @@ def forget(
 @contextmanager
 def _open(folder: Path) -> Iterator[Store]:
     if not (folder / CURRENT).is_file():
-        raise UsageError(f"{folder} is not a store: give a folder that `simulate --store` or `Ear.save` wrote")
+        raise UsageError(
+            f"{folder} is not a store: give a folder that `learn --store`, `simulate --store` or `Ear.save` wrote"
+        )
     with Store.open(folder, keep=1) as store:
         yield store
 

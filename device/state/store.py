@@ -29,7 +29,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from device.files import sync_folder, take_lock
@@ -156,7 +155,8 @@ class Store:
         self._root, self._keep, self._disk = root, keep, disk
         self._lock: int | None = lock
         self._state = _State()
-        self._recovered_from: Damage | None = None
+        self.recovered_from: Damage | None = None
+        """The damage that made this store fall back to another confirmed generation, None where there was none."""
 
     @classmethod
     def open(cls, root: Path, *, keep: int = 4, disk: Disk | None = None) -> Store:
@@ -172,7 +172,8 @@ class Store:
         with _device_errors(root), ExitStack() as undo:
             root = root.absolute()
             _make_root(disk, root)
-            lock = _take_lock(root)
+            busy = StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first")
+            lock = take_lock(root / LOCK, busy)
             undo.callback(os.close, lock)
             store = cls(root, keep, disk, lock)
             store._start()
@@ -196,11 +197,6 @@ class Store:
     def confirmed(self) -> int | None:
         """The number that `rollback` and `recover` go back to."""
         return self._state.confirmed
-
-    @property
-    def recovered_from(self) -> Damage | None:
-        """The damage that made this store fall back to another confirmed generation, None where there was none."""
-        return self._recovered_from
 
     @property
     def next_number(self) -> int:
@@ -298,9 +294,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Opening and falling back
@@ -326,7 +320,7 @@ class Store:
         for number in (self.confirmed, *self._marked()):
             if number is not None and self._intact(number):
                 self._switch(_State(number, number))
-                self._recovered_from = error.damage
+                self.recovered_from = error.damage
                 return number
         raise error
 
@@ -545,13 +539,6 @@ def _make_root(disk: Disk, root: Path) -> None:
         _make_root(disk, root.parent)
         disk.mkdir(root)
         disk.sync_dir(root.parent)
-
-
-def _take_lock(root: Path) -> int:
-    descriptor = take_lock(root / LOCK)
-    if descriptor is None:
-        raise StoreBusy(f"{root} is in use: one process at a time may open it; stop the other one first")
-    return descriptor
 
 
 @contextmanager

@@ -157,6 +157,8 @@ def trained_size(array: U8, ear: Ear) -> U8:
         (np.full((8, 8), np.nan), r"values nan to nan"),
         (b"no picture", r"bytes.*broken content"),
         (b"", r"broken content"),
+        (".", r"a folder; give its files; `evaluate` and `learn` take folders"),
+        ("/dev/null", r"/dev/null: not a regular file; give the file of a picture"),
         ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
         (io.StringIO("text"), r"open it in binary mode"),
         (7, r"picture of type int: give a path"),
@@ -302,7 +304,7 @@ def test_copies_are_not_counted_and_are_told(data: Path) -> None:
     assert isinstance(learned, Learned) and learned.images == 30
     assert any("4 images left out: copies" in w for w in learned.warnings)
     torn = new_ear().learn([*frames, frames[0]], [*labels, "other"], name="red")
-    assert isinstance(torn, Learned) and any("1 image stand in several" in w for w in torn.warnings)
+    assert isinstance(torn, Learned) and any("under different labels: 1" in w for w in torn.warnings)
 
 
 def test_one_class_is_learned_with_a_warning_and_one_image_is_refused() -> None:
@@ -313,6 +315,27 @@ def test_one_class_is_learned_with_a_warning_and_one_image_is_refused() -> None:
     assert ear.predict(frames[0]).probabilities == {"only": 1.0}
     with pytest.raises(DataError, match="at least 5 are needed"):
         new_ear().learn([frames[0]] * 9, ["only"] * 9, name="red")
+
+
+def test_bad_images_are_left_out_on_request(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    frames, labels = shown(0, 30)
+    with pytest.raises(DataError, match=r"bad.jpg: broken content"):
+        new_ear().learn([*frames, tmp_path / "bad.jpg"], [*labels, labels[0]], name="red")
+    ear = new_ear()
+    learned = ear.learn([tmp_path / "bad.jpg", *frames], [labels[0], *labels], name="red", skip_bad=True)
+    assert isinstance(learned, Learned) and learned.images == 30
+    assert any(w.startswith("1 image left out: ") and "bad.jpg: broken content" in w for w in learned.warnings)
+    assert [a.label for a in ear.predict(frames)] == labels, "labels moved to other images"
+
+
+def test_below_19_images_nothing_is_out_of_distribution_and_this_is_said() -> None:
+    said = "below 19 no image can be called out of distribution"
+    for n, warned in ((18, True), (19, False)):
+        ear = new_ear()
+        learned = ear.learn(*shown(0, n), name="red")
+        assert isinstance(learned, Learned) and any(said in w for w in learned.warnings) is warned
+        assert ear.predict(shown(2, 1)[0][0]).ood is not warned
 
 
 def test_small_validation_sets_are_called_so() -> None:
@@ -377,6 +400,59 @@ def test_update_takes_a_single_image(trained: Ear) -> None:
     assert ear.system.domain("red").memory.n == 61
 
 
+def test_known_images_are_left_out_of_an_update(trained: Ear, data: Path) -> None:
+    ear, before = copy_of(trained), trained.system
+    again = ear.update("red", data / "red")
+    assert isinstance(again, Learned) and ear.system is before
+    assert (again.images, again.validation_accuracy, again.validated) == (0, None, 0)
+    assert again.warnings == ("60 images left out: already learned",) and "no image is new" in str(again)
+    files, (frames, labels) = sorted((data / "red").glob("*/*.png")), shown(0, 24, seed=11)
+    mixed = ear.update("red", [*files, *frames], [*(f.parent.name for f in files), *labels])
+    assert isinstance(mixed, Learned) and (mixed.images, mixed.validated) == (24, 24)
+    assert ear.system.domain("red").memory.n == 84
+    assert isinstance(ear.update("red", frames, labels), Learned) and ear.system.domain("red").memory.n == 84
+
+
+def test_random_labels_are_not_measured_on_the_images_that_were_fitted_to_them() -> None:
+    ear, frames = new_ear(), shown(0, 60)[0]
+    labels = [fakes.CLASSES[k] for k in np.random.default_rng(0).integers(len(fakes.CLASSES), size=60)]
+    first = ear.learn(frames, labels, name="red")
+    assert isinstance(first, Learned) and first.validation_accuracy is not None and first.validation_accuracy < 0.7
+    again = ear.update("red", frames, labels)
+    assert isinstance(again, Learned) and again.validation_accuracy is None
+
+
+def test_known_images_stay_known_through_merging_saving_and_forgetting(data: Path, tmp_path: Path) -> None:
+    ear = new_ear()
+    day, night = shown(0, 40, seed=1), shown(1, 40, seed=2)
+    ear.learn(*day, name="day")
+    ear.learn(*night, name="night")
+    ear.merge("day", "night")
+    ear.save(tmp_path / "s")
+    ear = Ear.load(tmp_path / "s", encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    for images, labels in (day, night):
+        found = ear.update("day", images, labels)
+        assert isinstance(found, Learned) and found.images == 0
+    ear.forget("day", FIRST)
+    assert FIRST not in ear.system.domain("day").seen
+    found = ear.update("day", *day)
+    assert isinstance(found, Learned) and found.images == day[1].count(FIRST)
+    assert found.validation_accuracy is not None
+
+
+def test_a_domain_without_a_record_of_its_images_is_not_measured(trained: Ear, data: Path) -> None:
+    from dataclasses import replace
+
+    ear, domain = copy_of(trained), trained.system.domain("red")
+    old = replace(domain, growth={k: v for k, v in domain.growth.items() if k != "seen"})
+    system = replace(trained.system, domains=(old, *trained.system.domains[1:]))
+    ear._live = replace(ear._live, serving=system, confirmed=system)
+    found = ear.update("red", data / "red")
+    assert isinstance(found, Learned) and found.validation_accuracy is None
+    assert any("not all images of red were recorded" in w for w in found.warnings)
+    assert ear.system.domain("red").growth["validation_accuracy"] is None
+
+
 def test_update_of_an_unknown_domain_is_refused(trained: Ear) -> None:
     with pytest.raises(UsageError, match="no domain 'winter'; learned so far: red, green"):
         copy_of(trained).update("winter", *shown(0, 6))
@@ -408,16 +484,79 @@ def test_forget_a_domain_and_a_class(data: Path, trained: Ear) -> None:
 
 
 def test_what_was_forgotten_is_gone_from_the_store_too(trained: Ear, tmp_path: Path) -> None:
-    from device.state.codec import from_files
-    from device.state.store import Store
-
     ear = copy_of(trained)
     ear.save(tmp_path / "board")
     ear.forget("green")
     ear.save(tmp_path / "board")
-    with Store.open(tmp_path / "board") as store:
-        kept = [from_files(store.read(m.number)).names for m in store.generations()]
-    assert kept and set(kept) == {("red",)}
+    assert set(kept_by(tmp_path / "board")) == {("red",)}
+
+
+def kept_by(store: Path) -> list[tuple[str, ...]]:
+    from device.state.codec import from_files
+    from device.state.store import Store
+
+    with Store.open(store) as opened:
+        return [from_files(opened.read(m.number)).names for m in opened.generations()]
+
+
+def test_forgetting_that_is_undone_removes_no_history(trained: Ear, tmp_path: Path) -> None:
+    ear = copy_of(trained)
+    ear.save(tmp_path / "s")
+    ear.forget("green")
+    ear.undo()
+    ear.save(tmp_path / "s")
+    assert kept_by(tmp_path / "s") == [("red", "green")] * 2
+    ear.forget("green")
+    ear.forget("red")
+    ear.undo()
+    ear.save(tmp_path / "s")
+    assert set(kept_by(tmp_path / "s")) == {("red",)}, "only the last change was undone"
+
+
+def test_what_was_forgotten_is_gone_from_every_store_that_it_is_saved_to(trained: Ear, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    copy_of(trained).save(a)
+    ear = Ear.load(a, encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    ear.forget("green")
+    ear.save(b)
+    ear.save(a)
+    assert set(kept_by(a)) == set(kept_by(b)) == {("red",)}
+
+
+def test_what_another_keeps_is_replaced_only_on_request(trained: Ear, tmp_path: Path) -> None:
+    store, other, empty = tmp_path / "s", copy_of(trained), new_ear()
+    other.save(store)
+    stale = Ear.load(store, encoder=fakes.FakeEncoder(), policy=fakes.QUICK)
+    other.forget("red")
+    other.save(store)
+    before = sorted(p for p in store.rglob("*"))
+    for ear in (empty, stale, copy_of(trained)):
+        with pytest.raises(UsageError, match=r"keeps green, which this Ear.*Ear.load\(.*overwrite=True"):
+            ear.save(store)
+    assert sorted(p for p in store.rglob("*")) == before
+    foreign = copy_of(trained)
+    foreign.forget("green")
+    foreign.save(store, overwrite=True)
+    assert kept_by(store)[-2:] == [("green",), ("red",)], "the history of another was removed"
+    assert foreign.save(store) == foreign.save(store) - 1
+
+
+def test_loading_makes_no_store_of_a_folder(tmp_path: Path, data: Path) -> None:
+    for folder in (tmp_path, data):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UsageError, match="holds nothing learned"):
+            Ear.load(folder, encoder=fakes.FakeEncoder())
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_threads_that_learn_at_once_both_succeed(data: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ear = new_ear()
+    with ThreadPoolExecutor(3) as pool:
+        learned = list(pool.map(lambda name: ear.learn(data / name), ("red", "green", "blue")))
+    assert all(isinstance(one, Learned) for one in learned)
+    assert set(ear.domains) == {"red", "green", "blue"}
 
 
 def test_merge_makes_one_domain_of_two(tmp_path: Path) -> None:

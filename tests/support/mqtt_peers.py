@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -71,7 +71,7 @@ class Board:
 
     def __init__(self, port: int, outbox: Any = None, patience: float = 5.0, **policy: Any) -> None:
         self._patience = patience
-        self.outbox = MemoryOutbox() if outbox is None else outbox
+        self.outbox = cast(Any, MemoryOutbox() if outbox is None else outbox)
         self.signal = Signal()
         self.changes: list[tuple[bool, str]] = []
         self.commands: list[Inbound] = []
@@ -105,7 +105,7 @@ class Board:
 
     def put(self, payload: bytes, **more: Any) -> None:
         self.outbox.put(payload, **more)
-        self.link.wake()
+        self.link.delivery.wake()
 
     def wait_connected(self, times: int = 1) -> None:
         self.signal.wait(lambda: sum(text.startswith("connected") for _, text in self.changes) >= times, "connection")

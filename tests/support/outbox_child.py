@@ -37,7 +37,7 @@ def work(folder: Path, seed: int) -> None:
             command = f"{outbox.boot}-{step}"
             outbox.begin(command, NOW)
             say("begun", command)
-            outbox.finish(command, "response", "response", partial(answer, command), NOW)
+            outbox.put("response", "response", partial(answer, command), NOW, answers=command)
             say("finished", command)
         elif mine:
             ids = rng.sample(mine, min(len(mine), 2))

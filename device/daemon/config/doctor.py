@@ -20,14 +20,15 @@ import ssl
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from device.daemon.config import probes
 from device.daemon.config.certificates import Validity, validity
-from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
+from device.daemon.config.probes import EncoderFacts, StoreFacts
 from device.daemon.config.settings import Config, MqttSection
-from device.daemon.finding import Finding, Verdict, reason
+from device.daemon.finding import Finding, ok, problem, reason, warning
 from device.provenance import installation
 from device.state.store import StoreBusy
 from edgeear.errors import EdgeearError, FormatError
@@ -54,7 +55,15 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
     """Every finding on this machine, in the order of the checks. Takes some seconds: it runs the encoder and connects
     to the broker. `config_path` is the file that `config` came from."""
     now = clock()
-    encoder = probes.encoder(config.device.encoder, config.device.threads, config.device.preprocessing)
+    encoders: list[EncoderFacts] = []
+
+    def check_encoder() -> Findings:
+        encoders.append(probes.encoder(config.device.encoder, config.device.threads, config.device.preprocessing))
+        yield from check_encoder_file(encoders[0])
+
+    def check_store_on_encoder() -> Findings:
+        yield from check_store(lambda: probes.store(config.device.store), encoders[0].digest if encoders else None)
+
     learning, mqtt, state = config.learning, config.mqtt, config.device.state
     checks: list[tuple[str, Callable[[], Findings]]] = [
         ("cpu", lambda: check_cpu(probes.read("/proc/cpuinfo"), platform.machine())),
@@ -63,8 +72,8 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
         ("clock", lambda: check_clock(now, probes.clock_synchronised())),
         ("state", lambda: check_state(state, probes.writable)),
         ("disk", lambda: check_disk(probes.free_mb(state), config.outbox.max_mb)),
-        ("encoder", lambda: check_encoder_file(encoder)),
-        ("store", lambda: check_store(lambda: probes.store(config.device.store), encoder.digest)),
+        ("encoder", check_encoder),
+        ("store", check_store_on_encoder),
         ("outbox", lambda: check_outbox(config.device.outbox)),
         ("learning", lambda: check_learning(learning.enabled, probes.installed)),
         ("source", lambda: config.source.check(probes)),
@@ -78,12 +87,9 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
 def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
     """The findings of one check; an exception becomes a warning."""
     try:
-        return list(check())
+        return [replace(finding, check=name) for finding in check()]
     except Exception as error:
         return [Finding(name, "warning", f"the check failed ({type(error).__name__}: {error})", "report this bug")]
-
-
-# ------------------------------------------------------------------------------------------------- machine
 
 
 def check_cpu(cpuinfo: str, machine: str) -> Findings:
@@ -97,97 +103,89 @@ def check_cpu(cpuinfo: str, machine: str) -> Findings:
     elif machine.startswith("arm"):
         wanted = {"neon": "NEON"}
     else:
-        yield Finding("cpu", "warning", f"{machine}: edgeear was not measured on it", "watch its latency in telemetry")
+        yield warning(f"{machine}: edgeear was not measured on it", "watch its latency in telemetry")
         return
     missing = [name for flag, name in wanted.items() if flag not in flags]
     if not flags:
-        yield Finding("cpu", "warning", f"{machine}: its features are unknown", "watch its latency in telemetry")
+        yield warning(f"{machine}: its features are unknown", "watch its latency in telemetry")
     elif missing:
-        yield Finding(
-            "cpu", "warning", f"{machine} without {', '.join(missing)}", "expect slow frames; lower source.fps"
-        )
+        yield warning(f"{machine} without {', '.join(missing)}", "expect slow frames; lower source.fps")
     else:
-        yield Finding("cpu", "ok", f"{machine} with {', '.join(wanted.values())}")
+        yield ok(f"{machine} with {', '.join(wanted.values())}")
 
 
 def check_cores(cores: int, threads: int, learning: bool) -> Findings:
     """Whether the encoder's threads and a learning process have a core each."""
     if threads > cores:
-        yield Finding("cores", "warning", f"{cores} for {threads} threads", f"set device.threads to {cores} at most")
+        yield warning(f"{cores} for {threads} threads", f"set device.threads to {cores} at most")
     elif learning and cores < 2:
-        yield Finding("cores", "warning", "1: learning and predictions share it", "expect slow frames during learning")
+        yield warning("1: learning and predictions share it", "expect slow frames during learning")
     else:
-        yield Finding("cores", "ok", str(cores))
+        yield ok(str(cores))
 
 
 def check_memory(available_mb: float | None, learning_mb: int) -> Findings:
     """Whether there is memory for predictions, and for learning up to its limit of `learning_mb` (0: it is off)."""
     need = INFERENCE_MB + learning_mb
     if available_mb is None:
-        yield Finding("memory", "warning", "the system does not report it", f"make sure that {need} MB are free")
+        yield warning("the system does not report it", f"make sure that {need} MB are free")
     elif available_mb < INFERENCE_MB:
         text = f"{available_mb:.0f} MB available, predictions need {INFERENCE_MB}"
-        yield Finding("memory", "problem", text, "stop other programs, or use a larger board")
+        yield problem(text, "stop other programs, or use a larger board")
     elif available_mb < need:
         text = f"{available_mb:.0f} MB available, learning may need {need}"
-        yield Finding("memory", "warning", text, "add swap, or set learning.enabled = false")
+        yield warning(text, "add swap, or set learning.enabled = false")
     else:
-        yield Finding("memory", "ok", f"{available_mb:.0f} MB available")
+        yield ok(f"{available_mb:.0f} MB available")
 
 
 def check_clock(now: float, synchronised: bool | None) -> Findings:
     """Whether the clock is right: certificates, message expiry and the order of events depend on it."""
     when = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC"
     if not EARLIEST <= now < LATEST:
-        yield Finding(
-            "clock", "problem", f"it says {when}", "set it, and run an NTP client (chrony, systemd-timesyncd)"
-        )
+        yield problem(f"it says {when}", "set it, and run an NTP client (chrony, systemd-timesyncd)")
     elif synchronised:
-        yield Finding("clock", "ok", f"{when}, synchronised")
+        yield ok(f"{when}, synchronised")
     else:
         what = "it is unknown whether it is synchronised" if synchronised is None else "not synchronised"
-        yield Finding("clock", "warning", f"{when}, {what}", "run an NTP client (chrony, systemd-timesyncd)")
-
-
-# ---------------------------------------------------------------------------------------------------- disk
+        yield warning(f"{when}, {what}", "run an NTP client (chrony, systemd-timesyncd)")
 
 
 def check_state(state: Path, writable: Callable[[Path], str | None]) -> Findings:
     """Whether this user may write to the state folder, or create it; `writable` returns what is wrong, or None."""
     if state.exists() and not state.is_dir():
-        yield Finding("state", "problem", f"{state} is not a folder", "set device.state to a folder")
+        yield problem(f"{state} is not a folder", "set device.state to a folder")
         return
     why = writable(state)
     if why is not None:
-        yield Finding("state", "problem", f"{state}: {why}", "change its owner to this user, or change device.state")
+        yield problem(f"{state}: {why}", "change its owner to this user, or change device.state")
     elif state.exists() and stat.S_IMODE(state.stat().st_mode) & 0o022:
-        yield Finding("state", "warning", f"{state}: other users may write to it", f"chmod go-w {state}")
+        yield warning(f"{state}: other users may write to it", f"chmod go-w {state}")
     else:
-        yield Finding("state", "ok", f"{state}{'' if state.exists() else ', to be created at the first start'}")
+        yield ok(f"{state}{'' if state.exists() else ', to be created at the first start'}")
 
 
 def check_disk(free_mb: float, outbox_mb: int) -> Findings:
     """Whether there is room for a full outbox and some generations."""
     need = outbox_mb + DISK_MB
     if free_mb >= need:
-        yield Finding("disk", "ok", f"{free_mb:.0f} MB free")
+        yield ok(f"{free_mb:.0f} MB free")
     else:
         text = f"{free_mb:.0f} MB free, up to {need} may be needed"
-        verdict: Verdict = "problem" if free_mb < DISK_MB / 4 else "warning"
-        yield Finding("disk", verdict, text, "free some space, or lower outbox.max_mb")
+        yield (problem if free_mb < DISK_MB / 4 else warning)(text, "free some space, or lower outbox.max_mb")
 
 
 def check_encoder_file(encoder: EncoderFacts) -> Findings:
     """Whether the encoder can serve, and how fast it is."""
-    for problem in encoder.problems:
-        yield Finding("encoder", "problem" if problem.severity == "error" else "warning", problem.what, problem.remedy)
+    for fault in encoder.problems:
+        yield (problem if fault.severity == "error" else warning)(fault.what, fault.remedy)
     if encoder.frame_ms is None:
         return
     text = f"{(encoder.digest or '')[:12]}, {encoder.frame_ms:.1f} ms a frame, threads: {encoder.threads}"
     if encoder.frame_ms > SLOW_MS:
-        yield Finding("encoder", "warning", text, "raise device.threads or lower source.fps")
+        yield warning(text, "raise device.threads or lower source.fps")
     else:
-        yield Finding("encoder", "ok", text)
+        yield ok(text)
 
 
 def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None) -> Findings:
@@ -195,44 +193,41 @@ def check_store(open_store: Callable[[], StoreFacts | None], digest: str | None)
     try:
         facts = open_store()
     except StoreBusy:
-        yield Finding("store", "ok", "in use by a running daemon, which has checked it")
+        yield ok("in use by a running daemon, which has checked it")
         return
     except EdgeearError as error:
-        yield Finding("store", "problem", str(error), "restore it from a backup, or move it away and learn again")
+        yield problem(str(error), "restore it from a backup, or move it away and learn again")
         return
     if facts is None:
-        yield Finding("store", "ok", "nothing is learned yet")
+        yield ok("nothing is learned yet")
         return
     if facts.damage is not None:
-        yield Finding("store", "warning", f"{facts.damage}: an older generation is used", "check the disk")
+        yield warning(f"{facts.damage}: an older generation is used", "check the disk")
     if digest is not None and facts.encoder is not None and digest != facts.encoder:
         text = f"learned on encoder {facts.encoder[:12]}, but the configured one is {digest[:12]}"
-        yield Finding("store", "problem", text, "set device.encoder to the old file, or move device.state away")
+        yield problem(text, "set device.encoder to the old file, or move device.state away")
     else:
         on = "" if facts.live == facts.confirmed else ", on probation"
-        yield Finding("store", "ok", f"generation {facts.live}{on}, domains: {facts.domains}")
+        yield ok(f"generation {facts.live}{on}, domains: {facts.domains}")
 
 
 def check_outbox(path: Path) -> Findings:
     """Whether the outbox's file can be used. It is not opened as a database, so a running daemon is not disturbed."""
     if not path.exists():
-        yield Finding("outbox", "ok", "empty, to be created at the first start")
+        yield ok("empty, to be created at the first start")
         return
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        yield Finding("outbox", "problem", f"{path}: {error.strerror}", "change its owner to this user")
+        yield problem(f"{path}: {error.strerror}", "change its owner to this user")
         return
     if not os.access(path, os.W_OK):
-        yield Finding("outbox", "problem", f"{path}: cannot be written to", "change its owner to this user")
+        yield problem(f"{path}: cannot be written to", "change its owner to this user")
     elif head not in (b"", b"SQLite format 3\0"):
-        yield Finding("outbox", "warning", f"{path}: damaged, will be renamed", "keep a copy if you need its messages")
+        yield warning(f"{path}: damaged, will be renamed", "keep a copy if you need its messages")
     else:
-        yield Finding("outbox", "ok", f"{path.stat().st_size / 2**20:.1f} MB")
-
-
-# ------------------------------------------------------------------------------------------- configuration
+        yield ok(f"{path.stat().st_size / 2**20:.1f} MB")
 
 
 def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
@@ -240,9 +235,9 @@ def check_learning(enabled: bool, installed: Callable[[str], bool]) -> Findings:
     missing = [name for name in ("torch", "onnx") if not installed(name)] if enabled else []
     if missing:
         remedy = f"{installation('learn')}, or set learning.enabled = false"
-        yield Finding("learning", "problem", f"not installed: {', '.join(missing)}", remedy)
+        yield problem(f"not installed: {', '.join(missing)}", remedy)
     else:
-        yield Finding("learning", "ok", "ready" if enabled else "off")
+        yield ok("ready" if enabled else "off")
 
 
 def check_secrets(config: Config, config_path: Path | None) -> Findings:
@@ -255,25 +250,20 @@ def check_secrets(config: Config, config_path: Path | None) -> Findings:
         try:
             mode = stat.S_IMODE(path.stat().st_mode)
         except OSError as error:
-            yield Finding("secrets", "problem", f"{what} {path}: {error.strerror}", "put the file there")
+            yield problem(f"{what} {path}: {error.strerror}", "put the file there")
             bad += 1
             continue
         if not os.access(path, os.R_OK):
-            yield Finding(
-                "secrets", "problem", f"{what} {path}: this user may not read it", "change its owner to this user"
-            )
+            yield problem(f"{what} {path}: this user may not read it", "change its owner to this user")
         elif mode & 0o007:
-            yield Finding("secrets", "problem", f"{what} {path}: every user may read it", f"chmod 600 {path}")
+            yield problem(f"{what} {path}: every user may read it", f"chmod 600 {path}")
         elif mode & 0o070:
-            yield Finding("secrets", "warning", f"{what} {path}: its group may read it", f"chmod 600 {path}")
+            yield warning(f"{what} {path}: its group may read it", f"chmod 600 {path}")
         else:
             continue
         bad += 1
     if not bad:
-        yield Finding("secrets", "ok", "readable by this user only" if files else "none in use")
-
-
-# -------------------------------------------------------------------------------------------------- broker
+        yield ok("readable by this user only" if files else "none in use")
 
 
 def check_certificate(cert: Path | None, now: float) -> Findings:
@@ -283,43 +273,41 @@ def check_certificate(cert: Path | None, now: float) -> Findings:
     try:
         period = validity(cert.read_text(encoding="ascii", errors="replace"))
     except OSError as error:
-        yield Finding("certificate", "problem", f"{cert}: {error.strerror}", "put the file there, or change mqtt.cert")
+        yield problem(f"{cert}: {error.strerror}", "put the file there, or change mqtt.cert")
     except FormatError as error:
-        yield Finding("certificate", "problem", f"{cert}: {error}", "get it again from the authority that signed it")
+        yield problem(f"{cert}: {error}", "get it again from the authority that signed it")
     else:
-        yield _judged("certificate", str(cert), period, now)
+        yield _judged(str(cert), period, now)
 
 
-def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Broker], now: float) -> Findings:
+def check_broker(mqtt: MqttSection, call: Callable[[MqttSection], Validity | None], now: float) -> Findings:
     """Whether the broker answers, and with a valid certificate. Nothing is sent over MQTT."""
     if not mqtt.enabled:
-        yield Finding("broker", "ok", "off")
+        yield ok("off")
         return
     where = f"{mqtt.host}:{mqtt.port}"
     try:
-        found = call(mqtt)
+        certificate = call(mqtt)
     except OSError as error:
-        yield Finding("broker", "problem", f"{where}: {reason(error)}", _broker_remedy(error))
+        yield problem(f"{where}: {reason(error)}", _broker_remedy(error))
     else:
-        if found.certificate is not None:
-            yield _judged("broker", f"{where} with TLS, its certificate", found.certificate, now)
+        if certificate is not None:
+            yield _judged(f"{where} with TLS, its certificate", certificate, now)
         elif mqtt.password is not None:
-            yield Finding(
-                "broker", "warning", f"{where} answers; the password is sent unencrypted", "use TLS: set mqtt.ca"
-            )
+            yield warning(f"{where} answers; the password is sent unencrypted", "use TLS: set mqtt.ca")
         else:
-            yield Finding("broker", "ok", f"{where} answers")
+            yield ok(f"{where} answers")
 
 
-def _judged(check: str, what: str, period: Validity, now: float) -> Finding:
+def _judged(what: str, period: Validity, now: float) -> Finding:
     start, end = (f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d}" for t in (period.start, period.end))
     if now < period.start:
-        return Finding(check, "problem", f"{what} is not valid before {start}", "set this machine's clock")
+        return problem(f"{what} is not valid before {start}", "set this machine's clock")
     if now >= period.end:
-        return Finding(check, "problem", f"{what} expired on {end}", "renew it")
+        return problem(f"{what} expired on {end}", "renew it")
     if period.end - now < SOON_S:
-        return Finding(check, "warning", f"{what} expires on {end}", "renew it before then")
-    return Finding(check, "ok", f"{what} is valid until {end}")
+        return warning(f"{what} expires on {end}", "renew it before then")
+    return ok(f"{what} is valid until {end}")
 
 
 _NOT_YET, _EXPIRED, _OTHER_NAME, _OTHER_ADDRESS = 9, 10, 62, 64  # X509_V_ERR_ of OpenSSL

@@ -50,13 +50,6 @@ class StoreFacts:
     damage: str | None
 
 
-@dataclass(frozen=True)
-class Broker:
-    """A broker that answers; `certificate` is None without TLS."""
-
-    certificate: Validity | None
-
-
 def read(path: str) -> str:
     """A file's text; empty if it cannot be read."""
     try:
@@ -164,15 +157,16 @@ def connect(host: str, port: int) -> None:
     socket.create_connection((host, port), TIMEOUT_S).close()
 
 
-def broker(mqtt: MqttSection) -> Broker:
-    """Connect to the broker, over TLS if configured. Raises `OSError`, of which `ssl.SSLError` is one."""
+def broker(mqtt: MqttSection) -> Validity | None:
+    """Connect to the broker; when its certificate is valid, None without TLS. Raises `OSError`, also for faults of TLS
+    (`ssl.SSLError`)."""
     with socket.create_connection((mqtt.host, mqtt.port), TIMEOUT_S) as plain:
         if not mqtt.secure:
-            return Broker(None)
+            return None
         context = ssl.create_default_context(cafile=None if mqtt.ca is None else str(mqtt.ca))
         if mqtt.cert is not None:
             context.load_cert_chain(mqtt.cert, mqtt.key)
         with context.wrap_socket(plain, server_hostname=mqtt.host) as secure:
             shown = secure.getpeercert() or {}
             start, end = (ssl.cert_time_to_seconds(str(shown[key])) for key in ("notBefore", "notAfter"))
-            return Broker(Validity(start, end))
+            return Validity(start, end)

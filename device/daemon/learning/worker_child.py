@@ -2,8 +2,7 @@
 
 Rules of this file:
 
-1. It limits itself before it loads anything heavy: niceness, scheduling class, cores and memory. When memory runs out,
-   the kernel kills it first.
+1. It limits itself before it loads anything heavy (worker.py, rules 4 and 5).
 2. Standard output is for messages only. What libraries print there goes to standard error.
 3. It ends with the board. The kernel kills it then, even while it is stopped; where the kernel cannot do that, it exits
    at the end of standard input.

@@ -2,7 +2,7 @@
 
 Rules of this package:
 
-1. Frames are decoded and resized by device.images.folder alone, so the network sees the very pixels that it saw in
+1. Frames are decoded and resized by device.images.decode alone, so the network sees the very pixels that it saw in
    training.
 2. Frames are stamped on arrival, before decoding.
 3. Input that gives no frame is counted and skipped. A device that is gone is tried again for ever, with pauses.
@@ -20,15 +20,15 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from device.daemon.section import Section
-from device.daemon.sources.base import Feed, Source, SourceSection
+from device.daemon.sources.base import Feed, NoSource, SourceSection
 from device.daemon.sources.camera import CameraSource
 from device.daemon.sources.folder import FolderSource
-from device.daemon.sources.mqtt import MessageFrames, MqttSource
-from device.daemon.sources.none import NoSource
+from device.daemon.sources.mqtt import MqttSource
 from device.daemon.sources.replay import ReplaySource
+from device.daemon.sources.running import RunningSource
 from device.daemon.sources.serial import SerialSource
 
-__all__ = ["KINDS", "Feed", "MessageFrames", "NoSource", "Source", "SourceSection", "flat_table", "source_section"]
+__all__ = ["KINDS", "Feed", "NoSource", "RunningSource", "SourceSection", "flat_table", "source_section"]
 
 KINDS: tuple[type[SourceSection], ...] = (
     NoSource,

@@ -7,41 +7,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 from pydantic import Field
 
-from device.daemon.finding import Finding, Machine
+from device.daemon.finding import Finding, Machine, ok, problem
 from device.daemon.frames import FrameQueue
 from device.daemon.section import Section
 from device.daemon.sources.running import Capture, RunningSource
 from edgeear.errors import DataError
 from edgeear.types import U8
-
-
-class Source(Protocol):
-    """Something that feeds the queue once started. You start and stop it once."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs and its device is there."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it came to its end by itself, as a replay does."""
-
-    @property
-    def last_error(self) -> str | None:
-        """The last failure, with its remedy; it stays after a recovery."""
-
-    def start(self) -> None:
-        """Start; returns at once."""
-
-    def stop(self, timeout: float = 5.0) -> bool:
-        """Stop; whether it has stopped within `timeout` seconds."""
-
-    def offer(self, payload: bytes) -> None:
-        """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +61,16 @@ class SourceSection(Section):
         return None if capture is None else RunningSource(self.kind, capture, feed.sink)
 
 
-def fine(text: str) -> Finding:
-    """The source is ready."""
-    return Finding("source", "ok", text)
+class NoSource(SourceSection):
+    """Frames come with the infer command only."""
 
+    kind: Literal["none"] = "none"
 
-def problem(text: str, remedy: str) -> Finding:
-    """The source cannot work."""
-    return Finding("source", "problem", text, remedy)
+    def capture(self, feed: Feed) -> None:
+        return None
+
+    def check(self, machine: Machine) -> Iterator[Finding]:
+        yield ok("none: frames come with commands only")
 
 
 def check_folder(kind: str, path: Path, access: int) -> Finding:
@@ -102,7 +79,7 @@ def check_folder(kind: str, path: Path, access: int) -> Finding:
         return problem(f"{path} is not a folder", "create it, or change source.path")
     if not os.access(path, access):
         return problem(f"{path}: this user may not use it", "change its permissions")
-    return fine(f"{kind} {path}")
+    return ok(f"{kind} {path}")
 
 
 def check_device(kind: str, path: Path, group: str) -> Finding:
@@ -111,4 +88,4 @@ def check_device(kind: str, path: Path, group: str) -> Finding:
         return problem(f"{path} does not exist", "check the cable, or change source.device")
     if not os.access(path, os.R_OK | os.W_OK):
         return problem(f"{path}: this user may not use it", f"add the user to group {group}")
-    return fine(f"{kind} {path}")
+    return ok(f"{kind} {path}")

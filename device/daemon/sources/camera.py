@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from device.daemon.finding import Finding, Machine
-from device.daemon.sources.base import Feed, SourceSection, check_device, problem
+from device.daemon.finding import Finding, Machine, problem
+from device.daemon.sources.base import Feed, SourceSection, check_device
 from device.daemon.sources.running import Stop
 from device.images.decode import fit_pixels
 from device.provenance import installation

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from device.daemon.finding import Finding, Machine
-from device.daemon.sources.base import Feed, SourceSection, fine
+from device.daemon.finding import Finding, Machine, ok
+from device.daemon.sources.base import Feed, SourceSection
 from device.daemon.sources.running import Stop
 from device.images.decode import decode_bytes, sent
 from edgeear.types import U8
@@ -28,7 +28,7 @@ class MqttSource(SourceSection):
         return MessageFrames(feed, self.queue)
 
     def check(self, machine: Machine) -> Iterator[Finding]:
-        yield fine("frames come by MQTT")
+        yield ok("frames come by MQTT")
 
 
 class MessageFrames:

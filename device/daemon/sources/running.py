@@ -12,19 +12,13 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
 from typing import Protocol
 
 from device.daemon.frames import FrameQueue
 from edgeear.errors import EdgeearError, UsageError
 
-
-@dataclass(frozen=True)
-class BackOff:
-    """Seconds between tries: after the first failure, and at most."""
-
-    first: float = 0.5
-    most: float = 60.0
+PAUSES_S = (0.5, 60.0)
+"""Seconds between two tries: after the first failure, and at most."""
 
 
 class Stop:
@@ -60,38 +54,45 @@ class Capture(Protocol):
 
 
 class RunningSource:
-    """A capture in a thread of its own: the `Source` of every kind."""
+    """A capture in a thread of its own, which feeds the queue. You start and stop it once."""
 
-    def __init__(self, name: str, capture: Capture, sink: FrameQueue, back_off: BackOff | None = None) -> None:
-        self._capture, self._sink, self._back_off = capture, sink, back_off or BackOff()
+    def __init__(self, name: str, capture: Capture, sink: FrameQueue, pauses: tuple[float, float] = PAUSES_S) -> None:
+        self._capture, self._sink, self._pauses = capture, sink, pauses
         self._stop = Stop()
         self._thread = threading.Thread(target=self._run, name=f"source-{name}", daemon=True)
         self._failing = False
         self.last_error: str | None = None
+        """The last failure, with its remedy; it stays after a recovery."""
         self.finished = False
+        """Whether it came to its end by itself, as a replay does."""
 
     @property
     def alive(self) -> bool:
+        """Whether it runs and its device is there."""
         return self._thread.is_alive() and not self._failing
 
     def start(self) -> None:
+        """Start; returns at once."""
         if self._thread.ident is not None:
             raise UsageError("this source was started already: open another one")
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> bool:
+        """Stop; whether it has stopped within `timeout` seconds."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def offer(self, payload: bytes) -> None:
+        """A frame that came by MQTT, from the network thread; ignored if frames come from elsewhere."""
         take = getattr(self._capture, "offer", None)
         if take is not None:
             take(payload)
 
     def _run(self) -> None:
-        pause = self._back_off.first
+        first, most = self._pauses
+        pause = first
         while not self._stop.is_set():
             before = self._sink.counts.received
             try:
@@ -102,8 +103,8 @@ class RunningSource:
                 self.finished = not self._stop.is_set()
                 return
             if self._sink.counts.received > before:
-                pause = self._back_off.first
+                pause = first
             self._failing = True
             self._stop.wait(pause)
             self._failing = False
-            pause = min(2 * pause, self._back_off.most)
+            pause = min(2 * pause, most)

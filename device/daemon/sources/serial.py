@@ -23,9 +23,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from device.daemon.finding import Finding, Machine, reason
+from device.daemon.finding import Finding, Machine, ok, problem, reason
 from device.daemon.section import checked
-from device.daemon.sources.base import Feed, SourceSection, check_device, fine, problem
+from device.daemon.sources.base import Feed, SourceSection, check_device
 from device.daemon.sources.running import Stop
 from device.images.decode import decode_bytes, fit_pixels, sent
 from edgeear.errors import DeviceError, UsageError
@@ -70,7 +70,7 @@ class SerialSource(SourceSection):
         except OSError as error:
             yield problem(f"{self.url}: {reason(error)}", "check its power, its network and source.url")
         else:
-            yield fine(f"sensor at {self.url}")
+            yield ok(f"sensor at {self.url}")
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,7 @@ class SensorFrames:
         after = host.counts
         for _ in range(after.incomplete - before.incomplete):
             self.feed.sink.undecodable()
-        if (after.unannounced, after.refused) != (
-            before.unannounced,
-            before.refused,
-        ):  # another sensor?
+        if (after.unannounced, after.refused) != (before.unannounced, before.refused):  # another sensor?
             _send(descriptor, host.greet(self.wall()))
 
     def _put(self, frame: SensorFrame) -> None:

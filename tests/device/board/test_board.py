@@ -42,7 +42,7 @@ class Truth:
         self.asked.append(list(at))
         return [self.seen[n - 1][1] if i < self.known else None for i, n in enumerate(at)]
 
-    def domain(self, at: Sequence[int]) -> str:
+    def domain(self, at: Sequence[int]) -> str | None:
         return f"d{self.seen[at[-1] - 1][0]}"
 
 
@@ -611,3 +611,21 @@ def act(rig: Rig, later: Later, action: str) -> None:
         board.offer(Candidate(board.system, board.system.grown(fakes.domain(5)), {}), "offered")
     elif word in ("poll", "rollback", "confirm"):
         getattr(board, word)()
+
+
+def test_a_domain_that_the_labeller_does_not_name_gets_the_first_free_name() -> None:
+    class Nameless(Truth):
+        def domain(self, at: Sequence[int]) -> str | None:
+            return None
+
+    rig = Rig(truth=Nameless())
+    rig.show(0, 39)
+    rig.board.adapt_now("domain-2")
+    rig.show(0, 60, seed=3)
+    rig.show_until(1, "collecting")
+    rig.show_until(1, "probation")
+    assert list(rig.board.system.names) == ["domain-2", "domain-1"]
+    rig.show_until(1, "serving")
+    rig.show_until(2, "collecting")
+    rig.show_until(2, "probation")
+    assert list(rig.board.system.names) == ["domain-2", "domain-1", "domain-3"]

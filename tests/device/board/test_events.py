@@ -53,7 +53,10 @@ EXAMPLES: list[events.BoardEvent] = [
 
 def test_a_board_and_the_wire_know_the_same_kinds() -> None:
     assert {type(event) for event in EXAMPLES} == set(get_args(events.BoardEvent))
-    assert {event.kind for event in get_args(events.BoardEvent)} == set(get_args(messages.EventKind))
+    kinds = [event.kind for event in get_args(events.BoardEvent)]
+    assert sorted(kinds) == sorted(get_args(messages.EventKind)), (
+        "one kind for each class, so that programs can tell them apart"
+    )
     assert set(events.ENDED) < set(get_args(events.BoardEvent))
 
 

@@ -33,6 +33,22 @@ def test_a_pipe_gets_a_line_every_few_seconds() -> None:
     assert len(lines) == pytest.approx(100 / PERIOD_S, abs=1)
 
 
+def test_a_pipe_sees_the_end_of_what_it_saw_begin() -> None:
+    text = io.StringIO()
+    with progress(False, console=Console(file=text), clock=lambda: 0.0) as show:
+        for phase, done, total in (("a", 0, 2), ("a", 1, 2), ("a", 2, 2), ("b", 0, 2), ("b", 2, 2), ("c", 1, 1)):
+            show(phase, done, total)
+    assert text.getvalue() == "a: 0 of 2\na: 2 of 2\n"
+
+
+def test_a_phase_of_one_step_is_only_named() -> None:
+    text, now = io.StringIO(), iter(range(0, 1000, 10))
+    with progress(False, console=Console(file=text), clock=lambda: float(next(now))) as show:
+        show("memory", 0, 1)
+        show("memory", 1, 1)
+    assert text.getvalue() == "memory\n"
+
+
 def test_a_terminal_gets_bars() -> None:
     text = shown(terminal=True)
     assert "first [bold]" in text and "second\ufffd" in text and "━" in text

@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from device.daemon.config import doctor, probes
 from device.daemon.config.certificates import Validity, validity
 from device.daemon.config.doctor import exit_code
-from device.daemon.config.probes import Broker, EncoderFacts, StoreFacts
+from device.daemon.config.probes import EncoderFacts, StoreFacts
 from device.daemon.config.settings import Config, MqttSection, load_config
 from device.daemon.finding import Finding
-from device.daemon.sources import SourceSection
+from device.daemon.sources import NoSource, SourceSection
 from device.daemon.sources.camera import CameraSource
 from device.daemon.sources.folder import FolderSource
 from device.daemon.sources.mqtt import MqttSource
-from device.daemon.sources.none import NoSource
 from device.daemon.sources.replay import ReplaySource
 from device.daemon.sources.serial import SerialSource
 from device.encoder.session import Problem
@@ -361,12 +360,12 @@ def served(pair: tuple[Path, Path] | None) -> Iterator[int]:
 def test_a_broker_over_tls_shows_its_certificate(pair: tuple[Path, Path]) -> None:
     with served(pair) as port:
         found = probes.broker(MqttSection(host="localhost", port=port, ca=pair[0]))
-    assert found == Broker(validity(pair[0].read_text()))
+    assert found == validity(pair[0].read_text())
 
 
 def test_a_broker_in_the_clear_answers() -> None:
     with served(None) as port:
-        assert probes.broker(MqttSection(host="127.0.0.1", port=port)) == Broker(None)
+        assert probes.broker(MqttSection(host="127.0.0.1", port=port)) is None
 
 
 def test_a_certificate_that_nobody_signed_or_of_another_name_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -384,11 +383,11 @@ def refused(code: int, message: str) -> ssl.SSLCertVerificationError:
     return error
 
 
-def answering(error: OSError | None, broker: Broker = Broker(None)) -> Callable[[MqttSection], Broker]:  # noqa: B008
-    def call(_: MqttSection) -> Broker:
+def answering(error: OSError | None, shown: Validity | None = None) -> Callable[[MqttSection], Validity | None]:
+    def call(_: MqttSection) -> Validity | None:
         if error is not None:
             raise error
-        return broker
+        return shown
 
     return call
 
@@ -417,7 +416,7 @@ def test_a_broker_that_answers() -> None:
     found = one(doctor.check_broker(clear, answering(None), NOW))
     assert found.verdict == "warning" and "TLS" in found.remedy and "hunter2" not in str(found)
     for end, expected in ((NOW + 90 * DAY, "ok"), (NOW + DAY, "warning"), (NOW - 1, "problem")):
-        shown = Broker(Validity(NOW - 400 * DAY, end))
+        shown = Validity(NOW - 400 * DAY, end)
         assert verdict(doctor.check_broker(MqttSection(tls=True), answering(None, shown), NOW)) == expected
 
 
@@ -435,14 +434,16 @@ def test_the_whole_examination_on_this_machine(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize("broken", ["cores", "encoder"])
 def test_a_check_that_fails_itself_is_told_and_the_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
 ) -> None:
-    monkeypatch.setattr(probes, "cores", lambda: 1 // 0)
     monkeypatch.setattr(probes, "encoder", lambda *_: facts(ms=None))
+    monkeypatch.setattr(probes, broken, lambda *_: 1 // 0)
     found = doctor.diagnose(Config(mqtt=MqttSection(enabled=False)), clock=lambda: NOW)
-    (cores,) = [finding for finding in found if finding.check == "cores"]
-    assert cores.verdict == "warning" and "ZeroDivisionError" in cores.text and found[-1].check == "broker"
+    (failed,) = [finding for finding in found if finding.check == broken]
+    assert failed.verdict == "warning" and "ZeroDivisionError" in failed.text and found[-1].check == "broker"
+    assert sum("ZeroDivisionError" in finding.text for finding in found) == 1
 
 
 def test_exit_code() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from device.board.board import Board, BoardPolicy
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.loop import Daemon
+from device.daemon.sources import RunningSource
 from device.mqtt import messages
+from device.mqtt.delivery import Token
 from device.mqtt.link import Inbound
 from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.mqtt.settings import NAMES, LiveSettings
@@ -42,12 +44,12 @@ OWN = "edgeear/v1/plant/cam-1"
 class Wire:
     """The daemon's link, played by hand: what was acknowledged and what was sent past the outbox."""
 
-    acknowledged: list[Inbound] = field(default_factory=list)
+    acknowledged: list[Token | None] = field(default_factory=list)
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     asked_again: int = 0
 
-    def acknowledge(self, inbound: Inbound) -> None:
-        self.acknowledged.append(inbound)
+    def acknowledge(self, token: Token | None) -> None:
+        self.acknowledged.append(token)
 
     def request_redelivery(self) -> None:
         self.asked_again += 1
@@ -70,7 +72,7 @@ class Rig:
         self.outbox = stack.enter_context(Outbox.open(folder / "outbox.sqlite", OutboxPolicy(), self.now))
         number = self.store.recover()
         system = fakes.empty() if number is None else from_files(self.store.read(number))
-        self.labels = LabelBook(lambda: self.board.system.names)
+        self.labels = LabelBook()
         self.board = Board(
             Live(system, system), fakes.FakeEncoder(), self.labels, lambda: self.now, POLICY, store=self.store
         )
@@ -108,7 +110,7 @@ class Rig:
     def send(self, name: str, payload: bytes, **how: Any) -> dict[str, Any] | None:
         before, after = len(self.wire.sent), self.last
         fields = {"response_topic": f"{OWN}/response", "correlation": b"\1\2", "expires": None, "dup": False}
-        self.daemon.receive(Inbound(name, "command", payload, token=None, **{**fields, **how}))
+        self.daemon.receive(Inbound(name, payload, token=None, **{**fields, **how}))
         self.daemon.turn()
         answers = [i for i in self.outbox.pending(after, 10_000) if i.cls == "response"]
         if answers:
@@ -293,9 +295,7 @@ def test_nonsense_is_answered_once_and_fills_no_disk(rig: Rig, payload: bytes) -
 
 def test_a_response_goes_to_no_topic_outside_the_site(rig: Rig) -> None:
     payload = json.dumps({"id": "a"}).encode()
-    rig.daemon.receive(
-        Inbound("report", "command", payload, "edgeear/v1/plant/cam-2/command/forget", None, None, False, None)
-    )
+    rig.daemon.receive(Inbound("report", payload, "edgeear/v1/plant/cam-2/command/forget", None, None, False, None))
     rig.daemon.turn()
     assert [item.topic for item in rig.outbox.pending(0, 10)] == [f"{OWN}/response"]
 
@@ -465,10 +465,10 @@ def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytes
 
         raise DataError("tap a.mean holds NaN")
 
-    monkeypatch.setattr(rig.board.encoder, "encode", broken)
+    monkeypatch.setattr(rig.board.engine.encoder, "encode", broken)
     answered = rig.daemon.counts.frames
     rig.show(0, 1)
-    assert rig.kinds[-1] == "refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
+    assert rig.kinds[-1] == "frame-refused" and rig.daemon.counts.frames == answered and rig.daemon.counts.unusable == 1
 
 
 def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
@@ -476,11 +476,11 @@ def test_the_loop_ends_when_told_and_wakes_for_what_comes(rig: Rig) -> None:
     thread = threading.Thread(target=rig.daemon.run, args=(stop, turned.release))
     thread.start()
     assert turned.acquire(timeout=10)
-    rig.daemon.receive(Inbound("report", "command", b'{"id": "r"}', None, None, None, False, None))
+    rig.daemon.receive(Inbound("report", b'{"id": "r"}', None, None, None, False, None))
     while not rig.wire.acknowledged:
         assert turned.acquire(timeout=10)
     stop.set()
-    rig.daemon.wake()
+    rig.daemon.wake.set()
     thread.join(10)
     assert not thread.is_alive() and rig.kinds == ["stopped"]
 
@@ -502,7 +502,7 @@ def test_a_report_says_what_is_learned(rig: Rig) -> None:
 def test_commands_that_find_no_room_are_asked_for_again(rig: Rig) -> None:
     for number in range(300):
         payload = json.dumps({"id": f"c{number}"}).encode()
-        rig.daemon.receive(Inbound("report", "command", payload, None, None, None, False, None))
+        rig.daemon.receive(Inbound("report", payload, None, None, None, False, None))
     while rig.daemon.turn():
         assert rig.wire.asked_again == 0
     assert rig.wire.asked_again == 1 and len(rig.wire.acknowledged) == 256
@@ -558,7 +558,8 @@ class Camera:
 
 
 def test_a_source_that_goes_is_told_once_and_again_when_it_is_back(rig: Rig) -> None:
-    camera = rig.daemon.source = Camera()
+    camera = Camera()
+    rig.daemon.source = cast(RunningSource, camera)
     rig.show(0, 1)
     camera.alive, camera.last_error = False, "camera 0: gone; plug it in"
     for _ in range(3):  # its retries

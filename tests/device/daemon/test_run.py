@@ -16,7 +16,7 @@ from PIL import Image
 
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxPolicy
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from edgeear.types import U8
 from tests.support import fakes, mqtt_peers, tiny_models
 from tests.support.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, state, teach
@@ -63,7 +63,7 @@ class Ear:
 @contextmanager
 def listening(broker: Mosquitto) -> Iterator[Ear]:
     ear = Ear()
-    with operator(BrokerAddress("127.0.0.1", broker.port), (f"{OWN}/+",), ear) as ear.us:
+    with Operator(BrokerAddress("127.0.0.1", broker.port), (f"{OWN}/+",), ear) as ear.us:
         yield ear
 
 

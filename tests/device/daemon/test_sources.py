@@ -37,7 +37,7 @@ from device.daemon.sources.camera import Camera, CameraSource
 from device.daemon.sources.folder import PERIOD_S, FolderSource, WatchedFolder
 from device.daemon.sources.mqtt import MAX_BYTES, MessageFrames, MqttSource
 from device.daemon.sources.replay import Replay, ReplaySource, replayed
-from device.daemon.sources.running import BackOff, RunningSource, Stop
+from device.daemon.sources.running import RunningSource, Stop
 from device.daemon.sources.serial import SensorFrames, SerialSource, serial_port, tcp_port
 from device.images.decode import decode, decode_bytes, fit_pixels
 from edgeear.errors import DataError, DeviceError, UsageError
@@ -576,7 +576,7 @@ def test_frames_come_over_tcp_and_a_lost_sensor_is_joined_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
         queue, port = FrameQueue(9), tcp_port(f"tcp://127.0.0.1:{server.getsockname()[1]}")
-        source = RunningSource("x", SensorFrames(port, Feed(SIZE, queue, Clock())), queue, BackOff(0.0, 0.0))
+        source = RunningSource("x", SensorFrames(port, Feed(SIZE, queue, Clock())), queue, (0.0, 0.0))
         source.start()
         jpeg = encoded(picture(), "JPEG")
         for _ in range(2):
@@ -625,7 +625,7 @@ class Failing:
 def test_pauses_grow_to_a_bound_and_start_anew_after_a_frame() -> None:
     queue, clock = FrameQueue(1), Clock()
     capture = Failing(queue, good=(5,))
-    source = RunningSource("x", capture, queue, BackOff(1.0, 8.0))
+    source = RunningSource("x", capture, queue, (1.0, 8.0))
     source._stop = Waits(clock, 8)
     source.start()
     source._thread.join(30)

@@ -72,6 +72,15 @@ def test_what_is_ignored_is_named(tmp_path: Path) -> None:
     text = "\n".join(data.warnings)
     for name in ("movie.mp4", "deeper", "loose.png", "pipe.png", "gone.png"):
         assert name in text
+    assert f"{tmp_path / 'a/x'}: 1 ignored (nested folders): deeper" in data.warnings
+
+
+def test_a_class_in_the_place_of_a_domain_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("photo/dog", 2))
+    (tmp_path / "photo/empty").mkdir()
+    for name, complaint in (("dog", "dog holds pictures, not CLASS/ folders"), ("empty", "empty is empty: add CLASS/")):
+        with pytest.raises(DataError, match=complaint):
+            read_folder(tmp_path / "photo", (name,))
 
 
 def test_small_and_absent_classes_are_warned_about(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_with_the_outbox_on_disk_nothing_is_lost_when_broker_and_board_restart(t
         for _ in range(count):
             outbox.put("event", f"{PREFIX}/event", lambda seq: b"%d %06d" % (outbox.boot, seq), 2e9)
             sent.append(b"%d %06d" % (outbox.boot, len(sent) % 300 + 1))
-            board.link.wake()
+            board.link.delivery.wake()
 
     with mosquitto(tmp_path, PERSISTENT) as broker, Operator(broker.port, f"{PREFIX}/event", name="disk") as seen:
         for _ in range(2):
@@ -137,7 +137,7 @@ def test_only_commands_that_were_not_acknowledged_come_again(plain: Mosquitto) -
             operator.send("again", "adapt", payload)
         first, second = board.wait_commands(2)
         assert not first.dup
-        board.link.acknowledge(first)
+        board.link.delivery.acknowledge(first.token)
         board.put(b"after", topic=f"{PREFIX}/event")
         board.outbox.wait_empty()  # what the broker answers came to it after the acknowledgement
         operator.send("again", "adapt", b"third")
@@ -145,7 +145,7 @@ def test_only_commands_that_were_not_acknowledged_come_again(plain: Mosquitto) -
         wire.cut()
         board.wait_connected(2)
         board.wait_commands(5)
-        board.link.acknowledge(second)  # of a connection that has gone: harmless
+        board.link.delivery.acknowledge(second.token)  # of a connection that has gone: harmless
         again = board.commands[3:]
         assert [(inbound.payload, inbound.dup) for inbound in again] == [(b"second", True), (b"third", True)]
 
@@ -213,7 +213,7 @@ def test_mqtt_311(plain: Mosquitto) -> None:
             board.wait_told("MQTT 3.1.1")
             board.put(b"hello", topic="edgeear/v1/lab/old/event")
             operator.send("old", "pause", b"{}")
-            board.link.acknowledge(board.wait_commands(1)[0])
+            board.link.delivery.acknowledge(board.wait_commands(1)[0].token)
             operator.wait(lambda: operator.payloads() == [b"hello"])
         operator.wait(lambda: operator.payloads("/status")[-1] == b"offline session-1")
 
@@ -237,7 +237,7 @@ def test_an_item_that_makes_the_broker_disconnect_does_not_block_the_rest() -> N
         board.outbox.signal.wait(lambda: len(board.outbox.items) == 1, "all but one sent")
         assert [item.payload for item in board.outbox.items.values()] == [b"poison"]
         assert 5 <= broker.seen.count(b"poison") <= 8  # alone 5 times
-        assert board.link.counters().held == 1 and "held back" in board.link.counters().last_refusal
+        assert board.link.delivery.counters().held == 1 and "held back" in board.link.delivery.counters().last_refusal
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_an_unreachable_broker_is_reported_and_tried_again(policy: dict[str, obj
     settings = {"port": 1} | policy
     with Board(**settings) as board:  # type: ignore[arg-type]
         board.wait_told(told)
-        assert not board.link.connected and not board.link.publish_now(f"{PREFIX}/prediction", b"{}")
+        assert not board.link.connected and not board.link.delivery.publish_now(f"{PREFIX}/prediction", b"{}")
 
 
 def test_a_broker_that_starts_later_is_found(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_broker_that_starts_later_is_found(tmp_path: Path) -> None:
         board.wait_told("nothing listens")
         broker.start()
         board.outbox.wait_empty()
-        assert board.link.publish_now(f"{PREFIX}/prediction", b"{}")
+        assert board.link.delivery.publish_now(f"{PREFIX}/prediction", b"{}")
     broker.stop()
 
 
@@ -277,7 +277,7 @@ def test_the_broker_s_receive_maximum_is_respected() -> None:
             board.put(payload)
         board.wait_connected()
         for count, probe in ((4, b"probe 1"), (5, b"probe 2")):  # what follows the drain proves that it has paused
-            assert board.link.publish_now(f"{PREFIX}/prediction", probe)
+            assert board.link.delivery.publish_now(f"{PREFIX}/prediction", probe)
             broker.wait_seen(count)
         assert sorted(broker.seen) == sorted([b"online session-1", *numbered(2), b"probe 1", b"probe 2"])
 
@@ -288,14 +288,14 @@ def test_mosquitto_takes_a_small_receive_maximum(tmp_path: Path) -> None:
         for payload in numbered(500):
             board.put(payload)
         board.outbox.wait_empty()
-        assert board.link.counters().connects == 1
+        assert board.link.delivery.counters().connects == 1
 
 
 def test_quota_is_tried_again_and_nothing_is_dropped() -> None:
     with ScriptedBroker(receive_maximum=9, reason=0x97) as broker, Board(broker.port) as board:
         board.put(b"later")
         broker.signal.wait(lambda: broker.seen.count(b"later") >= 8)
-        assert not board.link.counters().dropped and list(board.outbox.items) == [1]
+        assert not board.link.delivery.counters().dropped and list(board.outbox.items) == [1]
         board.wait_told("Quota exceeded")
 
 
@@ -305,7 +305,7 @@ def test_too_large_for_the_broker_is_dropped_and_counted(tmp_path: Path) -> None
         for payload in (b"a", b"x" * 1990, b"b"):
             board.put(payload)
         board.outbox.wait_empty()
-        counters = board.link.counters()
+        counters = board.link.delivery.counters()
         assert (counters.sent, counters.dropped, counters.connects) == (2, 1, 1)
         board.wait_told("too large for the broker")
 
@@ -317,7 +317,7 @@ def test_what_mqtt_cannot_hold_is_dropped_and_blocks_nothing(plain: Mosquitto) -
         board.put(b"too long", correlation="00" * 70_000)
         board.put(b"good")
         board.outbox.wait_empty()
-        counters = board.link.counters()
+        counters = board.link.delivery.counters()
         assert (counters.sent, counters.dropped, counters.connects) == (1, 3, 1)
         assert "item 3 was dropped: MQTT cannot hold it" in counters.last_refusal
 
@@ -329,7 +329,7 @@ def test_an_item_that_mosquitto_refuses_out_of_protocol_is_held(tmp_path: Path) 
             board.put(payload)
         board.outbox.signal.wait(lambda: len(board.outbox.items) == 1, "all but one sent")
         board.wait_told("item 2: 5 connections in a row ended on it, it is held back")
-        assert board.link.counters().sent == 2
+        assert board.link.delivery.counters().sent == 2
 
 
 @pytest.mark.parametrize("queue", ["0", "1000"])  # with 0, mosquitto 2.0.11 hangs up after each PUBACK of failure
@@ -347,7 +347,7 @@ def test_a_topic_that_the_access_list_forbids_waits_and_blocks_nothing(tmp_path:
         rules.write_text(f"topic readwrite {PREFIX}/#\n")
         broker.reload()
         board.outbox.wait_empty()
-        counters = board.link.counters()
+        counters = board.link.delivery.counters()
         assert (counters.sent, counters.dropped) == (6, 0) and counters.held >= 1
         assert len(set(board.outbox.acknowledged)) == len(board.outbox.acknowledged) == 6
 
@@ -385,7 +385,7 @@ def test_tls_with_a_client_certificate(secured: tuple[Path, Mosquitto]) -> None:
         for payload in (*numbered(300), b"x" * 100_000):
             board.put(payload)
         board.outbox.wait_empty()
-        assert board.link.counters().sent == 301
+        assert board.link.delivery.counters().sent == 301
 
 
 @pytest.mark.parametrize(

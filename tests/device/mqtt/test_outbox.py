@@ -423,7 +423,7 @@ TestModel.settings = settings(max_examples=50, stateful_step_count=40, deadline=
 
 
 def finish(outbox: Outbox, command: str, payload: bytes = b"done", now: float = NOW) -> int | None:
-    return outbox.finish(command, "response", "t", lambda seq: payload, now, {"correlation": "ab"})
+    return outbox.put("response", "t", lambda seq: payload, now, properties={"correlation": "ab"}, answers=command)
 
 
 def test_a_finished_command_is_recalled_with_its_answer(path: Path) -> None:

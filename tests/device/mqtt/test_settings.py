@@ -16,7 +16,7 @@ from device.mqtt.settings import MIN_LABELS, NAMES, LiveLearning, LiveSettings, 
 from edgeear.novelty import MINIMUM
 
 BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
-    "labels": ([5, 10_000], [4, 10_001]),
+    "labels": ([5, 100_000], [4, 100_001]),
     "probation": ([1, 1_000_000], [0, 1_000_001]),
     "foreign": ([1e-9, 1.0], [0.0, 1.1, -0.1]),
     "label_free": ([True, False], ["x"]),

@@ -31,7 +31,7 @@ from device.cli.operator import _host_and_port
 from device.mqtt import messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.operator import labelling
-from device.operator.client import BrokerAddress, Operator, operator
+from device.operator.client import BrokerAddress, Operator
 from device.operator.watch import Fleet
 from device.operator.watching import _picture, command_of
 from edgeear.errors import DeviceError, UsageError
@@ -111,7 +111,7 @@ def board(port: int, name: str, answer: Answer) -> Iterator[Client]:
 
 @contextmanager
 def connected(broker: Mosquitto, name: str = "any") -> Iterator[Operator]:
-    with operator(BrokerAddress("127.0.0.1", broker.port), (f"edgeear/v1/hall/{name}/response",)) as us:
+    with Operator(BrokerAddress("127.0.0.1", broker.port), (f"edgeear/v1/hall/{name}/response",)) as us:
         yield us
 
 
@@ -220,7 +220,7 @@ def test_an_operator_reconnects_and_receives_again(tmp_path: Path) -> None:
         with signal.change():
             heard.append(payload)
 
-    with mosquitto(tmp_path) as shaky, operator(BrokerAddress("127.0.0.1", shaky.port), ("t/#",), note) as us:
+    with mosquitto(tmp_path) as shaky, Operator(BrokerAddress("127.0.0.1", shaky.port), ("t/#",), note) as us:
         subscriptions = Signal()
         subscribed, count = us._client.on_subscribe, [0]
 
@@ -488,7 +488,7 @@ def served(rig: Rig, port: int) -> Iterator[threading.Thread]:
         return rig.now
 
     link = Link(policy, rig.outbox, rig.daemon.status, rig.daemon.receive, lambda _: None, changed, Random(0), clock)
-    rig.daemon.out.link = link
+    rig.daemon.out.link = link.delivery
     thread = threading.Thread(target=rig.daemon.run, args=(stop,))
     link.start()
     try:
@@ -497,7 +497,7 @@ def served(rig: Rig, port: int) -> Iterator[threading.Thread]:
         yield thread
     finally:
         stop.set()
-        rig.daemon.wake()
+        rig.daemon.wake.set()
         thread.join(PATIENCE)
         link.stop(PATIENCE)
 

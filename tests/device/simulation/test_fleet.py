@@ -100,19 +100,19 @@ def event_lost(running: Running) -> None:
 
 
 def answered_twice(running: Running) -> None:
-    outbox = running.daemon.outbox
-    finish = outbox.finish
+    put = running.daemon.outbox.put
 
-    def twice(command_id: str, cls: Any, topic: str, make: Any, now: float, properties: Any = None) -> int | None:
-        finish(command_id, cls, topic, make, now, properties)
-        return outbox.put(cls, topic, make, now, properties=properties)
+    def twice(*given: Any, answers: str | None = None, **more: Any) -> int | None:
+        if answers is not None:
+            put(*given, answers=answers, **more)
+        return put(*given, **more)
 
-    outbox.finish = twice  # type: ignore[method-assign]
+    running.daemon.outbox.put = twice  # type: ignore[method-assign]
 
 
 def correlation_lost(running: Running) -> None:
-    finish = running.daemon.outbox.finish
-    running.daemon.outbox.finish = lambda *given, properties=None: finish(*given)  # type: ignore[method-assign]
+    put = running.daemon.outbox.put
+    running.daemon.outbox.put = lambda *given, properties=None, **more: put(*given, **more)  # type: ignore[method-assign]
 
 
 def frame_not_counted(running: Running) -> None:

@@ -305,6 +305,21 @@ def test_worth_is_the_last_row_of_the_matrix_against_the_first() -> None:
     assert [(row.labels, row.seconds) for row in bare().worth()] == [(None, None)]
 
 
+def test_more_foreign_verdicts_than_promised_are_explained() -> None:
+    fact = {"domain": "photo", "frames": 40, "images": 9, "labelled": 10, "labels": 7, "tests": 99}
+
+    def told(foreign: int) -> str:
+        p = [0.0] * 20 + [0.05] * foreign + [0.5] * (20 - foreign)
+        stream = {"at": range(1, 41), "novelty": [None] * 20 + [0.1] * 20, "p": p, "domain": ["photo"] * 40}
+        record = bare(facts=[fact], stream=stream | {"route": ["abstain"] * 20 + ["photo"] * 20})
+        assert record.own_p("photo") == p[20:]  # not the frames before the head
+        return " ".join(record.remarks())
+
+    words = "photo: once it was learned, 15.0 % of 20 of its own frames were called out of distribution."
+    assert words in told(3) and "from 7 labelled images; a surprising image counts each time it is shown" in told(3)
+    assert "once it was learned" not in told(1)
+
+
 def test_facts_fit_the_domains_and_thumbnails_are_base64() -> None:
     fact = {"domain": "photo", "frames": 1, "images": 1, "labelled": 0, "labels": 0, "tests": 1}
     assert bare(facts=[fact]).facts[0].domain == "photo"
@@ -350,6 +365,33 @@ def test_page_begins_with_what_edgeear_was_worth() -> None:
     pictures = [reference for reference in page.references if not reference.startswith("#")]
     assert len(pictures) == 24 and all(picture.startswith("data:image/jpeg;base64,") for picture in pictures)
     assert html.count(' alt="frame ') == 24 and len(html) < 1_000_000
+
+
+def test_page_explains_its_words_and_names_small_tests() -> None:
+    text, html = parse(render(with_facts())).text, render(example())
+    for word in ("AUROC", "FPR95", "BWT", "Oracle", "Pareto front", "Proxy score", "MACs", "Onset", "p-value"):
+        assert re.search(rf"<dt>{word}", html), word
+    assert "Some test sets have fewer than 30 images: 100 % may be chance." in text
+    assert "100 % may be chance" not in html
+    assert "sample 523 (photo to art)" in text and "sample 311 (false alarm in photo)" in text
+    assert "has none" in text  # why a head may have no validation accuracy
+
+
+def test_no_domain_has_the_colour_of_a_shift(html: str) -> None:
+    for theme in re.findall(r":root\{[^}]*--d7:[^}]*\}", html):
+        colours = {name: np.array([int(value[i : i + 2], 16) for i in (0, 2, 4)])
+                   for name, value in re.findall(r"--(alert|d\d):#([0-9a-f]{6})", theme)}  # fmt: skip
+        assert len(colours) == 9
+        assert all(np.abs(colours[f"d{hue}"] - colours["alert"]).max() >= 60 for hue in range(8))
+
+
+def test_the_p_value_begins_with_the_first_head() -> None:
+    stream = {"at": [1, 2, 3], "p": [0.0, 0.5, 0.9], "route": ["abstain", "photo", "photo"], "domain": ["photo"] * 3}
+    unknown, known = (
+        re.findall(r">(1e-0?\d|0\.0+1)</text>", render(bare(stream=stream | {"novelty": [first, 0.1, 0.1]})))
+        for first in (None, 0.1)
+    )
+    assert known and not unknown  # p is 0 before anything is learned, which would stretch the axis
 
 
 def test_size_axis_has_several_ticks_whatever_the_sizes(html: str) -> None:
@@ -605,6 +647,11 @@ def test_plain_mode_prints_events_at_once_and_phases_with_the_time_left() -> Non
     assert "search: 3 of 10, 14 s left\n" in text and "search: 10 of 10\n" in text
     assert text.count("search: ") == 4  # each 5 s, and the last
     assert "encode" not in text  # over before it was worth a line
+    with LiveView(screen, DOMAINS, 100, clock=clock) as view:
+        view.phase("memory", 0, 1)
+        clock.now += 9.0
+        view.phase("memory", 1, 1)
+    assert "memory" not in out.getvalue()  # an end without a beginning tells nothing
     assert "\x1b" not in text
 
 

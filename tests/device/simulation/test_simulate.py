@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from device.board.board import BoardPolicy
+from device.simulation.live import LiveView
 from device.simulation.record import ABSTAIN, RunRecord
 from device.simulation.report import render
 from device.simulation.simulate import GroundTruth, SimulateOptions, simulate
@@ -93,6 +94,7 @@ def test_matrices_and_growth_cover_every_domain(run: Run) -> None:
     assert all((row[i] or 0) > 0.9 for i, row in enumerate(record.routing_accuracy))
     assert [growth.domain for growth in record.growth] == ["red", "blue", "green"]
     assert all(sum(point.chosen for point in growth.candidates) == 1 for growth in record.growth)
+    assert all(growth.validation_accuracy is not None for growth in record.growth)
     assert {(pair.known, pair.unknown) for pair in record.ood} == {
         (a, b) for a in record.domains for b in record.domains if a != b
     }
@@ -254,6 +256,24 @@ def test_a_stop_without_a_store_says_that_nothing_is_kept(tmp_path: Path, monkey
     monkeypatch.setattr("device.simulation.simulate.Board.step", stop)
     record = ran(options(write(tmp_path, (("red", 0),), 5)))
     assert record.stopped_at == 0 and "without --store nothing" in record.events[-1].text
+
+
+def test_a_stop_before_the_first_head_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: object, phase: str, *at: int) -> None:
+        if phase == "search":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("device.simulation.simulate._Run._progress", stop)
+    record = ran(options(write(tmp_path, (("red", 0), ("green", 1)), 20)))
+    assert record.stopped_at and record.growth == () and record.facts[0].labels > 0
+    assert record.accuracy_matrix == ((None, None),) * 2 and record.routing_accuracy == ((None,) * 3,) * 2
+    assert (record.final_accuracy, record.bwt, record.forgetting) == (None, None, (None, None))
+    assert [(row.without, row.after, row.labels) for row in record.worth()] == [(None, None, None)] * 2
+    assert record.spent() == (None, None)
+    text = io.StringIO()
+    LiveView(Console(file=text), record.domains, 0, clock=lambda: 0.0).table(record)
+    assert "0.0 %" not in text.getvalue()
+    assert "With edgeear the classifier is right on" not in parse(render(record)).text
 
 
 def test_small_data_is_named_as_such(tmp_path: Path) -> None:
