@@ -156,7 +156,7 @@ def trained_size(array: U8, ear: Ear) -> U8:
         (np.full((8, 8), -0.1), r"values -0.1 to -0.1"),
         (np.full((8, 8), np.nan), r"values nan to nan"),
         (b"no picture", r"bytes.*broken content"),
-        (b"", r"broken content"),
+        (b"", r"the file is empty"),
         (".", r"a folder; give its files; `evaluate` and `learn` take folders"),
         ("/dev/null", r"/dev/null: not a regular file; give the file of a picture"),
         ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
