@@ -227,6 +227,14 @@ class OutboxReset(_Happened, kind="dropped", sentence="the outbox was damaged an
     damage: str
 
 
+class MessagesDamaged(
+    _Happened, kind="dropped", sentence="{count} damaged messages dropped from the outbox: check the disk"
+):
+    """The disk changed `count` messages of the outbox: they were dropped, the others are sent."""
+
+    count: int
+
+
 class Stopped(_Happened, kind="stopped", sentence="{why}"):
     why: str = "the daemon was asked to stop"
 
@@ -234,7 +242,7 @@ class Stopped(_Happened, kind="stopped", sentence="{why}"):
 BoardEvent = (
     Started | Shifted | Recognised | LabelsWanted | TooFewLabels | Searching | Grown | NotAdmitted
     | LearningFailed | Confirmed | RolledBack | StoreDamaged | Forgotten | Paused | Resumed | PolicyChanged
-    | SettingsIgnored | FrameRefused | SourceChanged | OutboxReset | Stopped
+    | SettingsIgnored | FrameRefused | SourceChanged | OutboxReset | MessagesDamaged | Stopped
 )  # fmt: skip
 ENDED = (Grown, NotAdmitted, LearningFailed)
 """The events that end an adaptation."""

@@ -28,6 +28,7 @@ from device.board.events import (
     FrameRefused,
     LabelsWanted,
     LearningFailed,
+    MessagesDamaged,
     Paused,
     SourceChanged,
     Stopped,
@@ -97,6 +98,7 @@ class Daemon:
         self.counts, self.metrics, self._max_age_s, self._asks_labels = Counts(), metrics, max_age_s, label_requests
         self.source = source
         self._trouble_at: int | None = None
+        self._damaged = 0
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
         self._held, self._overflowed, self._inbox_lock = 0, False, threading.Lock()
@@ -183,6 +185,7 @@ class Daemon:
             self._command(command)
         asked = self._ask_label()
         self._look_at_source()
+        self._look_at_outbox()
         self._close_window()
         if self.metrics is not None:
             self._measure(self.metrics)
@@ -306,6 +309,13 @@ class Daemon:
             self._trouble_at = received
             why = "the source came to its end" if source.finished else f"no frames come: {source.last_error}"
             self.tell(SourceChanged(*self.board.moment, why))
+
+    def _look_at_outbox(self) -> None:
+        """Tell that messages were damaged in the outbox."""
+        damaged, before = self.outbox.damaged, self._damaged
+        if damaged > before:
+            self._damaged = damaged
+            self.tell(MessagesDamaged(*self.board.moment, damaged - before))
 
     def _close_window(self) -> None:
         now = self._clock()

@@ -11,6 +11,8 @@ Rules of this file:
    reserve, and it stores a number, the boot, so that boots rise even if the database is lost.
 5. A damaged file is not read any more: it is renamed to `NAME.damaged` (replacing an earlier one) and a new one takes
    its place. A file of a newer format, or of another program, is refused before anything is written to it.
+   Damage that touches only contents, not the structure, is for the caller to find: text that is no UTF-8 is read with
+   U+FFFD in place of the wrong bytes, and a value may have another type than its column.
 6. Freed pages are reused. `shrink` returns them to the disk, which is cheap when little is stored.
 
 Not thread-safe: the caller must hold a lock.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ LOG_PAGES = 256
 """Pages at which the log is emptied. The log file keeps that size, so it can be written to when the disk is full."""
 RESERVE_BYTES = 2 << 20
 """Room to empty the log into: LOG_PAGES, doubled because a failing attempt adds pages."""
+FAULTS = 100
+"""SQLite's check of a file ends after so many."""
 _DIGITS = 20
 _NO_LIMIT = 4_294_967_294
 _READ_ERRORS = {266, 522, 8458}
@@ -80,8 +84,11 @@ class Database:
         self._aside: SetAside | None = None
 
     @classmethod
-    def open(cls, path: Path, version: int, schema: str) -> tuple[Database, SetAside | None]:
-        """Opens or creates `path` with the tables of `schema` (SQL), whose format is `version` (at least 1).
+    def open(
+        cls, path: Path, version: int, schema: str, contents: Sequence[str] = ()
+    ) -> tuple[Database, SetAside | None]:
+        """Opens or creates `path` with the tables of `schema` (SQL), whose format is `version` (at least 1). A wrong
+        type in the columns `contents` (TABLE.COLUMN) does not make the file a damaged one: the caller checks them.
 
         Also returns the damaged file that was renamed, if any. Raises `OutboxBusy`, `NewerOutbox`,
         `OutboxFull`, `DeviceError`.
@@ -96,10 +103,10 @@ class Database:
             aside = None
             try:
                 with _typed(path):
-                    database._start(version, schema)
+                    database._start(version, schema, contents)
             except _Damaged as damage:
                 aside = database._set_aside(str(damage))
-                database._start(version, schema)
+                database._start(version, schema, contents)
             undo.pop_all()
         return database, aside
 
@@ -154,11 +161,12 @@ class Database:
             os.close(self._lock)
             self._lock = -1
 
-    def _start(self, version: int, schema: str) -> None:
+    def _start(self, version: int, schema: str, contents: Sequence[str]) -> None:
         """Connects, checks the whole file and creates the tables if it is new."""
         # The exclusive mode must be set before the first read: it needs no shared memory and keeps out readers, which
         # would let the log grow without end. auto_vacuum must be set before the first page is written.
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0)
+        self._connection.text_factory = lambda text: text.decode("utf-8", "replace")
         for setting in (
             "locking_mode=EXCLUSIVE",
             "auto_vacuum=INCREMENTAL",
@@ -169,9 +177,12 @@ class Database:
             "trusted_schema=OFF",
         ):
             self._connection.execute(f"PRAGMA {setting}").fetchall()
-        ((found,),) = self._connection.execute("PRAGMA quick_check(1)").fetchall()
-        if found != "ok":
-            raise _Damaged(found)
+        faults = [found for (found,) in self._connection.execute("PRAGMA quick_check").fetchall()]
+        structural = [
+            text for text in faults if text != "ok" and not text.endswith(tuple(f" value in {c}" for c in contents))
+        ]
+        if structural or len(faults) == FAULTS:
+            raise _Damaged((structural or faults)[0])
         _refuse_foreign(self._connection, self._path, version)
         if _number(self._connection, "user_version") == 0:
             self._transaction(lambda db: _create(db, version, schema))

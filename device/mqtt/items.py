@@ -8,7 +8,8 @@ Rules of this file:
 3. An id is made of (boot, seq), see `item_id`. So ids rise and are never used twice, without a counter on disk.
 4. Rows lie in the file by class, then id: dropping the oldest of a class frees whole pages, which a full disk needs.
    With the classes mixed, dropping would leave gaps too small for later rows.
-5. A row has a CRC-32 of its contents: SQLite checks the structure of its pages, not their contents.
+5. A row has a CRC-32 of its contents: SQLite checks the structure of its pages, not their contents. A row that the
+   disk changed is dropped and counted when it is read; `sweep` finds those that would break the counts.
 
 The functions work inside the caller's transaction. If it is rolled back, the caller discards the `Tally`.
 """
@@ -16,6 +17,7 @@ The functions work inside the caller's transaction. If it is rolled back, the ca
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import zlib
 from collections.abc import Sequence
@@ -47,6 +49,20 @@ CREATE TABLE item (
 
 CREATE INDEX item_created ON item (created)""".strip()
 """`key` is class and id in one number (`_key`); `seal` is a CRC-32."""
+_TYPES = {
+    "created": "real",
+    "size": "integer",
+    "seal": "integer",
+    "topic": "text",
+    "properties": "text",
+    "payload": "blob",
+}
+CONTENTS = tuple(f"item.{column}" for column in _TYPES)
+"""Columns whose damage costs one item: they hold no place in the file's structure."""
+_BYTES = " + ".join(f"length(CAST({column} AS BLOB))" for column in ("topic", "properties", "payload"))
+_MISSHAPEN = " OR ".join(
+    [f"size != {ITEM_BYTES} + {_BYTES}", *(f"typeof({column}) != '{kind}'" for column, kind in _TYPES.items())]
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,16 @@ class Draft:
         head = json.dumps([self.id, self.rank, self.topic, self.properties]).encode()
         return zlib.crc32(self.payload, zlib.crc32(head))
 
+    def sealed(self, size: object, seal: object) -> Item | None:
+        """The item of a row that was read; None where the disk changed it. SQLite checks types only when it writes."""
+        types = (self.topic, str), (self.properties, str), (self.payload, bytes), (self.created, float)
+        if not all(isinstance(value, kind) for value, kind in types) or not math.isfinite(self.created):
+            return None
+        if (self.size, self.seal) != (size, seal):
+            return None
+        cls, properties = CLASSES[self.rank], json.loads(self.properties)
+        return Item(self.id, cls, self.topic, self.payload, properties, self.created)
+
     def check(self, policy: OutboxPolicy) -> None:
         """Raises `ItemTooLarge` if this can never be stored."""
         limit = min(policy.max_bytes, policy.frame_bytes) if self.rank == _FRAME else policy.max_bytes
@@ -110,25 +136,23 @@ class Draft:
 
 @dataclass
 class Tally:
-    """Counts by rank. `depth` and `bytes` are counted once when the outbox opens; `dropped` and `sent` are on disk."""
+    """Counts by rank. `depth` and `bytes` are counted when the outbox opens; `dropped` and `sent` are on disk.
+    `damaged` of those dropped were damaged, since the outbox opened."""
 
     depth: list[int]
     bytes: list[int]
     dropped: list[int]
     sent: int
+    damaged: int = 0
 
     @classmethod
     def load(cls, db: sqlite3.Connection) -> Tally:
-        """Reads the whole table once."""
+        """The counts on disk; `sweep` counts the items."""
         dropped = [read_tally(db, f"dropped {name}") for name in CLASSES]
-        tally = cls([0] * len(CLASSES), [0] * len(CLASSES), dropped, read_tally(db, "sent"))
-        query = "SELECT key >> ?, count(*), sum(size) FROM item GROUP BY 1"
-        for rank, depth, size in db.execute(query, (_ID_BITS,)).fetchall():
-            tally.depth[rank], tally.bytes[rank] = depth, size
-        return tally
+        return cls([0] * len(CLASSES), [0] * len(CLASSES), dropped, read_tally(db, "sent"))
 
     def copy(self) -> Tally:
-        return Tally(self.depth[:], self.bytes[:], self.dropped[:], self.sent)
+        return Tally(self.depth[:], self.bytes[:], self.dropped[:], self.sent, self.damaged)
 
     def save(self, db: sqlite3.Connection, before: Tally) -> None:
         """Writes the counts that are kept on disk and differ from `before`."""
@@ -183,20 +207,19 @@ def make_room(db: sqlite3.Connection, tally: Tally, ranks: range, count: int, si
 
 
 def pending(db: sqlite3.Connection, after: int, limit: int, max_bytes: int) -> tuple[list[Item], list[int]]:
-    """Items above `after` in order, and the ids of those whose checksum is wrong."""
+    """Items above `after` in order, and the ids of those that are damaged."""
     items: list[Item] = []
     bad: list[int] = []
     columns = "key, id, created, size, seal, topic, properties, payload"
     with closing(db.execute(f"SELECT {columns} FROM item WHERE id > ? ORDER BY id LIMIT ?", (after, limit))) as rows:
         for key, number, created, size, seal, topic, properties, payload in rows:
-            rank = key >> _ID_BITS
-            draft = Draft(number, rank, topic, properties, payload, created)
-            if (draft.seal, draft.size) != (seal, size):
+            item = Draft(number, key >> _ID_BITS, topic, properties, payload, created).sealed(size, seal)
+            if item is None:
                 bad.append(number)
                 continue
             if items and size > max_bytes:
                 break
-            items.append(Item(number, CLASSES[rank], topic, payload, json.loads(properties), created))
+            items.append(item)
             max_bytes -= size
     return items, bad
 
@@ -210,6 +233,22 @@ def drop(db: sqlite3.Connection, tally: Tally, ids: Sequence[int]) -> None:
     """Removes items and counts each as dropped."""
     for rank in _remove(db, tally, ids):
         tally.dropped[rank] += 1
+
+
+def sweep(db: sqlite3.Connection, tally: Tally, bad: Sequence[int] = ()) -> None:
+    """Drops the items `bad` and all whose size or types the disk changed, then counts what is left.
+
+    Reads the whole table once. Sizes of damaged items may be wrong, so all counts are made anew.
+    """
+    query = f"DELETE FROM item WHERE {_MISSHAPEN} OR id IN (SELECT value FROM json_each(?)) RETURNING key >> ?"
+    gone = db.execute(query, (json.dumps(list(bad)), _ID_BITS)).fetchall()
+    for (rank,) in gone:
+        tally.dropped[rank] += 1
+    tally.damaged += len(gone)
+    tally.depth, tally.bytes = [0] * len(CLASSES), [0] * len(CLASSES)
+    query = "SELECT key >> ?, count(*), sum(size) FROM item GROUP BY 1"
+    for rank, depth, size in db.execute(query, (_ID_BITS,)).fetchall():
+        tally.depth[rank], tally.bytes[rank] = depth, size
 
 
 def expire(db: sqlite3.Connection, tally: Tally, policy: OutboxPolicy, now: float, limit: int) -> int:

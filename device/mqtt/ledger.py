@@ -91,7 +91,10 @@ def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: f
     query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
     for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
         if not CLOCK_SET <= begun < now - policy.max_age_s:
-            return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
+            try:
+                return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
+            except ValueError:  # the disk changed the entry: its answer is unknown
+                return Recorded(command_id, begun)
     return None
 
 

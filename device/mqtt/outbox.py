@@ -9,7 +9,8 @@ Rules of this file:
 3. The outbox is bounded by bytes, count and age; `device.mqtt.items` decides what is dropped.
 4. When the disk is full, items are dropped in the same order. If that does not help, the put raises.
 5. The answer to a command goes into the outbox and into the ledger in one transaction.
-6. An item with a wrong checksum is dropped and counted: one bad sector must not block later items.
+6. An item that the disk changed is dropped and counted (`OutboxCounters.damaged`): one flipped bit must not block later
+   items.
 
 Any thread may call any method; a lock makes them wait for each other. A full disk, a failing disk and a damaged file
 raise a `DeviceError` of `device.mqtt.database`.
@@ -51,13 +52,14 @@ _ANSWER = CLASSES.index("response")
 @dataclass(frozen=True)
 class OutboxCounters:
     """`depth` items wait, of `bytes` in all, the oldest made at `oldest` (unix seconds). `dropped` and `sent` survive
-    restarts."""
+    restarts. `damaged` of those dropped had been changed by the disk, since the outbox was opened."""
 
     depth: int
     bytes: int
     oldest: float | None
     dropped: dict[OutboxClass, int]
     sent: int
+    damaged: int
 
 
 class Outbox:
@@ -71,6 +73,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._seq = 0
         self._tally = database.read(Tally.load)
+        self._change(items.sweep)
         self.boot = 1 + max(database.remembered(), database.read(lambda db: read_tally(db, "boot")))
         database.write(lambda db: write_tally(db, "boot", self.boot))
         database.remember(self.boot)
@@ -92,7 +95,7 @@ class Outbox:
     @classmethod
     def _opened(cls, path: Path, policy: OutboxPolicy, now: float) -> Outbox:
         schema = "\n\n".join((ledger.SCHEMA, items.SCHEMA, SETTINGS))
-        database, aside = Database.open(path, FORMAT, schema)
+        database, aside = Database.open(path, FORMAT, schema, items.CONTENTS)
         try:
             outbox = cls(database, policy, aside)
             outbox.expire(now)
@@ -142,7 +145,7 @@ class Outbox:
             while True:
                 found, bad = self._database.read(lambda db: items.pending(db, after, limit, max_bytes))
                 if bad:
-                    self._change(partial(items.drop, ids=bad))
+                    self._change(partial(items.sweep, bad=bad))
                 if found or not bad:
                     return found
 
@@ -159,7 +162,15 @@ class Outbox:
             rows = self._database.read(lambda db: db.execute(query).fetchall())
             tally = self._tally
         dropped = dict(zip(CLASSES, tally.dropped, strict=True))
-        return OutboxCounters(sum(tally.depth), sum(tally.bytes), rows[0][0] if rows else None, dropped, tally.sent)
+        created = rows[0][0] if rows else None
+        oldest = created if isinstance(created, float) and math.isfinite(created) else None  # else it is damaged
+        return OutboxCounters(sum(tally.depth), sum(tally.bytes), oldest, dropped, tally.sent, tally.damaged)
+
+    @property
+    def damaged(self) -> int:
+        """`OutboxCounters.damaged`, without a look at the disk."""
+        with self._lock:
+            return self._tally.damaged
 
     def expire(self, now: float) -> int:
         """Drops items and ledger entries older than the policy's age. Returns how many items."""

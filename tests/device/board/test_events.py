@@ -47,6 +47,7 @@ EXAMPLES: list[events.BoardEvent] = [
     events.SourceChanged(*MOMENT, NASTY),
     events.SourceChanged(*MOMENT, None),
     events.OutboxReset(*MOMENT, NASTY),
+    events.MessagesDamaged(*MOMENT, 2),
     events.Stopped(*MOMENT),
 ]
 

@@ -445,6 +445,19 @@ def test_a_full_disk_stops_learning_and_not_predictions(rig: Rig, monkeypatch: p
     assert rig.daemon.counts.frames == 43
 
 
+def test_messages_that_the_disk_damaged_are_told_once(rig: Rig) -> None:
+    rig.show(0, 1)
+    (kept,) = rig.outbox.pending(0, 9)
+    bad = [rig.outbox.put("event", "t", lambda seq: b"{}", rig.now) for _ in range(2)]
+    update = "UPDATE item SET topic = CAST(x'f4' AS TEXT) WHERE id >= ?"
+    rig.outbox._database.connection.execute(update, (bad[0],)).close()
+    assert rig.outbox.pending(0, 9) == [kept]  # as the link does
+    rig.rest()
+    rig.rest()
+    damaged = [event for event in rig.told("event") if event["kind"] == "dropped"]
+    assert [event["data"] for event in damaged] == [{"count": 2}]
+
+
 def test_a_full_outbox_stops_neither_predictions_nor_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise OutboxFull("no space left: free some")

@@ -816,6 +816,71 @@ def test_an_altered_item_is_dropped_and_the_rest_goes_on(path: Path, change: str
         assert (counters.depth, counters.bytes, sum(counters.dropped.values())) == (3, 3 * (EMPTY + 401), 2)
 
 
+def test_whatever_bit_of_an_item_flips_the_others_are_sent_or_the_file_is_replaced(path: Path) -> None:
+    put_as: dict[int | None, int] = {}
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        for at in range(3):
+            put_as[outbox.put("event", "topic/a", lambda seq: b"payload", NOW, properties={"n": at})] = at
+    data, replaced, dropped = path.read_bytes(), 0, 0
+    start = data.index(b'topic/a{"n": 1}payload') - 40  # the header of the row and its integers
+    for bit in random.Random(0).sample(range(8 * 62), 200):
+        flipped = bytearray(data)
+        flipped[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+            try:
+                left = outbox.pending(0, 10)
+            except OutboxDamaged:  # the row and its index do not agree
+                replaced += 1
+                continue
+            counters = outbox.counters()
+            assert (counters.depth, counters.bytes) == (len(left), len(left) * (EMPTY + 6 + 6 + 7))
+            assert all(i.properties == {"n": put_as[i.id]} and i.payload == b"payload" for i in left)
+            assert counters.damaged == outbox.damaged
+            if outbox.recovered_from is None:
+                assert len(left) >= 2 and sum(counters.dropped.values()) == 3 - len(left)
+                dropped += counters.damaged
+            else:
+                replaced += 1
+            assert put(outbox, "event") is not None
+    assert dropped > 80 and replaced < 80
+
+
+@pytest.mark.parametrize("column", ["topic", "properties"])
+def test_text_that_is_no_utf8_costs_one_item_while_in_use(outbox: Outbox, column: str) -> None:
+    ids = [outbox.put("event", "t", lambda seq: b"x", NOW) for _ in range(3)]
+    sql(outbox).execute(f"UPDATE item SET {column} = CAST(x'f4' AS TEXT) WHERE id = ?", (ids[1],)).close()
+    assert [item.id for item in outbox.pending(0, 1)] == [ids[0]]
+    assert [item.id for item in outbox.pending(0, 9)] == [ids[0], ids[2]]
+    counters = outbox.counters()
+    assert (counters.depth, counters.bytes, counters.damaged, counters.dropped["event"]) == (2, 2 * (EMPTY + 1), 1, 1)
+
+
+def test_a_size_that_the_disk_changed_does_not_spoil_the_counts(outbox: Outbox) -> None:
+    first, second = put(outbox, "event", b"x"), put(outbox, "event", b"x")
+    sql(outbox).execute("UPDATE item SET size = 1 << 40 WHERE id = ?", (first,)).close()
+    assert [item.id for item in outbox.pending(0, 9)] == [second]
+    assert (outbox.counters().depth, outbox.counters().bytes) == (1, EMPTY + 1)
+
+
+@pytest.mark.parametrize("change", ["properties = '{'", "properties = CAST(x'f4' AS TEXT)"])
+def test_a_damaged_answer_of_a_command_is_an_unknown_answer(outbox: Outbox, change: str) -> None:
+    outbox.begin("c1", NOW)
+    finish(outbox, "c1", b"a1")
+    sql(outbox).execute(f"UPDATE ledger SET {change}").close()
+    recorded = outbox.recall("c1", NOW)
+    assert recorded is not None and not recorded.finished
+    finish(outbox, "c1", b"a2")
+    recorded = outbox.recall("c1", NOW)
+    assert recorded is not None and recorded.payload == b"a2"
+
+
+def test_a_damaged_setting_is_read(outbox: Outbox) -> None:
+    outbox.set("settings", '{"labels": 60}')
+    sql(outbox).execute("UPDATE setting SET value = CAST(x'7bf4' AS TEXT)").close()
+    assert outbox.get("settings") == "{\ufffd"
+
+
 def untouched(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith((".lock", "-shm"))}
 
