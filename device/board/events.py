@@ -221,18 +221,18 @@ class SourceChanged(_Happened, kind="source"):
         return self.problem or "frames come again"
 
 
-class OutboxReset(_Happened, kind="dropped", sentence="the outbox was damaged and replaced by a new one: {damage}"):
-    """The messages in it are lost."""
+class MessagesLost(_Happened, kind="dropped"):
+    """The disk changed `count` messages in the outbox and they were dropped; None where the whole outbox was replaced
+    because of `damage`."""
 
     damage: str
+    count: int | None = None
 
-
-class MessagesDamaged(
-    _Happened, kind="dropped", sentence="{count} damaged messages dropped from the outbox: check the disk"
-):
-    """The disk changed `count` messages of the outbox: they were dropped, the others are sent."""
-
-    count: int
+    @property
+    def text(self) -> str:
+        if self.count is None:
+            return f"the outbox was damaged and replaced by a new one: {self.damage}"
+        return f"{self.count} messages in the outbox were damaged and dropped: {self.damage}"
 
 
 class Stopped(_Happened, kind="stopped", sentence="{why}"):
@@ -242,7 +242,7 @@ class Stopped(_Happened, kind="stopped", sentence="{why}"):
 BoardEvent = (
     Started | Shifted | Recognised | LabelsWanted | TooFewLabels | Searching | Grown | NotAdmitted
     | LearningFailed | Confirmed | RolledBack | StoreDamaged | Forgotten | Paused | Resumed | PolicyChanged
-    | SettingsIgnored | FrameRefused | SourceChanged | OutboxReset | MessagesDamaged | Stopped
+    | SettingsIgnored | FrameRefused | SourceChanged | MessagesLost | Stopped
 )  # fmt: skip
 ENDED = (Grown, NotAdmitted, LearningFailed)
 """The events that end an adaptation."""

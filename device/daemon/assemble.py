@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.board.board import Board, BoardPolicy
-from device.board.events import OutboxReset, SettingsIgnored, StoreDamaged
+from device.board.events import MessagesLost, SettingsIgnored, StoreDamaged
 from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
@@ -189,7 +189,7 @@ def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
     elif importlib.util.find_spec("torch") is None:
         daemon.pause(f"torch is not installed: {installation('learn')}")
     if daemon.outbox.recovered_from is not None:
-        daemon.tell(OutboxReset(*moment, str(daemon.outbox.recovered_from)))
+        daemon.tell(MessagesLost(*moment, str(daemon.outbox.recovered_from)))
     if store.recovered_from is not None:
         daemon.tell(StoreDamaged(*moment, str(store.recovered_from)))
     if faults := daemon.commands.stored.faults:

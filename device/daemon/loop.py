@@ -28,7 +28,7 @@ from device.board.events import (
     FrameRefused,
     LabelsWanted,
     LearningFailed,
-    MessagesDamaged,
+    MessagesLost,
     Paused,
     SourceChanged,
     Stopped,
@@ -315,7 +315,7 @@ class Daemon:
         damaged, before = self.outbox.damaged, self._damaged
         if damaged > before:
             self._damaged = damaged
-            self.tell(MessagesDamaged(*self.board.moment, damaged - before))
+            self.tell(MessagesLost(*self.board.moment, "check the disk", damaged - before))
 
     def _close_window(self) -> None:
         now = self._clock()

@@ -46,8 +46,8 @@ EXAMPLES: list[events.BoardEvent] = [
     events.FrameRefused(*MOMENT, NASTY, NASTY),
     events.SourceChanged(*MOMENT, NASTY),
     events.SourceChanged(*MOMENT, None),
-    events.OutboxReset(*MOMENT, NASTY),
-    events.MessagesDamaged(*MOMENT, 2),
+    events.MessagesLost(*MOMENT, NASTY),
+    events.MessagesLost(*MOMENT, NASTY, 2),
     events.Stopped(*MOMENT),
 ]
 

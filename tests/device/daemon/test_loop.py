@@ -455,7 +455,7 @@ def test_messages_that_the_disk_damaged_are_told_once(rig: Rig) -> None:
     rig.rest()
     rig.rest()
     damaged = [event for event in rig.told("event") if event["kind"] == "dropped"]
-    assert [event["data"] for event in damaged] == [{"count": 2}]
+    assert [event["data"] for event in damaged] == [{"damage": "check the disk", "count": 2}]
 
 
 def test_a_full_outbox_stops_neither_predictions_nor_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
