@@ -1,4 +1,4 @@
-"""Locks, syncs and whole-file writes on a POSIX file system, and the place of the cache folder."""
+"""Locks, syncs and whole-file writes on a POSIX file system, file names as text, and the place of the cache folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from edgeear.errors import EdgeearError, UsageError
 
 TEMPORARY = ".partial-"
 """Prefix of the name of a file that is still being written."""
+
+
+def escaped(text: object) -> str:
+    """`text` with bytes of file names that are not UTF-8 escaped, so that it can be printed, stored and sent.
+
+    Every text that comes from the file system or the command line goes through here where it enters.
+
+    >>> print(escaped("Mu\\udcf1oz.jpg"))
+    Mu\\udcf1oz.jpg
+    """
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def take_lock(path: Path, busy: EdgeearError) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, dataclass_transform
 
+from device.files import escaped
 from edgeear.attribution import Attribution
 
 MAX_TEXT = 500
@@ -249,8 +250,8 @@ ENDED = (Grown, NotAdmitted, LearningFailed)
 
 
 def bounded(text: str, most: int) -> str:
-    """At most `most` characters of `text`. Surrogates, as in names of files that are no UTF-8, are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()[:most]
+    """At most `most` characters of `text`, as text that can be sent."""
+    return escaped(text)[:most]
 
 
 def _scalar(value: object) -> Scalar:

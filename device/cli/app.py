@@ -10,6 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -71,6 +72,9 @@ def _common(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The program: runs a command and exits with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8 are printed escaped
     try:
         app(given, prog_name="edgeear")
     except (EdgeearError, ValueError) as error:

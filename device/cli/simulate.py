@@ -28,6 +28,7 @@ from device.cli.common import (
     save,
 )
 from device.cli.progress import INTERRUPTED, progress
+from device.files import escaped
 from edgeear.errors import UsageError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def simulate(
         report=report,
         json=json,
         store=store,
-        title=f"edgeear simulate: {folder.name}",
+        title=f"edgeear simulate: {escaped(folder.name)}",
         labels=200 if labels is None else labels,
         samples=samples,
         tests=tests,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from adaptors.progress import Progress
 from device.encoder.session import notes_of, pooled_taps
 from device.files import cache_dir
-from device.images.dataset import FolderData, Item, escaped, listed, read_folder, shots, split
+from device.images.dataset import FolderData, Item, listed, read_folder, shots, split
 from device.images.feature_cache import FeatureCache
 from device.images.featurise import OnBad, featurise_items
 from edgeear.errors import DataError, UsageError
@@ -187,7 +187,7 @@ class _Reader:
             on_bad=self.options.on_bad,
         )
         for bad in found.bad:  # a bad file is bad in every view: name it once
-            self.bad.setdefault(bad.paths, escaped(str(bad)))
+            self.bad.setdefault(bad.paths, str(bad))
         return found.items, found.features
 
 

@@ -3,6 +3,8 @@
 Rules of this file:
 1. Domains keep the given order, else they are sorted. Classes are the sorted union over the domains read.
 2. Whether a file is a test file depends on its relative path `DOMAIN/CLASS/name` alone, never on order.
+3. Links that lead nowhere or to themselves and folders that file systems make for themselves are passed over.
+4. Other usual layouts are recognised, and the message says what to do.
 """
 
 from __future__ import annotations
@@ -10,19 +12,21 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from device.files import escaped
 from device.images.decode import NAMED, SUFFIXES
 from edgeear.errors import DataError, DeviceError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One labelled file; `relative` is its posix path `DOMAIN/CLASS/name`, `label` the index of its class."""
+    """One labelled file; `relative` is its posix path `DOMAIN/CLASS/name` as text (`files.escaped`), `label` the index
+    of its class."""
 
     path: Path
     relative: str
@@ -53,7 +57,13 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
     differ only in their Unicode form), `UsageError` (no domain, or one twice), `DeviceError` (permission denied).
     """
     folder, warnings = Path(root), _Warnings()
-    present = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
+    present = tuple(entry.name for entry in _visible(folder) if _is(entry, os.DirEntry.is_dir))
+    if domains is None and present and {name.lower() for name in present} <= _SPLITS:
+        raise DataError(
+            f"{escaped(folder)}: {listed(present)} are splits of one domain, as torchvision lays them out, not "
+            "domains: move the images of each class together into DOMAIN/CLASS/ (edgeear makes its own split), or name "
+            "the folders with --order to take them as domains"
+        )
     chosen = present if domains is None else _chosen(folder, present, tuple(domains))
     files = {domain: _classes_of(folder / domain, warnings) for domain in chosen}
     for domain in [name for name in chosen if not files[name]]:
@@ -62,7 +72,9 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
         warnings.append(_empty(folder / domain))
         del files[domain]
     if not files:
-        raise DataError(f"{folder} has no DOMAIN/CLASS/ folder with {listed(SUFFIXES)} files: add some")
+        raise DataError(
+            f"{escaped(folder)} has no DOMAIN/CLASS/ folder with {listed(SUFFIXES)} files: {_remedy(warnings)}"
+        )
     classes = tuple(sorted({name for found in files.values() for name in found}))
     for names, what in ((tuple(files), "domains"), (classes, "classes")):
         _refuse_unreadable(names, what)
@@ -71,6 +83,30 @@ def read_folder(root: Path, domains: Sequence[str] | None = None) -> FolderData:
     index = {name: label for label, name in enumerate(classes)}
     items = {domain: tuple(_items(folder, domain, found, index)) for domain, found in files.items()}
     return FolderData(folder, tuple(files), classes, items, tuple(map(escaped, warnings)))
+
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_LOOSE = "outside a class folder"
+_MADE_BY_SYSTEMS = {"lost+found", "system volume information", "$recycle.bin", "__macosx", "@eadir", "thumbs.db"}
+
+
+def _passed_over(name: str) -> bool:
+    """Whether an entry is hidden or made by a file system, not by you."""
+    return name.startswith(".") or name.lower() in _MADE_BY_SYSTEMS
+
+
+def _is(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:
+    """`kind` of an entry; False for a link to itself and for what cannot be looked at."""
+    try:
+        return kind(entry)
+    except OSError:
+        return False
+
+
+def _remedy(warnings: Sequence[str]) -> str:
+    if any(_LOOSE in warning for warning in warnings):
+        return "its folders hold images themselves, as if they were classes; put all of them into one folder, a domain"
+    return "add some"
 
 
 class _Warnings(list[str]):
@@ -84,28 +120,25 @@ class _Warnings(list[str]):
 def listed(names: Sequence[str]) -> str:
     """The first `NAMED` names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def escaped(text: str) -> str:
-    """`text` with bytes of file names that are not UTF-8 escaped, so that it can be printed and stored."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return escaped(", ".join(names[:NAMED])) + more
 
 
 def _empty(folder: Path) -> str:
-    if any(Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file() for entry in _visible(folder)):
-        return f"domain {folder} holds pictures, not CLASS/ folders: give the folder that it lies in"
-    return f"domain {folder} is empty: add CLASS/ folders with {listed(SUFFIXES)} files or leave it out"
+    if any(Path(e.name).suffix.lower() in SUFFIXES and _is(e, os.DirEntry.is_file) for e in _visible(folder)):
+        return f"domain {escaped(folder)} holds pictures, not CLASS/ folders: give the folder that it lies in"
+    return f"domain {escaped(folder)} is empty: add CLASS/ folders with {listed(SUFFIXES)} files or leave it out"
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted((e for e in entries if not _passed_over(e.name)), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is not a folder: name the folder that holds DOMAIN/CLASS/ folders") from error
+        raise DataError(
+            f"{escaped(folder)} is not a folder: name the folder that holds DOMAIN/CLASS/ folders"
+        ) from error
     except OSError as error:
-        raise DeviceError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
+        raise DeviceError(f"{escaped(folder)} cannot be listed ({error.strerror}): check its permissions") from error
 
 
 def _chosen(folder: Path, present: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,15 +149,16 @@ def _chosen(folder: Path, present: tuple[str, ...], wanted: tuple[str, ...]) -> 
         raise UsageError(f"domains named twice: {listed(twice)}: name each domain once")
     missing = [name for name in wanted if name not in present]
     if missing:
-        raise DataError(f"{folder} has no domain {listed(missing)}: it has {listed(present) or 'none'}")
+        raise DataError(f"{escaped(folder)} has no domain {listed(missing)}: it has {listed(present) or 'none'}")
     return wanted
 
 
 def _classes_of(domain: Path, warnings: _Warnings) -> dict[str, list[str]]:
     entries = _visible(domain)
-    loose = [e.name for e in entries if not e.is_dir() and Path(e.name).suffix.lower() in SUFFIXES]
-    warnings.ignored(domain, loose, "outside a class folder")
-    found = {e.name: _files_of(domain / e.name, warnings) for e in entries if e.is_dir()}
+    folders = [e.name for e in entries if _is(e, os.DirEntry.is_dir)]
+    loose = [e.name for e in entries if e.name not in folders and Path(e.name).suffix.lower() in SUFFIXES]
+    warnings.ignored(domain, loose, _LOOSE)
+    found = {name: _files_of(domain / name, warnings) for name in folders}
     empty = [name for name, files in found.items() if not files]
     warnings.ignored(domain, empty, "class folders without an image")
     return {name: files for name, files in found.items() if files}
@@ -132,8 +166,8 @@ def _classes_of(domain: Path, warnings: _Warnings) -> dict[str, list[str]]:
 
 def _files_of(folder: Path, warnings: _Warnings) -> list[str]:
     entries = _visible(folder)
-    usable = [e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in SUFFIXES]
-    nested = [e.name for e in entries if e.is_dir()]
+    usable = [e.name for e in entries if _is(e, os.DirEntry.is_file) and Path(e.name).suffix.lower() in SUFFIXES]
+    nested = [e.name for e in entries if _is(e, os.DirEntry.is_dir)]
     others = sorted({e.name for e in entries}.difference(usable, nested))
     warnings.ignored(folder, nested, "nested folders")
     warnings.ignored(folder, others, f"not a regular file ending in {listed(SUFFIXES)}")
@@ -173,7 +207,7 @@ def _warn_of_gaps(files: Mapping[str, dict[str, list[str]]], classes: tuple[str,
 def _items(root: Path, domain: str, found: dict[str, list[str]], index: dict[str, int]) -> Iterable[Item]:
     for name, files in found.items():
         for file in files:
-            yield Item(root / domain / name / file, f"{domain}/{name}/{file}", index[name])
+            yield Item(root / domain / name / file, escaped(f"{domain}/{name}/{file}"), index[name])
 
 
 # ------------------------------------------------------------------------------------------------- splitting

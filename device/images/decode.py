@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from device.files import escaped
 from device.images.wav import WavError, read_wav
 from edgeear.errors import DataError, UsageError
 from edgeear.types import U8
@@ -260,7 +261,7 @@ def _refuse(reason: str, remedy: str) -> NoReturn:
 
 
 def _undecodable(path: Path, reason: str, remedy: str) -> UndecodableInput:
-    return UndecodableInput(f"{path}: {reason}; {remedy}", (path,))
+    return UndecodableInput(escaped(f"{path}: {reason}; {remedy}"), (path,))
 
 
 _PASSES = 100

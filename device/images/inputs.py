@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from device.files import escaped
 from device.images.decode import MAX_FILE_BYTES, UndecodableInput, decode, decode_bytes, fit_array, fit_image
 from edgeear.errors import UsageError
 from edgeear.types import U8
@@ -49,6 +50,7 @@ def frame_of(given: Input, size: tuple[int, int]) -> U8:
 
 def _frame_of_bytes(content: bytes, name: str, size: tuple[int, int]) -> U8:
     if len(content) > MAX_FILE_BYTES:
-        raise UndecodableInput(f"{name}: more than {MAX_FILE_BYTES} bytes; make the picture smaller", (Path(name),))
+        what = f"{name}: more than {MAX_FILE_BYTES} bytes; make the picture smaller"
+        raise UndecodableInput(escaped(what), (Path(name),))
     suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), ".png")  # or a JPEG
     return decode_bytes(content, Path(name), size, suffix=suffix)

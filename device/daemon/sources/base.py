@@ -15,6 +15,7 @@ from device.daemon.finding import Finding, Machine, ok, problem
 from device.daemon.frames import FrameQueue
 from device.daemon.section import Section
 from device.daemon.sources.running import Capture, RunningSource
+from device.files import escaped
 from edgeear.errors import DataError
 from edgeear.types import U8
 
@@ -35,7 +36,7 @@ class Feed:
         except DataError:
             self.sink.undecodable()
             return False
-        return self.sink.put(frame, captured, ref)
+        return self.sink.put(frame, captured, escaped(ref))
 
 
 class SourceSection(Section):

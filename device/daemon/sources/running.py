@@ -15,6 +15,7 @@ import threading
 from typing import Protocol
 
 from device.daemon.frames import FrameQueue
+from device.files import escaped
 from edgeear.errors import EdgeearError, UsageError
 
 PAUSES_S = (0.5, 60.0)
@@ -98,7 +99,9 @@ class RunningSource:
             try:
                 self._capture.run(self._stop)
             except Exception as error:
-                self.last_error = str(error) if isinstance(error, EdgeearError) else f"{type(error).__name__}: {error}"
+                self.last_error = escaped(
+                    error if isinstance(error, EdgeearError) else f"{type(error).__name__}: {error}"
+                )
             else:
                 self.finished = not self._stop.is_set()
                 return

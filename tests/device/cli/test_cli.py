@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +213,13 @@ def test_preprocessing_is_said_once_and_kept_in_a_prepared_file(
     assert "warning" not in capsys.readouterr().out
     assert code("encoder", "check", net, "--preprocessing", "imagnet") == 1
     assert "'imagnet' is not understood; say words such as" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
+    """A pipe or a file with the usual encoding cannot take a surrogate."""
+    odd = os.fsencode(tmp_path) + b"/Mu\xf1oz.onnx"
+    Path(os.fsdecode(odd)).write_bytes(sound())
+    command = [sys.executable, "-c", "from device.cli.app import main; main()", "encoder", "check", odd]
+    found = subprocess.run(command, capture_output=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert b"Mu\\udcf1oz.onnx: can serve as an encoder" in found.stdout

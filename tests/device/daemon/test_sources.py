@@ -735,3 +735,11 @@ def test_keys_of_other_kinds_are_checked_and_ignored(tmp_path: Path) -> None:
     assert load_config(path, {}).source == FolderSource(path=tmp_path)
     with pytest.raises(UsageError, match=r"source\.fps = '0'"):
         load_config(path, {"EDGEEAR_SOURCE__FPS": "0"})
+
+
+def test_a_frame_of_a_file_whose_name_is_not_utf8_has_a_ref_that_can_be_sent() -> None:
+    queue = FrameQueue(4)
+    feed = Feed(SIZE, queue, lambda: 1.0)
+    assert feed.put(lambda size: np.zeros((*size, 3), np.uint8), 1.0, "Mu\udcf1oz.png")
+    (frame,) = taken(queue)
+    assert frame.ref == "Mu\\udcf1oz.png" and frame.ref.encode()

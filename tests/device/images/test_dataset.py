@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.images.dataset import Item, is_test, read_folder, shots, split
+from device.images.decode import UndecodableInput, decode
 from edgeear.errors import DataError, UsageError
 
 
@@ -248,3 +249,71 @@ def test_classes_do_not_share_their_shots_places() -> None:
 def test_impossible_shots_are_refused(k: int, seed: int) -> None:
     with pytest.raises(UsageError, match="shots"):
         shots(items_of({0: 3}), k, seed)
+
+
+# ------------------------------------------------------------------------------------- what the outside holds
+
+
+def test_links_that_lead_nowhere_or_to_themselves_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 3))
+    (tmp_path / "old").symlink_to("old")
+    (tmp_path / "gone").symlink_to("/nowhere/at/all")
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    (tmp_path / "a" / "x" / "me.png").symlink_to("me.png")
+    (tmp_path / "a" / "x" / "gone.png").symlink_to("/nowhere.png")
+    (tmp_path / "a" / "up").symlink_to("..")
+    data = read_folder(tmp_path)
+    assert data.domains == ("a",) and len(data.items["a"]) == 3
+    assert any("gone.png, me.png" in warning for warning in data.warnings)
+
+
+@pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "__MACOSX"])
+def test_folders_that_systems_make_are_passed_over(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, *numbered("a/x", 3), f"{name}/x/1.png", f"a/{name}/1.png", f"a/x/{name}/1.png")
+    data = read_folder(tmp_path)
+    assert data.domains == ("a",) and data.classes == ("x",) and data.warnings == ()
+
+
+def test_a_name_that_is_not_utf8_is_text_from_here_on(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("a/x", 3))
+    odd = os.fsdecode(os.fsencode(tmp_path / "a" / "x") + b"/Mu\xf1oz.png")
+    Path(odd).write_bytes(b"broken")
+    data = read_folder(tmp_path)
+    (item,) = (item for item in data.items["a"] if "oz" in item.relative)
+    assert item.relative == "a/x/Mu\\udcf1oz.png" and item.path == Path(odd)
+    assert is_test(item.relative) in (True, False)
+    with pytest.raises(UndecodableInput) as caught:
+        decode(item.path, (8, 8))
+    assert "Mu\\udcf1oz.png: " in str(caught.value) and str(caught.value).encode()
+    assert caught.value.paths == (Path(odd),)
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "flat", "domains"])
+def test_a_message_about_a_folder_that_is_not_utf8_can_be_printed(tmp_path: Path, make: str) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/Sch\xf6n"))
+    if make != "missing":
+        root.mkdir()
+    if make == "flat":
+        touch(root, "x/1.png")
+    with pytest.raises(DataError) as caught:
+        read_folder(root, ["none"] if make == "domains" else None)
+    assert "Sch\\udcf6n" in str(caught.value) and str(caught.value).encode()
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "val", "test"), ("Train", "Validation"), ("train",)])
+def test_splits_of_one_domain_are_recognised_and_explained(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        touch(tmp_path, *numbered(f"{name}/cat", 3), *numbered(f"{name}/dog", 3))
+    with pytest.raises(DataError, match=r"splits of one domain, as torchvision .* DOMAIN/CLASS/ .*--order"):
+        read_folder(tmp_path)
+    assert read_folder(tmp_path, names).domains == names
+    touch(tmp_path, *numbered("night/cat", 3))
+    assert "night" in read_folder(tmp_path).domains
+
+
+def test_classes_that_are_given_as_domains_are_explained(tmp_path: Path) -> None:
+    touch(tmp_path, *numbered("cat", 3), *numbered("dog", 3))
+    with pytest.raises(
+        DataError, match="hold images themselves, as if they were classes; put all of them into one folder"
+    ):
+        read_folder(tmp_path)
