@@ -5,13 +5,11 @@ The second is a child process that never imports torch: it receives the final sy
 
 from __future__ import annotations
 
-import multiprocessing
+import pickle
 import resource
-import signal
+import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from device.encoder.engine import OrtEngine
@@ -20,6 +18,8 @@ from device.images.decode import decode
 from edgeear.flow import infer
 from edgeear.shift import ShiftState
 from edgeear.system import System
+
+TIMEOUT_S = 300
 
 
 def peak_rss_mb() -> float:
@@ -36,21 +36,24 @@ def peak_rss_mb() -> float:
 
 
 def inference_memory(encoder: Path | None, system: System, frames: Sequence[Path]) -> tuple[float | None, str | None]:
-    """Peak resident set, in MB, of a process that infers the images `frames` with `system`; or None and the reason."""
+    """Peak resident set, in MB, of a process that infers the images `frames` with `system`; or None and the reason.
+
+    Waits for the process itself, not for an answer, so a child that is killed at any moment ends the wait."""
     if encoder is None:
         return None, "the encoder was given as an object, and a new process needs its file"
+    job = pickle.dumps((encoder, system, tuple(frames)))
     try:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            # The child inherits the blocked signal: on Ctrl-C it prints no traceback of its own.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                serving = pool.submit(_serve, encoder, system, tuple(frames))
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return serving.result(), None
-    except (BrokenProcessPool, OSError) as error:
+        # A process group of its own: on Ctrl-C the child prints no traceback of its own; run() kills it.
+        done = subprocess.run(
+            [sys.executable, "-m", __name__], input=job, capture_output=True, timeout=TIMEOUT_S, process_group=0
+        )
+    except (subprocess.TimeoutExpired, OSError) as error:
         return None, f"the process that measures it failed ({error})"
+    try:
+        return float(done.stdout), None
+    except ValueError:
+        last = done.stderr.decode("utf-8", "backslashreplace").strip().rpartition("\n")[2]
+        return None, f"the process that measures it failed (exit code {done.returncode}{last and ', '}{last})"
 
 
 def _serve(path: Path, system: System, frames: Sequence[Path]) -> float:
@@ -59,3 +62,7 @@ def _serve(path: Path, system: System, frames: Sequence[Path]) -> float:
     for frame in frames:
         _, state, _ = infer(system, engine, state, decode(frame, encoder.input_size))
     return peak_rss_mb()
+
+
+if __name__ == "__main__":
+    print(_serve(*pickle.load(sys.stdin.buffer)))  # from the parent, which is this program

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from device.files import cache_dir
 from device.provenance import installation
 from device.simulation.record import ABSTAIN, Growth, RunRecord, ShiftRecord
 from edgeear.errors import UsageError
@@ -64,6 +66,7 @@ def printable(words: str) -> str:
 def picture(target: str, label: str, size: tuple[float, float], draw: Callable[[Figure], list[str]]) -> str:
     """Inline SVG of a figure of `size` inches. `draw` fills the figure and returns the texts of its labels."""
     try:
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # it writes a list of fonts there
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -219,7 +219,14 @@ def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
     """A pipe or a file with the usual encoding cannot take a surrogate."""
     odd = os.fsencode(tmp_path) + b"/Mu\xf1oz.onnx"
     Path(os.fsdecode(odd)).write_bytes(sound())
-    command = [sys.executable, "-c", "from device.cli.app import main; main()", "encoder", "check", odd]
+    command: list[str | bytes] = [
+        sys.executable,
+        "-c",
+        "from device.cli.app import main; main()",
+        "encoder",
+        "check",
+        odd,
+    ]
     found = subprocess.run(command, capture_output=True, timeout=60)
     assert found.returncode == 0, found.stderr
     assert b"Mu\\udcf1oz.onnx: can serve as an encoder" in found.stdout
