@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,7 +91,22 @@ class HeadArchive:
             check_head(onnx)
         except ModelError as error:
             raise ArchiveError(f"{error}; learn the head again, or fetch it from its source") from error
+        _check_size(spec, shapes, len(classes), len(onnx))
         return head
+
+
+def _check_size(spec: HeadSpec, shapes: TapShapes, classes: int, held: int) -> None:
+    """Raises ArchiveError unless a graph of `held` bytes can hold what the head learned: whatever is built for the head
+    later is in proportion to these sizes."""
+    sizes = (spec.width, spec.depth, *(n for shape in shapes.values() for n in shape))
+    if not all(type(n) is int for n in sizes) or max(sizes) > held or min(min(s) for s in shapes.values()) < 1:
+        raise ArchiveError(f"a head of sizes {sizes} cannot stand in {held} bytes: fetch the file again")
+    arrays = weight_shapes(spec, shapes, classes)
+    needed = sum(
+        math.prod(shape) * (spec.bits // 8 if name.startswith("matrix") else 4) for name, shape in arrays.items()
+    )
+    if needed > held:
+        raise ArchiveError(f"a head that needs {needed} bytes is described, the file has {held}: fetch it again")
 
 
 def pack(

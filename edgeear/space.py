@@ -31,6 +31,8 @@ from edgeear.types import F32, Features, Tap
 Scalar = TypeVar("Scalar", bound=np.generic)
 CHUNK = 64
 """Samples encoded at once: bounds the scratch memory at CHUNK * slots * dimensions floats."""
+MAX_CHANNELS = 8192
+"""Of a tap: the square of it is the scratch memory of its levels. All taps together may have 16 times as many."""
 QUIET = 1e-6
 """Root mean square below which a tap counts as silent: its direction fades to zero, its magnitude stays finite."""
 
@@ -64,8 +66,8 @@ class SpacePolicy:
             raise UsageError(f"magnitude_scale is {self.magnitude_scale}: it must be finite and not below 0")
         if not (math.isfinite(self.deviation_weight) and self.deviation_weight > 0):
             raise UsageError(f"deviation_weight is {self.deviation_weight}: it must be finite and above 0")
-        if self.levels < 0:
-            raise UsageError(f"levels is {self.levels}: it must be at least 0")
+        if not 0 <= self.levels <= 1 << 14:
+            raise UsageError(f"levels is {self.levels}: it must be from 0 to {1 << 14}")
         if not 0 <= self.level_from < self.level_to <= 1:
             raise UsageError(f"levels are read from {self.level_from} to {self.level_to}: it must be a range in [0, 1]")
 
@@ -192,6 +194,10 @@ def _check_taps(taps: tuple[Tap, ...]) -> None:
     for tap in taps:
         if len(tap.shape) != 1 or tap.channels < 1:
             raise UsageError(f"tap {tap.name} has shape {tap.shape}: only pooled taps (channels,) can be bundled")
+        if tap.channels > MAX_CHANNELS:
+            raise UsageError(f"tap {tap.name} has {tap.channels} channels: at most {MAX_CHANNELS} can be bundled")
+    if (total := sum(tap.channels for tap in taps)) > 16 * MAX_CHANNELS:
+        raise UsageError(f"{total} channels in {len(taps)} taps: at most {16 * MAX_CHANNELS} can be bundled")
     if len({tap.name for tap in taps}) < len(taps):
         raise UsageError(f"tap names repeat: {[tap.name for tap in taps]}")
 

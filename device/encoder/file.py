@@ -43,6 +43,7 @@ from device.encoder.metadata import (
 )
 from device.encoder.runtime import ORT_ERRORS, InvalidProtobuf, open_session
 from edgeear.errors import UsageError
+from edgeear.space import MAX_CHANNELS
 from edgeear.types import Tap
 
 _OPENING_ERRORS: tuple[type[Exception], ...] = (
@@ -238,8 +239,8 @@ def _readings(
         if not found:
             what = f"output {output.name} is ignored, it is {output.type} of shape {shape} for one frame"
             remedy = (
-                "a tap is float of shape (1, channels), (1, channels, height, width), or (1, tokens, channels) with "
-                "the class token first and the patches of the frame last"
+                f"a tap is float of shape (1, channels) with at most {MAX_CHANNELS} channels, (1, channels, height, "
+                "width), or (1, tokens, channels) with the class token first and the patches of the frame last"
             )
             notes.append(Problem("warning", what, remedy))
     names = [reading.tap.name for reading in readings]
@@ -263,7 +264,7 @@ def _of_output(name: str, shape: tuple[int, ...], preprocessing: Preprocessing) 
     tap = _tap_name(name)
     if not shape or shape[0] != 1 or 0 in shape:
         return
-    if len(shape) == 2:
+    if len(shape) == 2 and shape[1] <= MAX_CHANNELS:
         yield Reading(Tap(tap, shape[1:]), name)
     elif len(shape) == 4:
         channels_last = preprocessing.layout == "NHWC"

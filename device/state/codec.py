@@ -5,7 +5,8 @@ Rules of this file:
 1. Sums are stored as float32; `edgeear.flow.adapt` already rounds them, so what is read back equals what served.
 2. Files are named by content, so that unchanged domains are the same files in every generation.
 3. Every array has a name. A field of `Calibration` is stored under its own name.
-4. Older formats are brought up to date while they are read (migrations.py); a newer one is refused.
+4. Sizes that a file claims are compared with each other and with the bytes that are there before anything is built.
+5. Older formats are brought up to date while they are read (migrations.py); a newer one is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,16 @@ from edgeear.types import Tap
 
 SYSTEM = "system.json"
 _CALIBRATION = "calibration."
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    SafetensorError,
+)
 
 
 class SystemFormatError(FormatError):
@@ -89,7 +100,7 @@ def from_files(files: Mapping[str, bytes]) -> System:
         raise
     except KeyError as error:
         raise SystemFormatError(f"{error} is missing from the stored system: restore an earlier generation") from error
-    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, SafetensorError) as error:
+    except _DAMAGED as error:
         raise SystemFormatError(f"the stored system does not parse: {error}; restore an earlier generation") from error
 
 
@@ -98,11 +109,12 @@ def _system(structure: dict[str, Any], arrays: Sequence[Arrays], files: Mapping[
     policy = dict(structure["policy"])
     shift = {**policy.pop("shift")}
     shift["stakes"] = tuple(shift["stakes"])
+    space = HypervectorSpace(taps, SpacePolicy(**structure["space"]["policy"]))
     return System(
         structure["encoder"],
-        HypervectorSpace(taps, SpacePolicy(**structure["space"]["policy"])),
+        space,
         SystemPolicy(**policy, shift=ShiftPolicy(**shift)),
-        tuple(_domain(*both, files) for both in zip(structure["domains"], arrays, strict=True)),
+        tuple(_domain(*both, files, space.dimensions) for both in zip(structure["domains"], arrays, strict=True)),
         structure["generation"],
     )
 
@@ -114,7 +126,8 @@ def _arrays(name: str, files: Mapping[str, bytes]) -> Arrays:
     return load(files[name])
 
 
-def _domain(entry: dict[str, Any], arrays: Arrays, files: Mapping[str, bytes]) -> Domain:
+def _domain(entry: dict[str, Any], arrays: Arrays, files: Mapping[str, bytes], dimensions: int) -> Domain:
+    _check_shapes(entry["name"], len(entry["classes"]), arrays, dimensions)
     memory = DomainMemory(
         tuple(entry["classes"]), arrays["counts"], arrays["class_sums"].astype(np.float64), _symmetric(arrays["gram"])
     )
@@ -123,6 +136,17 @@ def _domain(entry: dict[str, Any], arrays: Arrays, files: Mapping[str, bytes]) -
     head = HeadArchive.from_dict(entry["head"], files[entry["files"]["head"]])
     likeness = float(arrays["likeness"])
     return Domain(entry["name"], head, memory, calibration, arrays["codes"], entry["growth"], likeness)
+
+
+def _check_shapes(name: str, classes: int, arrays: Arrays, dimensions: int) -> None:
+    codes = arrays["codes"]
+    m = codes.shape[-1]
+    expected = {"counts": (classes,), "class_sums": (classes, dimensions), "gram": (m * (m + 1) // 2,), "likeness": ()}
+    for array, shape in expected.items():
+        if arrays[array].shape != shape or codes.ndim != 2:
+            found = arrays[array].shape
+            what = f"domain {name!r}: array {array} is {found} beside codes of {codes.shape}, expected {shape}"
+            raise SystemFormatError(f"{what}; restore an earlier generation")
 
 
 def _tensors(domain: Domain) -> Arrays:

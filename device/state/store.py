@@ -11,7 +11,9 @@ Rules of this file:
 4. Numbers only rise. The directories are the counter, so the highest number is never removed.
 5. `CURRENT` and every manifest contain a seal, the SHA-256 of their own contents, computed the same way in all format
    versions, so that a newer version is never mistaken for damage.
-6. A confirmed generation also contains the empty file `.confirmed`, for the case that `CURRENT` or a generation that it
+6. Nothing but a regular file is opened, and no more is read than its manifest claims. A sealed file of another kind,
+   such as a manifest in the place of `CURRENT`, is damage.
+7. A confirmed generation also contains the empty file `.confirmed`, for the case that `CURRENT` or a generation that it
    names is damaged. It is written after `CURRENT`, so it never marks a generation that `CURRENT` did not confirm.
 
 One process writes, from one thread: `Store.open` takes an advisory lock and holds it until `close` or exit.
@@ -25,6 +27,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -40,7 +43,20 @@ _PARTIAL = re.compile(r"\.partial-([0-9]{8,}|CURRENT|ROLLBACK)")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DIRTY = getattr(errno, "EUCLEAN", errno.EIO)  # Linux only: the file system is damaged
-_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, _DIRTY}
+_UNREADABLE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EIO,
+    errno.EBADMSG,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ENAMETOOLONG,
+    _DIRTY,
+}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_MAX_SEALED = 1 << 20  # a manifest of some hundred files
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -306,7 +322,7 @@ class Store:
         if not (self._root / CURRENT).exists() and not self._numbers():
             self._switch(_State())
         try:
-            self._state = _State(**_unsealed(self._root / CURRENT, None))
+            self._state = _state(self._root / CURRENT)
             for number in dict.fromkeys((self.live, self.confirmed)):
                 if number is not None:
                     self._verify(number)
@@ -351,7 +367,13 @@ class Store:
 
     def _manifest(self, number: int) -> Manifest:
         body = _unsealed(self._dir(number) / MANIFEST, number)
-        manifest = Manifest(**body | {"files": tuple(Entry(**entry) for entry in body["files"])})
+        try:
+            manifest = Manifest(**body | {"files": tuple(Entry(**entry) for entry in body["files"])})
+            sound = all(_NAME.fullmatch(e.name) and type(e.size) is int and e.size >= 0 for e in manifest.files)
+        except (KeyError, TypeError) as error:
+            raise CorruptStore(number, MANIFEST, "it is no manifest") from error
+        if not sound:
+            raise CorruptStore(number, MANIFEST, "it names a file that no store has written")
         if manifest.number != number:
             raise CorruptStore(number, MANIFEST, f"it belongs to generation {manifest.number}")
         return manifest
@@ -359,7 +381,7 @@ class Store:
     def _contents(self, number: int) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of each file, verified, one file in memory at a time."""
         for entry in self._manifest(number).files:
-            data = _read(self._dir(number) / entry.name, number)
+            data = _read(self._dir(number) / entry.name, number, entry.size)
             if len(data) != entry.size:
                 raise CorruptStore(number, entry.name, f"{len(data)} bytes, the manifest says {entry.size}")
             if _digest(data) != entry.sha256:
@@ -400,7 +422,7 @@ class Store:
 
     def _prepared(self, state: _State) -> bool:
         try:
-            return _read(self._root / ROLLBACK, None) == _sealed(asdict(state))
+            return _read(self._root / ROLLBACK, None, _MAX_SEALED) == _sealed(asdict(state))
         except CorruptStore:
             return False
 
@@ -435,7 +457,7 @@ class Store:
     def _link(self, source: Path, target: Path, data: bytes) -> bool:
         """False where the source is damaged or the file system has no hard links."""
         try:
-            if _read(source, self.live) != data:
+            if _read(source, self.live, len(data)) != data:
                 return False
             self._disk.link(source, target)
         except CorruptStore:
@@ -493,8 +515,8 @@ def _sealed(fields: dict[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path, number: int | None) -> dict[str, Any]:
-    """The fields of a sealed JSON file. A store wrote every file with a valid seal, so nothing else is checked."""
-    data = _read(path, number)
+    """The fields of a sealed JSON file, whichever it is."""
+    data = _read(path, number, _MAX_SEALED)
     try:
         body: dict[str, Any] = json.loads(data)
         intact = body.pop("seal") == _seal(body)
@@ -507,11 +529,25 @@ def _unsealed(path: Path, number: int | None) -> dict[str, Any]:
     return body
 
 
-def _read(path: Path, number: int | None) -> bytes:
+def _state(path: Path) -> _State:
+    named = _unsealed(path, None)
+    numbers = all(number is None or (type(number) is int and number > 0) for number in named.values())
+    if set(named) != {"live", "confirmed"} or not numbers:
+        raise CorruptStore(None, path.name, "it names no generations")
+    return _State(**named)
+
+
+def _read(path: Path, number: int | None, most: int) -> bytes:
+    """The bytes of a regular file. Of a longer one than `most`, `most` + 1 bytes."""
     try:
-        return path.read_bytes()
+        # A pipe or a device must not be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CorruptStore(number, path.name, "it is not a regular file")
+            return file.read(most + 1)
     except OSError as error:
-        if error.errno in _UNREADABLE:
+        # One file of a generation that may not be read is damage of that generation; the whole store is not.
+        if error.errno in _UNREADABLE or (number is not None and error.errno in _FORBIDDEN):
             raise CorruptStore(number, path.name, str(error.strerror)) from error
         raise _device_error(path, error) from error
 

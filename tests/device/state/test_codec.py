@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
+import time
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
 from adaptors.spec import HeadSpec
 from device.state.codec import SYSTEM, SystemFormatError, from_files, to_files
@@ -104,6 +110,88 @@ def test_a_missing_file_is_named(name: str) -> None:
 def test_a_wrong_entry_is_refused(path: tuple[str | int, ...], value: object) -> None:
     with pytest.raises(EdgeearError):
         from_files(changed(path, value))
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize("value", [HUGE, -1, 0, 2**63, 10**30, 1.5, "9", None, [], True])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("domains", 0, "head", "spec", "width"),
+        ("domains", 1, "head", "spec", "width"),
+        ("domains", 1, "head", "spec", "depth"),
+        ("domains", 0, "head", "shapes", "b.std", 0),
+        ("domains", 1, "head", "shapes", "b.mean", 0),
+        ("domains", 0, "head", "classes"),
+        ("space", "policy", "levels"),
+        ("space", "policy", "dimensions"),
+        ("space", "taps", 0, 1, 0),
+        ("space", "taps", 0, 1),
+        ("space", "taps"),
+    ],
+)
+def test_sizes_that_are_claimed_cost_nothing(path: tuple[str | int, ...], value: object) -> None:
+    """Refused, or the system is read as it was where the value is what a depth or a size may be."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    try:
+        read = from_files(changed(path, value))
+    except EdgeearError as error:
+        assert str(error)
+    else:
+        assert isinstance(read, System)
+    assert time.process_time() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_many_taps_are_refused() -> None:
+    taps = [[f"{i}.mean", [8000]] for i in range(100_000)]
+    with pytest.raises(EdgeearError, match="channels"):
+        from_files(changed(("space", "taps"), taps))
+
+
+def renamed(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, bytes]:
+    """The stored files with other arrays of the first domain, under the name that fits their bytes."""
+    structure = json.loads(stored()[SYSTEM])
+    tensors = save(arrays)
+    name = structure["domains"][0]["files"]["memory"] = f"memory-{hashlib.sha256(tensors).hexdigest()[:16]}.safetensors"
+    return stored() | {SYSTEM: json.dumps(structure).encode(), name: tensors}
+
+
+@pytest.mark.parametrize("array", ["counts", "class_sums", "gram", "codes", "likeness"])
+def test_arrays_of_other_shapes_are_refused_by_name(array: str) -> None:
+    structure = json.loads(stored()[SYSTEM])
+    arrays = load(stored()[structure["domains"][0]["files"]["memory"]])
+    changed = np.resize(arrays[array], (3, 3, 3))
+    with pytest.raises(SystemFormatError, match="array"):
+        from_files(renamed(arrays | {array: changed}))
+    del arrays[array]
+    with pytest.raises(SystemFormatError, match=array):
+        from_files(renamed(arrays))
+
+
+def test_a_head_with_a_loop_or_with_weights_elsewhere_is_refused() -> None:
+    """The digests fit: whoever wrote it could write a whole store."""
+    structure = json.loads(stored()[SYSTEM])
+    head = structure["domains"][0]["head"]
+    name = structure["domains"][0]["files"]["head"]
+    for spoil, word in ((_loop, "'Loop'"), (_elsewhere, "outside of the file")):
+        built = onnx.load_from_string(stored()[name])
+        spoil(built)
+        content = bytes(built.SerializeToString())
+        head["digest"] = hashlib.sha256(content).hexdigest()
+        with pytest.raises(SystemFormatError, match=word):
+            from_files(stored() | {SYSTEM: json.dumps(structure).encode(), name: content})
+
+
+def _loop(built: onnx.ModelProto) -> None:
+    built.graph.node.add(op_type="Loop")
+
+
+def _elsewhere(built: onnx.ModelProto) -> None:
+    built.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
 
 
 def test_deep_nesting_is_refused() -> None:

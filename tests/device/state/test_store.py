@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -755,3 +756,130 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
+
+
+# ------------------------------------------------------------------ files that no store wrote, of any kind
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def an_endless_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_huge_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no space
+
+
+@pytest.mark.parametrize("kind", [a_pipe, an_endless_device, a_link_to_itself, a_folder, a_huge_file])
+@pytest.mark.parametrize("place", ["CURRENT", "ROLLBACK", "00000002/manifest.json", "00000002/memory.bin"])
+def test_whatever_stands_in_a_files_place_is_damage_and_is_never_waited_for(
+    kind: Callable[[Path], None], place: str, tmp_path: Path
+) -> None:
+    """In a process with a limit of time and memory, so that a read without end fails."""
+    confirmed_store(tmp_path, 2).close()
+    path = tmp_path / place
+    path.unlink(missing_ok=True)
+    kind(path)
+    script = (
+        "import resource, signal, sys; from pathlib import Path; signal.alarm(20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "from device.state.store import Store\nfrom edgeear.errors import EdgeearError\n"
+        "try:\n    with Store.open(Path(sys.argv[1])) as s: print(s.live, s.recovered_from); s.read(s.live)\n"
+        "except EdgeearError as error: print('refused', type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, timeout=30)
+    answer = done.stdout.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    if place == "ROLLBACK":
+        assert answer.startswith("2 None")
+    elif place == "CURRENT" and kind is a_folder:
+        assert answer.startswith("refused DeviceError")  # it is not removed: somebody put it there
+    else:
+        assert answer.startswith("2 CURRENT: " if place == "CURRENT" else "1 generation 2, ")
+
+
+@pytest.mark.parametrize("denied", [errno.EACCES, errno.EPERM])
+def test_one_file_that_may_not_be_read_costs_its_generation_only(
+    denied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirmed_store(tmp_path, 2).close()
+    real = os.open
+
+    def refusing(path: Any, *given: Any, **named: Any) -> int:
+        if str(path).endswith(forbidden):
+            raise PermissionError(denied, os.strerror(denied), str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    forbidden = "CURRENT"
+    with pytest.raises(DeviceError, match="check the disk and the permissions"):
+        Store.open(tmp_path)
+    forbidden = "00000002/memory.bin"
+    with Store.open(tmp_path) as store:
+        assert store.live == 1 and os.strerror(denied) in str(store.recovered_from)
+
+
+def test_a_sealed_file_in_the_place_of_another_is_damage(tmp_path: Path) -> None:
+    confirmed_store(tmp_path, 2).close()
+    manifest, current = tmp_path / "00000002" / "manifest.json", tmp_path / "CURRENT"
+    kept = current.read_bytes()
+    current.write_bytes(manifest.read_bytes())
+    with Store.open(tmp_path) as store:
+        assert store.live == 2 and "names no generations" in str(store.recovered_from)
+    manifest.chmod(0o644)
+    manifest.write_bytes(kept)
+    with Store.open(tmp_path) as store:
+        assert store.live == 1 and "no manifest" in str(store.recovered_from)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"live": "2", "confirmed": 2},
+        {"live": True, "confirmed": True},
+        {"live": -1, "confirmed": -1},
+        {"live": 2.5, "confirmed": None},
+        {"live": [2], "confirmed": 2},
+        {},
+        {"live": 2},
+        {"live": 2, "confirmed": 2, "more": 1},
+    ],
+)
+def test_a_current_with_another_meaning_is_damage(fields: dict[str, object], tmp_path: Path) -> None:
+    confirmed_store(tmp_path, 2).close()
+    (tmp_path / "CURRENT").write_bytes(store_module._sealed(fields))
+    with Store.open(tmp_path) as store:
+        assert store.live in (1, 2)
+        assert store.read(store.live)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "../../etc/passwd", "size": 1, "sha256": ""},
+        {"name": "memory.bin", "size": -1, "sha256": ""},
+        {"name": "memory.bin", "size": "9", "sha256": ""},
+        {"name": "memory.bin"},
+        {"name": 3, "size": 1, "sha256": ""},
+    ],
+)
+def test_a_manifest_with_another_meaning_is_damage(entry: dict[str, object], tmp_path: Path) -> None:
+    confirmed_store(tmp_path, 2).close()
+    path = tmp_path / "00000002" / "manifest.json"
+    fields = {"number": 2, "parent": 1, "created": 0.0, "note": "", "files": [entry]}
+    path.chmod(0o644)
+    path.write_bytes(store_module._sealed(fields))
+    with Store.open(tmp_path) as store:
+        assert store.live == 1 and store.recovered_from is not None
