@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from device.cli import daemon, encoder, evaluate, learn, operator, simulate, store
+from device.redaction import redacted
 from edgeear import __version__
 from edgeear.errors import EdgeearError
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (EdgeearError, ValueError) as error:
         if "--debug" in given or not _expected(error):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redacted(str(error))}", err=True)
         sys.exit(2)
     sys.exit(0)
 

@@ -61,9 +61,12 @@ def run(
     Settings also come from the environment, EDGEEAR_SECTION__KEY, such as EDGEEAR_MQTT__HOST."""
     from device.daemon.assemble import run as serve
     from device.daemon.config.settings import load_config
+    from device.redaction import RedactedFormatter
 
     level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     settings = load_config(existing(config))
     stop, asked = threading.Event(), queue.SimpleQueue[int]()
     running: list[Running] = []

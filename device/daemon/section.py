@@ -3,17 +3,20 @@
 Rules of this file:
 
 1. A table is frozen. It refuses unknown keys, infinities and NaN; `true` and `false` are no numbers.
-2. A rule over several keys ends in `checked`, which reports all its faults at once.
+2. A repr shows no password of a URL.
+3. A rule over several keys ends in `checked`, which reports all its faults at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from device.redaction import redacted
 
 M = TypeVar("M", bound=BaseModel)
 HomePath = Annotated[Path, AfterValidator(lambda path: _expanded(path))]
@@ -24,6 +27,11 @@ class Section(BaseModel):
     """One table of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
+        """The fields that a repr shows, without the password of a URL."""
+        for name, value in super().__repr_args__():
+            yield name, redacted(value) if isinstance(value, str) else value
 
     @field_validator("*", mode="before")
     @classmethod

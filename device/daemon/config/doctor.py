@@ -7,7 +7,8 @@ Rules of this file:
 2. An exception in a check becomes a warning; the other checks still run.
 3. No check changes anything, except for a temporary file in the state folder. A store that is not in use is opened as
    the daemon would open it.
-4. No text holds a secret. Each remedy works on the machine that it is given for: it needs no package that is missing.
+4. No text holds a secret: `_guarded` redacts every finding. Each remedy works on the machine that it is given for: it
+   needs no package that is missing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from device.daemon.config.probes import EncoderFacts, StoreFacts
 from device.daemon.config.settings import Config, MqttSection
 from device.daemon.finding import Finding, ok, problem, reason, warning
 from device.provenance import installation
+from device.redaction import redacted
 from device.state.store import StoreBusy
 from edgeear.errors import EdgeearError, FormatError
 
@@ -87,9 +89,10 @@ def diagnose(config: Config, config_path: Path | None = None, clock: Callable[[]
 def _guarded(name: str, check: Callable[[], Findings]) -> list[Finding]:
     """The findings of one check; an exception becomes a warning."""
     try:
-        return [replace(finding, check=name) for finding in check()]
+        found = list(check())
     except Exception as error:
-        return [Finding(name, "warning", f"the check failed ({type(error).__name__}: {error})", "report this bug")]
+        found = [Finding(name, "warning", f"the check failed ({type(error).__name__}: {error})", "report this bug")]
+    return [replace(f, check=name, text=redacted(f.text), remedy=redacted(f.remedy)) for f in found]
 
 
 def check_cpu(cpuinfo: str, machine: str) -> Findings:

@@ -12,6 +12,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import re
@@ -27,6 +28,7 @@ from device.daemon import sources
 from device.daemon.section import HomePath, Section, checked
 from device.daemon.sources import NoSource, SourceSection, source_section
 from device.mqtt.settings import LiveLearning, LiveSettings, LiveTelemetry
+from device.redaction import redacted
 from edgeear.errors import UsageError
 
 PREFIX = "EDGEEAR_"
@@ -210,12 +212,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise UsageError(f"{path}: more than {MAX_FILE_BYTES} bytes; is it the right file?")
-        return tomllib.loads(data.decode())
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows editors save
+            text = data.decode("utf-16")
+        else:
+            text = data.decode("utf-8-sig")
+        if "\0" in text:
+            line = text[: text.index("\0")].count("\n") + 1
+            raise UsageError(f"{path}: line {line} holds a zero byte; save the file as UTF-8, or write it again")
+        return tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; write one with `edgeear init`, or name another file") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+        raise UsageError(f"{path}: line {line} is not {error.encoding.upper()}; save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: {error}; that is not TOML: correct the line") from None
     except RecursionError:
@@ -267,7 +276,7 @@ def _shown(section: str, key: str, detail: ErrorDetails) -> str:
     annotation = sections()[section].model_fields[key].annotation
     if SecretStr in (annotation, *get_args(annotation)):
         return "(secret)"
-    text = repr(detail["input"])
+    text = redacted(repr(detail["input"]))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

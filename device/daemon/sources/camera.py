@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import Field
 
-from device.daemon.finding import Finding, Machine, problem
+from device.daemon.finding import Finding, Machine, ok, problem, reason, warning
 from device.daemon.sources.base import Feed, SourceSection, check_device
 from device.daemon.sources.running import Stop
 from device.images.decode import fit_pixels
 from device.provenance import installation
 from edgeear.errors import DeviceError, UsageError
+
+PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443, "rtmp": 1935}
+"""Usual ports of the schemes of a camera's URL."""
+QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
+"""Environment of OpenCV: its own messages go past the log and show the password of a URL."""
 
 
 class CameraSource(SourceSection):
@@ -43,9 +50,25 @@ class CameraSource(SourceSection):
     def check(self, machine: Machine) -> Iterator[Finding]:
         if not machine.installed("cv2"):
             yield problem("OpenCV is not installed", installation("camera"))
+        elif "://" in self.device:
+            yield self._check_url(machine)
         else:
             file = f"/dev/video{self.device}" if self.device.isdecimal() else self.device
             yield check_device("camera", Path(file), "video")
+
+    def _check_url(self, machine: Machine) -> Finding:
+        try:
+            url = urlsplit(self.device)
+            host, port = url.hostname, url.port or PORTS.get(url.scheme)
+        except ValueError as error:
+            return problem(f"{self.device}: {error}", "write SCHEME://USER:PASSWORD@HOST:PORT/PATH")
+        if host is None or port is None:
+            return warning(f"camera {self.device} was not tried", "watch the log of the first run")
+        try:
+            machine.connect(host, port)
+        except OSError as error:
+            return problem(f"{self.device}: {reason(error)}", "check its power, its network and source.device")
+        return ok(f"camera {self.device} answers")
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,7 @@ class Camera:
     pace: Callable[[], float] = time.monotonic
 
     def run(self, stop: Stop) -> None:
+        os.environ.update(QUIET)
         cv2: Any = importlib.import_module("cv2")
         device = self.settings.device
         capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)

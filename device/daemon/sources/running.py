@@ -6,6 +6,7 @@ Rules of this file:
 2. After a failure the next try waits 0.5 s, then twice as long each time, at most 60 s; a frame in between resets the
    wait. No failure ends the thread: an unattended board has nobody to restart it.
 3. Stopping ends every wait at once, also one for a port.
+4. The text of a failure is redacted here, before anybody can read it: a camera's URL holds its password.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 
 from device.daemon.frames import FrameQueue
 from device.files import escaped
+from device.redaction import redacted
 from edgeear.errors import EdgeearError, UsageError
 
 PAUSES_S = (0.5, 60.0)
@@ -99,9 +101,8 @@ class RunningSource:
             try:
                 self._capture.run(self._stop)
             except Exception as error:
-                self.last_error = escaped(
-                    error if isinstance(error, EdgeearError) else f"{type(error).__name__}: {error}"
-                )
+                told = error if isinstance(error, EdgeearError) else f"{type(error).__name__}: {error}"
+                self.last_error = redacted(escaped(told))
             else:
                 self.finished = not self._stop.is_set()
                 return

@@ -305,3 +305,47 @@ def test_a_host_without_a_usable_name_is_called_board(
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     write_config(tmp_path / "a")
     assert load_config(tmp_path / "a", {}).device.name == "board"
+
+
+# ------------------------------------------------------------------------------------ files of other systems
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_saved_by_another_system_loads_the_same(tmp_path: Path, encoding: str, end: str) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    text = end.join(["[device]", 'site = "hall"', "# Größe", "[mqtt]", "enabled = false", ""])
+    path = tmp_path / "edgeear.toml"
+    path.write_bytes((mark + text).encode(encoding))
+    config = load_config(path, {})
+    assert config.device.site == "hall" and not config.mqtt.enabled
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[device]\n".encode("utf-16-le"), "line 1 holds a zero byte; save the file as UTF-8"),
+        ("[device]\n".encode("utf-32"), "line 1 holds a zero byte; save the file as UTF-8"),
+        (b"[device]\nsite = 'a'\n" + bytes(4096), "line 3 holds a zero byte; save the file as UTF-8"),
+        ("\ufeff[device]".encode("utf-16-le")[:-1], "is not UTF-16"),
+        (b"\xef\xbb\xbf[device]\nsite = '\xff'", "line 2 is not UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_text_is_one_fault_with_its_remedy(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "edgeear.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        load_config(path, {})
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------- secrets
+
+
+def test_the_password_of_a_camera_is_in_no_message_and_no_repr(tmp_path: Path) -> None:
+    text = '[source]\nkind = "camera"\ndevice = "rtsp://admin:S3cret@cam/live?token=S3cret"\n'
+    config = load_config(written(tmp_path, text), {})
+    assert config.source.model_dump()["device"] == "rtsp://admin:S3cret@cam/live?token=S3cret"
+    assert "S3cret" not in f"{config!r}{config}{config.source!r}" and "cam/live" in repr(config.source)
+    (fault,) = faults(written(tmp_path, text.replace("device", "fps")))[:1]
+    assert "source.fps" in fault and "S3cret" not in fault

@@ -221,7 +221,7 @@ class FakeMachine:
         return self.installs
 
     def connect(self, host: str, port: int) -> None:
-        assert (host, port) in (("sensor", 7000), ("::1", 7000))
+        assert (host, port) in (("sensor", 7000), ("::1", 7000), ("cam", 554), ("cam", 8554))
         if not self.answers:
             raise ConnectionRefusedError(111, "Connection refused")
 
@@ -237,6 +237,10 @@ class FakeMachine:
         (CameraSource(device="/dev/null"), FakeMachine(), "ok"),
         (CameraSource(device="/dev/null"), FakeMachine(installs=False), "problem"),
         (CameraSource(device="63"), FakeMachine(), "problem"),
+        (CameraSource(device="rtsp://admin:S3cret@cam/live"), FakeMachine(), "ok"),
+        (CameraSource(device="rtsp://admin:S3cret@cam:8554/live"), FakeMachine(answers=False), "problem"),
+        (CameraSource(device="rtsp://admin:S3cret@cam:x/live"), FakeMachine(), "problem"),
+        (CameraSource(device="srt://admin:S3cret@cam"), FakeMachine(), "warning"),
         (SerialSource(device="/dev/null"), FakeMachine(installs=False), "ok"),
         (SerialSource(device="/dev/none"), FakeMachine(), "problem"),
         (SerialSource(url="tcp://sensor:7000"), FakeMachine(), "ok"),
@@ -246,6 +250,19 @@ class FakeMachine:
 )
 def test_source(source: SourceSection, machine: FakeMachine, expected: str) -> None:
     assert verdict(source.check(machine)) == expected
+
+
+@pytest.mark.parametrize("device", ["rtsp://admin:S3cret@cam/live", "rtsp://admin:S3cret@cam:x/", "srt://u:S3cret@cam"])
+@pytest.mark.parametrize("answers", [True, False])
+def test_no_finding_shows_the_password_of_a_camera(device: str, answers: bool) -> None:
+    camera = CameraSource(device=device)
+    found = doctor._guarded("source", lambda: camera.check(FakeMachine(answers=answers)))
+
+    def fails() -> Iterator[Finding]:
+        raise OSError(f"{device} is unreachable")
+
+    found += doctor._guarded("source", fails)
+    assert len(found) == 2 and all("cam" in f.text and "S3cret" not in f.text + f.remedy for f in found)
 
 
 def test_what_this_user_may_not_use_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -466,6 +466,33 @@ def test_pictures_that_do_not_decode_are_counted_and_grey_ones_serve(cv2: Any) -
     assert cv2.asked == ["/dev/video9"]
 
 
+@pytest.mark.parametrize("error", [None, OSError("(in file name): rtsp://admin:S3cret@cam/live")])
+def test_the_password_of_a_camera_is_in_no_error(cv2: Any, error: OSError | None) -> None:
+    def refused(device: object) -> FakeCapture:
+        assert device == "rtsp://admin:S3cret@cam/live"
+        if error is not None:
+            raise error
+        return FakeCapture(False, [])
+
+    cv2.VideoCapture = refused
+    queue = FrameQueue(1)
+    camera = CameraSource(device="rtsp://admin:S3cret@cam/live").capture(Feed(SIZE, queue, Clock()))
+    source = RunningSource("camera", camera, queue, BackOff(0.0, 0.0))
+    source._stop = Waits(Clock(), 2)
+    source.start()
+    source._thread.join(30)
+    assert "rtsp://***@cam/live" in str(source.last_error)
+
+
+def test_opencv_prints_no_messages_of_its_own(cv2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_LOG_LEVEL", "INFO")
+    monkeypatch.setenv("OPENCV_FFMPEG_LOGLEVEL", "32")
+    cv2.captures.append(FakeCapture(False, []))
+    with pytest.raises(DeviceError):
+        Camera(CameraSource(device="rtsp://admin:S3cret@cam/"), Feed(SIZE, FrameQueue(1), Clock())).run(Stop())
+    assert (os.environ["OPENCV_LOG_LEVEL"], os.environ["OPENCV_FFMPEG_LOGLEVEL"]) == ("SILENT", "-8")
+
+
 def test_a_camera_that_is_not_there_is_told(cv2: Any) -> None:
     cv2.captures.append(FakeCapture(False, []))
     with pytest.raises(DeviceError, match="in use"):
