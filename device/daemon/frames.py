@@ -3,7 +3,8 @@
 Rules of this file:
 
 1. At most `limit` frames wait. One more drops the oldest, which is counted, so that a slow board serves recent frames.
-2. A frame older than the reader allows is counted and dropped, never returned. So is one whose age is NaN.
+2. A frame older than the reader allows is counted and dropped, never returned. So is one whose age is NaN. A frame
+   whose source waits for its answer is returned at any age.
 3. Every frame is counted: received = served + dropped + stale + waiting, at any time, with any number of threads.
 4. After `close` no frame enters and no call waits. Frames in the queue can still be taken.
 """
@@ -22,11 +23,13 @@ from edgeear.types import U8
 @dataclass(frozen=True, eq=False)
 class Frame:
     """`pixels (height, width, 3)` uint8 at the encoder's size; `captured` in the queue's clock, seconds; `ref` says
-    where it came from: a file's path, a sequence number."""
+    where it came from: a file's path, a sequence number. `answered` is called once the loop answered it; it never
+    waits. None for a frame that may be dropped."""
 
     pixels: U8
     captured: float
     ref: str
+    answered: Callable[[], None] | None = None
 
 
 @dataclass
@@ -56,15 +59,16 @@ class FrameQueue:
         self._limit, self._notify, self._closed = limit, notify, False
         self._counts = FrameCounts()
 
-    def put(self, frame: U8, captured: float, ref: str) -> bool:
-        """Add a frame; False when the queue is closed."""
+    def put(self, frame: U8, captured: float, ref: str, answered: Callable[[], None] | None = None) -> bool:
+        """Add a frame; False when the queue is closed. With `answered` it is never stale; wait for `room` first, so
+        that it is not dropped either."""
         with self._changed:
             if self._closed:
                 return False
             if len(self._frames) == self._limit:
                 self._frames.popleft()
                 self._counts.dropped += 1
-            self._frames.append(Frame(frame, captured, ref))
+            self._frames.append(Frame(frame, captured, ref, answered))
             self._counts.received += 1
             self._changed.notify_all()
         self._notify()
@@ -76,7 +80,7 @@ class FrameQueue:
             self._changed.notify_all()
             while self._frames:
                 frame = self._frames.popleft()
-                if now - frame.captured <= max_age_s:
+                if frame.answered is not None or now - frame.captured <= max_age_s:
                     self._counts.served += 1
                     return frame
                 self._counts.stale += 1

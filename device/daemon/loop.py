@@ -218,6 +218,8 @@ class Daemon:
             self.metrics.answered(prediction, seconds)
         if self.commands.settings.predictions:
             self.out.prediction(prediction, frame, self.board.at, self.board.system.generation)
+        if frame.answered is not None:
+            frame.answered()
         self.tell(*events)
 
     def _poll(self) -> None:

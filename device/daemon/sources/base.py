@@ -28,15 +28,21 @@ class Feed:
     sink: FrameQueue
     clock: Callable[[], float]
 
-    def put(self, decode: Callable[[tuple[int, int]], U8], captured: float, ref: str) -> bool:
-        """Decode a frame to `size` and queue it. False if the queue is closed, or if `decode` raises `DataError`,
-        which is counted."""
+    def put(
+        self,
+        decode: Callable[[tuple[int, int]], U8],
+        captured: float,
+        ref: str,
+        answered: Callable[[], None] | None = None,
+    ) -> bool:
+        """Decode a frame to `size` and queue it as `FrameQueue.put` does. False if the queue is closed, or if `decode`
+        raises `DataError`, which is counted."""
         try:
             frame = decode(self.size)
         except DataError:
             self.sink.undecodable()
             return False
-        return self.sink.put(frame, captured, escaped(ref))
+        return self.sink.put(frame, captured, escaped(ref), answered)
 
 
 class SourceSection(Section):

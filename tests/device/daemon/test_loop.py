@@ -28,6 +28,7 @@ from device.mqtt.outbox import Outbox, OutboxFull, OutboxPolicy
 from device.mqtt.settings import NAMES, LiveSettings
 from device.state.codec import from_files
 from device.state.store import Store, StoreFull
+from edgeear.errors import DataError
 from edgeear.flow import infer
 from edgeear.shift import ShiftState
 from edgeear.system import Live
@@ -474,8 +475,6 @@ def test_a_frame_that_cannot_be_encoded_is_an_event(rig: Rig, monkeypatch: pytes
     learned(rig)
 
     def broken(frames: U8, taps: object) -> dict[str, Any]:
-        from edgeear.errors import DataError
-
         raise DataError("tap a.mean holds NaN")
 
     monkeypatch.setattr(rig.board.engine.encoder, "encode", broken)
@@ -552,6 +551,22 @@ def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None
     rig.command("pause", paused=True)  # drops what was collected
     rig.rest()
     assert len(rig.told("frame")) < 5
+
+
+def test_a_source_learns_that_its_frame_was_answered_at_any_age_but_not_that_it_was_refused(rig: Rig) -> None:
+    answered: list[str] = []
+    frame = shown(0, 1, 1)[0]
+    rig.frames.put(frame, rig.now - 1e6, "old", lambda: answered.append("old"))
+    rig.daemon.turn()
+    assert answered == ["old"] and rig.frames.counts.stale == 0
+
+    def refused(frame: U8) -> Any:
+        raise DataError("not finite")
+
+    rig.board.step = refused  # type: ignore[method-assign]
+    rig.frames.put(frame, rig.now, "refused", lambda: answered.append("refused"))
+    rig.daemon.turn()
+    assert answered == ["old"] and rig.daemon.counts.unusable == 1
 
 
 @dataclass

@@ -96,6 +96,8 @@ def taken(queue: FrameQueue, now: float = 0.0) -> list[Frame]:
     frames = []
     while (frame := queue.get(now, 1e9)) is not None:
         frames.append(frame)
+        if frame.answered is not None:
+            frame.answered()
     return frames
 
 
@@ -188,7 +190,7 @@ def test_what_was_there_at_the_start_is_read_only_to_be_deleted(tmp_path: Path) 
     keeping = Watch(tmp_path)
     assert keeping.look() + keeping.look() == []
     deleting = Watch(tmp_path, delete=True)
-    assert deleting.look() == ["old.png"] and list(tmp_path.iterdir()) == []
+    assert deleting.look() + deleting.look() == ["old.png"] and list(tmp_path.iterdir()) == []
 
 
 def test_what_gives_no_frame_is_counted_once_and_kept(tmp_path: Path) -> None:
@@ -200,13 +202,157 @@ def test_what_gives_no_frame_is_counted_once_and_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["bad.jpg", "folder.png", "note.txt"]
 
 
-def test_files_that_wait_longer_than_the_age_are_passed_over_and_counted(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, delete=True, limit=1, max_age_s=0.0)
+def test_kept_files_that_wait_longer_than_the_age_are_passed_over_and_counted(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, limit=1, max_age_s=0.0)
     for name in ("a.png", "b.png", "c.png"):
         write(tmp_path / name, encoded(picture()))
     watch.look()
     assert watch.look() == [] and watch.queue.counts == FrameCounts(received=3, stale=3)
-    assert list(tmp_path.iterdir()) == []
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_burst_is_deleted_only_as_it_is_answered(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, delete=True, limit=1, max_age_s=0.001)
+    names = [f"{number:03d}.png" for number in range(40)]
+    for name in names:
+        write(tmp_path / name, encoded(picture()))
+    answered: list[str] = []
+
+    def answer(room: Callable[[float], bool] = watch.queue.room) -> Callable[[float], bool]:
+        def served(timeout: float) -> bool:  # the loop takes a frame when the source waits for room, days later
+            watch.clock.now += 86_400
+            answered.extend(frame.ref for frame in taken(watch.queue, watch.clock.now))
+            return room(timeout)
+
+        return served
+
+    watch.queue.room = answer()  # type: ignore[method-assign, assignment]
+    watch.look()
+    answered += watch.look()
+    assert answered == names and watch.queue.counts.stale == watch.queue.counts.dropped == 0
+    watch.look()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_answered_or_changed_since_is_not_deleted(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, delete=True)
+    for name in ("refused.png", "changed.png", "gone.png"):
+        write(tmp_path / name, encoded(picture()))
+    for _ in range(2):
+        watch._watched.look(watch.stop)
+    frames = {frame.ref: frame for frame in iter(lambda: watch.queue.get(1e9, 1.0), None)}
+    write(tmp_path / "changed.png", encoded(picture(1)), 2 * 10**18)
+    (tmp_path / "gone.png").unlink()
+    for name in ("changed.png", "gone.png"):
+        answered = frames[name].answered
+        assert answered is not None
+        answered()
+    assert watch.look() + watch.look() == ["changed.png"]
+    watch.look()
+    assert os.listdir(tmp_path) == ["refused.png"]
+
+
+def test_a_file_that_cannot_be_removed_is_told_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(tmp_path, delete=True)
+    write(tmp_path / "a.png", encoded(picture()))
+    assert watch.look() + watch.look() == ["a.png"]
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(DeviceError, match=r"answered and cannot be removed.*keep"):
+        watch.look()
+    write(tmp_path / "b.png", encoded(picture()))
+    assert watch.look() + watch.look() == ["b.png"]
+
+
+def test_an_odd_entry_does_not_stop_the_others(tmp_path: Path) -> None:
+    for delete in (False, True):
+        folder = tmp_path / str(delete)
+        folder.mkdir()
+        (folder / "self.jpg").symlink_to("self.jpg")
+        (folder / "a.jpg").symlink_to("b.jpg")
+        (folder / "b.jpg").symlink_to("a.jpg")
+        (folder / "dead.jpg").symlink_to("/nowhere")
+        (folder / "under.jpg").symlink_to("self.jpg/x.jpg")
+        (folder / "folder.jpg").mkdir()
+        os.mkfifo(folder / "fifo.jpg")
+        write(folder / "empty.jpg", b"")
+        watch = Watch(folder, delete=delete)
+        write(folder / "good.png", encoded(picture()))
+        assert watch.look() + watch.look() == ["good.png"]
+
+
+@pytest.mark.parametrize("way", ["renamed", "in place"])
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_file_that_is_written_anew_all_the_time_is_served(tmp_path: Path, way: str, delete: bool) -> None:
+    watch, served = Watch(tmp_path, delete=delete), 0
+    for number in range(20):
+        target = tmp_path / ("latest.png" if way == "in place" else ".new")
+        write(target, encoded(picture(number, 20 + number % 3)), 10**18 + number)
+        target.rename(tmp_path / "latest.png")
+        served += len(watch.look())
+    assert served >= 15 and watch.queue.counts.undecodable == 0
+
+
+def test_a_version_that_is_half_written_is_left_for_the_next_poll(tmp_path: Path) -> None:
+    watch, served = Watch(tmp_path), list[str]()
+    for number in range(20):
+        data = encoded(picture(number, 20 + number % 3))
+        write(tmp_path / "latest.png", data[: len(data) // 2] if number % 2 else data, 10**18 + number)
+        served += watch.look()
+    assert 5 <= len(served) <= 10 and watch.queue.counts.undecodable == 0
+    assert watch.look() == [] and watch.queue.counts.undecodable == 1  # it stands still: it is broken
+
+
+class Mount:
+    """Makes a folder look as if another file system were mounted on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._folder, self._stat, self.system = folder, os.stat, 1
+        monkeypatch.setattr(os, "stat", self)
+
+    def __call__(self, path: Any, **options: Any) -> Any:
+        status = self._stat(path, **options)
+        if path != self._folder:
+            return status
+        return types.SimpleNamespace(st_mtime_ns=status.st_mtime_ns, st_dev=self.system)
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_a_share_that_is_mounted_again_is_not_served_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: int
+) -> None:
+    folder, away = tmp_path / "in", tmp_path / "away"
+    folder.mkdir()
+    away.mkdir()
+    write(folder / "old.png", encoded(picture()))
+    mount = Mount(monkeypatch, folder)
+    watch = Watch(folder)
+    write(folder / "a.png", encoded(picture()))
+    assert watch.look() + watch.look() == ["a.png"]
+    for name in ("a.png", "old.png"):
+        (folder / name).rename(away / name)
+    mount.system = 2
+    assert watch.look() + watch.look() == []
+    for name in ("a.png", "old.png"):
+        (away / name).rename(folder / name)
+    write(folder / "b.png", encoded(picture()))
+    mount.system = again
+    assert watch.look() + watch.look() == ["b.png"]
+    assert watch.look() == []
+
+
+def test_a_share_that_is_mounted_after_the_start_is_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount, watch = Mount(monkeypatch, tmp_path), Watch(tmp_path)
+    write(tmp_path / "old.png", encoded(picture()))
+    mount.system = 2
+    assert watch.look() + watch.look() == []
+    write(tmp_path / "new.png", encoded(picture()))
+    assert watch.look() + watch.look() == ["new.png"]
 
 
 def test_files_wait_for_room_instead_of_pushing_each_other_out(tmp_path: Path) -> None:
@@ -477,7 +623,7 @@ def test_the_password_of_a_camera_is_in_no_error(cv2: Any, error: OSError | None
     cv2.VideoCapture = refused
     queue = FrameQueue(1)
     camera = CameraSource(device="rtsp://admin:S3cret@cam/live").capture(Feed(SIZE, queue, Clock()))
-    source = RunningSource("camera", camera, queue, BackOff(0.0, 0.0))
+    source = RunningSource("camera", camera, queue, (0.0, 0.0))
     source._stop = Waits(Clock(), 2)
     source.start()
     source._thread.join(30)
