@@ -3,7 +3,7 @@
 The encoder and the old heads are frozen, so the only way left to forget is that a new domain takes an old domain's
 inputs at the router. So every old domain's stored codes are replayed through the new router, and the share that is
 routed to another domain is bounded by `SystemPolicy.max_stolen_share`. A domain that absorbs another must also win its
-inputs.
+inputs. The domain's detector is built and must judge the domain's own codes; proving.py asks the head as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgeear.system import Candidate, Domain, Rejected, System
 def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candidate | Rejected:
     """A system with `domain` grown, or every reason against it. It takes the place of the domain with its name, and of
     the one called `absorbed`, whose inputs become its own."""
-    reasons = [*_misfits(system, domain)]
+    reasons = [*_misfits(system, domain)] or [*_undetectable(domain)]
     if reasons:
         return Rejected(domain.name, tuple(reasons))
     grown = system.grown(domain)
@@ -44,7 +44,10 @@ def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candid
             f"wins only {won[mine]:.1%} of its own inputs, at least {policy.min_own_share:.1%} needed; {most!r} wins "
             f"{share:.1%}: it is not a new domain; update {most!r} with them"
         )
-    return Rejected(domain.name, tuple(reasons)) if reasons else Candidate(system, grown, lost)
+    if not reasons:
+        return Candidate(system, grown, lost)
+    shared = {n: lost.get(n, 0.0) + float(s) for n, s in zip(grown.names, won, strict=True) if n != domain.name}
+    return Rejected(domain.name, tuple(reasons), max(shared, key=lambda n: shared[n], default=None))
 
 
 def replay(old: System, new: System, heirs: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -89,3 +92,16 @@ def _misfits(system: System, domain: Domain) -> list[str]:
     if len(domain.codes) == 0:
         reasons.append("no calibration codes, so nothing can be replayed later: keep at least one")
     return reasons
+
+
+def _undetectable(domain: Domain) -> list[str]:
+    """Why the detector of a domain that fits gives no verdicts on its own codes."""
+    codes = np.zeros((len(domain.codes), domain.memory.dimensions), np.float32)
+    codes[:, : domain.memory.m] = _codes(domain)
+    try:
+        novelty = domain.calibration.novelty(domain.detector, codes)
+    except np.linalg.LinAlgError as error:
+        return [f"the sums of {domain.name!r} give no detector ({error}): learn it again"]
+    if not np.isfinite(novelty).all():
+        return [f"the detector of {domain.name!r} gives NaN or infinity for its own codes: learn it again"]
+    return []

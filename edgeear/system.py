@@ -195,10 +195,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Why a domain was not admitted; the live system is untouched."""
+    """Why a domain was not admitted; the live system is untouched. `twin`: the known domain that it may be, which could
+    be updated with its samples instead; None where nothing says so."""
 
     domain: str
     reasons: tuple[str, ...]
+    twin: str | None = None
 
     def __str__(self) -> str:
         return f"{self.domain!r} was rejected, nothing was changed: " + "; ".join(self.reasons)

@@ -3,15 +3,22 @@
 Rules of this file (phases.py has the table of phases):
 
 1. Every frame gets its prediction first, from the serving generation, whatever else is going on.
-2. The board collects frames from the onset of a shift on, up to a bound, and asks for labels within a budget. Where a
-   known domain explains all of them together, that domain is back: the board asks for no labels and learns nothing.
+2. The board collects frames from the onset of a shift on, up to a bound, and asks for labels within a budget. It keeps
+   the first frame of each scene (edgeear/scenes.py): near-copies cost labels and teach nothing. Where fewer than a
+   fifth of the frames repeat a scene, they are alike by chance and all are kept. A board short of scenes waits, and
+   says so. Where a known domain explains all collected frames together, that domain is back: the board asks for no
+   labels and learns nothing.
 3. The board waits `patience` seconds for labels, then learns from those that came. A learner works at its own pace;
    `poll` and every step ask for its outcome. An outcome for a generation that no longer serves is refused.
 4. A new generation is on probation, whether it was learned here or offered: if the stream looks foreign to it, too, it
-   is rolled back, else confirmed.
+   is rolled back, else confirmed. Probation counts scenes, and ends after `PATIENT` times as many frames without them.
 5. Each change of generation is in the store before it serves; where the store fails, nothing changes.
 6. The encoder sees each frame once: hypervectors are kept with the frames. At most twice the larger of `memory` and
-   `labels` frames are held, beside those of a job.
+   `labels` frames are held, beside those of a job and those of rule 8.
+7. Nothing that a learner or operator brings serves before it has answered (edgeear/proving.py). A stored domain that
+   cannot answer is left out at the start, and `damage` says so.
+8. Labels are not lost with a rejected domain. The board keeps its labelled frames, at most twice `labels`, and learns
+   them together with those that it collects next, until it serves another generation or a known domain is back.
 """
 
 from __future__ import annotations
@@ -36,18 +43,24 @@ from device.mqtt.settings import LiveSettings
 from device.state import generations
 from device.state.store import Store
 from edgeear.attribution import attribute
-from edgeear.errors import DeviceError, UsageError
+from edgeear.errors import DeviceError, EdgeearError, UsageError
 from edgeear.flow import Prediction, infer
 from edgeear.novelty import MINIMUM
+from edgeear.proving import fault, prove
 from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy
+from edgeear.scenes import remember, repeats, scene_code
 from edgeear.shift import Shift, ShiftState, likely_onset
-from edgeear.system import Candidate, Live, Rejected, System, commit, confirm, rollback
+from edgeear.system import Candidate, Domain, Live, Rejected, System, commit, confirm, rollback
 from edgeear.types import F32, U8, Encoder
 from edgeear.unlabelled import UnlabelledPolicy
 
 ATTRIBUTED = 32
-"""The latest frames since the onset of a shift, used for its attribution."""
+"""The latest scenes since the onset of a shift, used for its attribution."""
+PATIENT = 20
+"""Frames for each scene wanted, after which the board says that it is short of scenes, and ends probation without."""
+COPIED = 0.2
+"""Share of frames that repeat a scene from which on they are copies, and not alike by chance."""
 
 
 class Labeller(Protocol):
@@ -64,8 +77,8 @@ class Labeller(Protocol):
 
 @dataclass(frozen=True)
 class BoardPolicy:
-    """`labels`: most labels for a shift; `memory`: frames kept before a shift is declared; `probation`: frames that
-    probation lasts; `foreign`: share of out-of-distribution frames on probation above which the board rolls back;
+    """`labels`: most labels for a shift; `memory`: scenes kept before a shift is declared; `probation`: scenes that
+    probation lasts; `foreign`: share of out-of-distribution scenes on probation above which the board rolls back;
     `patience`: seconds to wait for labels, 0 to take those that are there at once; `views`: how each frame is shown to
     training; `adapt`: for the built-in learner; `unlabelled`: how to adapt when no labels come, None for not at all."""
 
@@ -92,11 +105,12 @@ class BoardPolicy:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A frame, its sample number and what the board predicted for it."""
+    """A frame, its sample number, what the board predicted for it, and whether it is the first of its scene."""
 
     number: int
     frame: U8
     prediction: Prediction
+    first: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +158,22 @@ class Board:
         self._on_event = on_event
         self._state = ShiftState()
         self._recent: deque[Seen] = deque(maxlen=max(self.policy.memory, self.policy.labels))
+        self._scene: tuple[F32, ...] = ()
+        """The code of the first frame of the latest scene: frames like it show the same one."""
+        self._shown, self._repeated = 0, 0
+        """Frames since `_recent` was empty or a shift began, and how many of them repeated a scene."""
+        self._kept: tuple[tuple[U8, str], ...] = ()
+        """Labelled frames of the latest rejected domain."""
         self._waiting: _Waiting | None = None
         self._job: Job | None = None
-        self._probation: list[bool] = []
+        self._probation: list[tuple[bool, bool]] = []
+        """Of each frame on probation: whether it is out of distribution, and the first of its scene."""
         self._events: list[BoardEvent] = []
+        self.live, self.damage = self._usable(live)
+        """`damage` tells of stored domains that cannot serve, or only with weaker verdicts."""
         if store is not None and store.confirmed is None:
-            first = generations.publish_confirmed(store, live.confirmed, clock(), "before anything was learned")
-            self.live = Live(live.serving if live.probation else first, first)
+            first = generations.publish_confirmed(store, self.live.confirmed, clock(), "before anything was learned")
+            self.live = Live(self.live.serving if self.live.probation else first, first)
 
     @property
     def system(self) -> System:
@@ -180,9 +203,10 @@ class Board:
         """Predict for one `frame (height, width, 3)`, then do what the stream asks for."""
         self.at += 1
         prediction, self._state, shift = infer(self.system, self.engine, self._state, frame)
-        self._recent.append(Seen(self.at, frame, prediction))
+        seen = Seen(self.at, frame, prediction, self._new_scene(frame, prediction))
+        self._remember(seen)
         if self.phase == "probation":
-            self._watch(prediction)
+            self._watch(seen)
         elif self.phase == "serving" and not self.paused and (shift or not self.system.domains):
             self._declare(shift)
         if self.phase == "collecting":
@@ -201,6 +225,7 @@ class Board:
         if self.paused:
             raise UsageError("learning is paused: resume it first")
         phase = after(self.phase, "adapt")
+        self._drop_copies()
         held = len(self.wanted() or self._recent)
         if held < MINIMUM:
             raise UsageError(f"{held} frames collected, at least {MINIMUM} needed: show the board more")
@@ -238,9 +263,11 @@ class Board:
         """Serve an admitted candidate from anywhere on probation; `note` is kept with its generation. Collected frames
         are dropped.
 
-        Raises UsageError for another generation's candidate or one without a new or changed domain, DeviceError where
-        it cannot be stored; what served before serves then."""
-        self._enter("offer", candidate, note)
+        Raises UsageError for another generation's candidate, one without a new or changed domain and one that cannot
+        answer, DeviceError where it cannot be stored; what served before serves then."""
+        if isinstance(proven := self._proven(candidate), Rejected):
+            raise UsageError(str(proven))
+        self._enter("offer", proven, note)
         return self._told()
 
     def replace(self, candidate: Candidate, note: str) -> tuple[BoardEvent, ...]:
@@ -263,14 +290,59 @@ class Board:
         """End the learner's job, if any. Do not use the board after this."""
         self._learner.cancel()
 
+    def _usable(self, live: Live) -> tuple[Live, tuple[BoardEvent, ...]]:
+        """`live` without the domains that cannot answer, and what to tell."""
+        fit, told, now = list[Domain](), list[BoardEvent](), self._clock()
+        for domain in live.serving.domains:
+            why = fault(live.serving, domain, self.engine, self.engine.encoder.taps, self._clock)
+            if why is not None:
+                told.append(events.LearningFailed(0, now, domain.name, f"{why}; it does not serve"))
+                continue
+            fit.append(domain)
+            if domain.detector.repaired:
+                why = "its stored sums are damaged, so its verdicts are weaker: learn it again, or restore a backup"
+                told.append(events.LearningFailed(0, now, domain.name, why))
+        if len(fit) == len(live.serving.domains):
+            return live, tuple(told)
+        serving = replace(live.serving, domains=tuple(fit))
+        return Live(serving, live.confirmed if live.probation else serving), tuple(told)
+
+    def _proven(self, candidate: Candidate) -> Candidate | Rejected:
+        return prove(candidate, self.engine, self.engine.encoder.taps, self._clock)
+
+    def _new_scene(self, frame: U8, prediction: Prediction) -> bool:
+        """Whether the frame is the first of a scene. Only the latest scene counts: where different frames look alike,
+        those of one class would be one scene for ever."""
+        h = prediction.code
+        if h is None:
+            h = self.system.space.encode(self.engine.encode(frame, self.system.wanted_taps))[0]
+        code = scene_code(h)
+        if repeats(code, self._scene, max(self.system.policy.shift.alike, self.system.likeness)):
+            return False
+        self._scene = remember(code, (), 1)
+        return True
+
+    def _remember(self, seen: Seen) -> None:
+        self._recent.append(seen)
+        self._shown, self._repeated = self._shown + 1, self._repeated + (not seen.first)
+        if len(self._recent) >= self.policy.labels:
+            self._drop_copies()
+
+    def _drop_copies(self) -> None:
+        if self._repeated >= COPIED * self._shown:
+            self._recent = deque((s for s in self._recent if s.first), maxlen=self._recent.maxlen)
+
     def _declare(self, shift: Shift | None) -> None:
         self.phase = after(self.phase, "shift")
         if shift is None:
-            self._recent = deque([self._recent[-1]], maxlen=self._recent.maxlen)
+            self._recent = deque(list(self._recent)[-1:], maxlen=self._recent.maxlen)
+            self._shown, self._repeated = 1, 0
             self._tell(events.Started(*self.moment))
             return
-        onset = likely_onset(shift, [(s.number, s.prediction.p) for s in self._recent], self.system.policy.shift)
+        scenes = [(s.number, s.prediction.p) for s in self._recent if s.first]
+        onset = likely_onset(shift, scenes, self.system.policy.shift)
         self._recent = deque((s for s in self._recent if s.number > onset), maxlen=self._recent.maxlen)
+        self._shown, self._repeated = len(self._recent), sum(not s.first for s in self._recent)
         h = _codes(list(self._recent)[-ATTRIBUTED:])
         nearest = int(np.bincount(self.system.router.route(h)).argmax())
         moved = attribute(self.system.space, self.system.domains[nearest].memory, h)
@@ -278,6 +350,9 @@ class Board:
 
     def _collect(self) -> None:
         if len(self._recent) < self.policy.labels:
+            if self._shown == PATIENT * self.policy.labels:
+                scenes = sum(s.first for s in self._recent)
+                self._tell(events.TooFewScenes(*self.moment, scenes, self._shown, self.policy.labels))
             return
         back = recognise(self.system, _codes(self._recent)) if self.system.domains else None
         if back is None:
@@ -285,6 +360,7 @@ class Board:
             return
         self.phase = after(self.phase, "known")
         self._tell(events.Recognised(*self.moment, back.domain, len(self._recent)))
+        self._kept = ()
         self._start_afresh()
 
     def _await(self, signal: Signal, name: str | None) -> None:
@@ -298,6 +374,7 @@ class Board:
 
     def _start_afresh(self) -> None:
         self._recent.clear()
+        self._scene, self._shown, self._repeated = (), 0, 0
         self._state = self._state.restart()
 
     def _drop_work(self) -> None:
@@ -317,7 +394,7 @@ class Board:
             self._waiting = replace(waiting, since=now)
         if len(known) >= min(self.policy.labels, len(waiting.seen)) or now - waiting.since >= self.policy.patience:
             self._waiting = None
-            self._learn(waiting, known)
+            self._learn(waiting, [*self._kept, *known] if known else known)
 
     def _learn(self, waiting: _Waiting, known: Sequence[tuple[U8, str]]) -> None:
         blind = self.policy.unlabelled if self.system.domains else None
@@ -351,20 +428,32 @@ class Board:
         self._job = None
         match outcome:
             case Rejected():
-                self.phase = after(self.phase, "rejected")
-                self._tell(events.NotAdmitted(*self.moment, outcome.domain, outcome.reasons))
+                self._reject(job, outcome)
             case Failed():
                 self._fail(job, outcome.reason)
             case Candidate() if outcome.base is not self.system:
                 self._fail(job, "the outcome is for a generation that no longer serves: it was refused")
             case Candidate():
                 try:
-                    self._enter("admitted", outcome, f"grew {job.name}")
+                    proven = self._proven(outcome)
+                    if isinstance(proven, Rejected):
+                        self._reject(job, proven)
+                    else:
+                        self._enter("admitted", proven, f"grew {job.name}")
                 except DeviceError as error:
                     self._fail(job, f"the new generation cannot be stored, so it does not serve: {error}")
+                except EdgeearError as error:
+                    self._fail(job, f"the outcome cannot serve: {error}")
             case _:
                 assert_never(outcome)
         self._start_afresh()
+
+    def _reject(self, job: Job, outcome: Rejected) -> None:
+        self.phase = after(self.phase, "rejected")
+        if isinstance(job, LabelledJob):
+            most = 2 * self.policy.labels
+            self._kept = tuple(zip(job.frames, job.labels, strict=True))[-most:]
+        self._tell(events.NotAdmitted(*self.moment, outcome.domain, outcome.reasons, outcome.twin, len(self._kept)))
 
     def _fail(self, job: Job, reason: str) -> None:
         self.phase = after(self.phase, "failed")
@@ -378,17 +467,21 @@ class Board:
             raise UsageError("the candidate has no new or changed domain: nothing to put on probation")
         if self._store is not None:
             live = Live(generations.publish(self._store, candidate.system, self._clock(), note), live.confirmed)
-        self.phase, self.live, self._probation = phase, live, []
+        self.phase, self.live, self._probation, self._kept = phase, live, [], ()
         self._drop_work()
         self._start_afresh()
         why, classes = str(new.growth.get("explanation", note)), len(new.head.classes)
         self._tell(events.Grown(*self.moment, new.name, why, classes, new.bytes, self.system.generation))
 
-    def _watch(self, prediction: Prediction) -> None:
-        self._probation.append(prediction.ood)
-        if len(self._probation) >= self.policy.probation:
-            share = sum(self._probation) / len(self._probation)
-            self._settle("foreign" if share > self.policy.foreign else "good", share)
+    def _watch(self, seen: Seen) -> None:
+        self._probation.append((seen.prediction.ood, seen.first))
+        judged = [ood for ood, first in self._probation if first]
+        if len(self._probation) - len(judged) < COPIED * len(self._probation):
+            judged = [ood for ood, _ in self._probation]
+        if len(judged) >= self.policy.probation or len(self._probation) >= PATIENT * self.policy.probation:
+            share = sum(judged) / max(1, len(judged))
+            foreign = share > self.policy.foreign and len(judged) >= min(MINIMUM, self.policy.probation)
+            self._settle("foreign" if foreign else "good", share)
 
     def _settle(self, signal: Literal["good", "foreign"], share: float | None) -> None:
         """End probation, for good or back to the confirmed generation. `share` of foreign frames: None where the

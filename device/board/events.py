@@ -87,6 +87,19 @@ class LabelsWanted(
     wait_s: float
 
 
+class TooFewScenes(
+    _Happened,
+    kind="too-few-scenes",
+    sentence="{frames} frames show only {scenes} scenes, {needed} are wanted: the board waits for more before it asks "
+    "for labels; show it more, or send adapt to learn from these",
+):
+    """`frames` collected frames show only `scenes` scenes, and `needed` are wanted."""
+
+    scenes: int
+    frames: int
+    needed: int
+
+
 class TooFewLabels(
     _Happened, kind="refused", sentence="{labels} labels for {frames} frames, {needed} needed: nothing was learned"
 ):
@@ -119,11 +132,22 @@ class Grown(_Happened, kind="grown", sentence="{domain}: {explanation}; generati
     generation: int
 
 
-class NotAdmitted(_Happened, kind="rejected", sentence="{domain}: {reasons}"):
-    """Admission rejected what was learned of `domain`; what served before still serves."""
+class NotAdmitted(_Happened, kind="rejected"):
+    """Admission rejected what was learned of `domain`; what served before still serves. `twin`: the known domain that
+    it may be. The board keeps `kept` labelled frames of it."""
 
     domain: str
     reasons: tuple[str, ...]
+    twin: str | None = None
+    kept: int = 0
+
+    @property
+    def text(self) -> str:
+        said = f"{self.domain}: {'; '.join(self.reasons)}"
+        if self.twin is None or not self.kept:
+            return said
+        wait = f"its {self.kept} labelled frames are kept and learned together with the next that get labels: wait"
+        return f"{said}; {wait}, or update {self.twin!r} with such frames if the two are one domain"
 
 
 class LearningFailed(_Happened, kind="learning-failed"):
@@ -241,7 +265,7 @@ class Stopped(_Happened, kind="stopped", sentence="{why}"):
 
 
 BoardEvent = (
-    Started | Shifted | Recognised | LabelsWanted | TooFewLabels | Searching | Grown | NotAdmitted
+    Started | Shifted | Recognised | LabelsWanted | TooFewScenes | TooFewLabels | Searching | Grown | NotAdmitted
     | LearningFailed | Confirmed | RolledBack | StoreDamaged | Forgotten | Paused | Resumed | PolicyChanged
     | SettingsIgnored | FrameRefused | SourceChanged | MessagesLost | Stopped
 )  # fmt: skip

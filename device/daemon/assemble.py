@@ -192,6 +192,8 @@ def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
         daemon.tell(MessagesLost(*moment, str(daemon.outbox.recovered_from)))
     if store.recovered_from is not None:
         daemon.tell(StoreDamaged(*moment, str(store.recovered_from)))
+    for damage in daemon.board.damage:
+        daemon.tell(damage)
     if faults := daemon.commands.stored.faults:
         daemon.tell(SettingsIgnored(*moment, faults))
 

@@ -67,7 +67,7 @@ Phase = Literal["serving", "collecting", "labelling", "learning", "probation"]
 EventKind = Literal[
     "start", "shift", "label-wanted", "recognised", "search", "grown", "confirmed", "rolled-back",
     "store-damaged", "rejected", "refused", "frame-refused", "learning-failed", "paused", "resumed", "policy",
-    "settings-ignored", "forgotten", "source", "dropped", "stopped",
+    "settings-ignored", "forgotten", "source", "dropped", "stopped", "too-few-scenes",
 ]  # fmt: skip
 
 

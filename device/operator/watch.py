@@ -25,7 +25,16 @@ LATEST = 8
 MINUTE = 60.0
 SILENT_S = 180.0
 """An online board that sends nothing for this long, or for three of its telemetry windows, is in trouble."""
-BAD = {"learning-failed", "rolled-back", "store-damaged", "rejected", "refused", "frame-refused", "dropped"}
+BAD = {
+    "learning-failed",
+    "rolled-back",
+    "store-damaged",
+    "rejected",
+    "refused",
+    "frame-refused",
+    "dropped",
+    "too-few-scenes",
+}
 """A board needs attention for `BAD_S` seconds after one of these events."""
 BAD_S = 3600.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.board.board import Board, BoardPolicy
-from device.board.events import BoardEvent, Grown, NotAdmitted, Shifted
+from device.board.events import BoardEvent, Grown, NotAdmitted, Shifted, TooFewScenes
 from device.board.learner import Failed, Job, LabelledJob, Learner, Outcome, UnlabelledJob
 from device.encoder.engine import OrtEngine
 from device.state.codec import from_files
 from device.state.store import Store
 from edgeear.admission import admit
-from edgeear.errors import DeviceError, UsageError
+from edgeear.errors import DeviceError, EdgeearError, UsageError
 from edgeear.flow import infer
 from edgeear.forgetting import forget_domain
 from edgeear.shift import ShiftState
-from edgeear.system import Candidate, Live, Rejected, System
+from edgeear.system import Candidate, Domain, Live, Rejected, System
+from edgeear.types import U8
 from edgeear.unlabelled import UnlabelledPolicy
 from tests.support import fakes
 
@@ -629,3 +630,164 @@ def test_a_domain_that_the_labeller_does_not_name_gets_the_first_free_name() -> 
     rig.show_until(2, "collecting")
     rig.show_until(2, "probation")
     assert list(rig.board.system.names) == ["domain-2", "domain-1", "domain-3"]
+
+
+# --------------------------------------------------------------------------- video: many frames of each scene
+
+
+def still(background: int, scene: int) -> U8:
+    """A frame of its own for each scene."""
+    frame: U8 = fakes.frames(background, fakes.CLASSES, fakes.labels_of(3), scene)[scene % 3]
+    return frame
+
+
+def film(rig: Rig, background: int, scenes: Iterable[int], times: int) -> None:
+    """Show each scene `times` times in a row, a grey level apart at most."""
+    for scene in scenes:
+        for k in range(times):
+            rig.truth.seen.append((background, fakes.CLASSES[scene % 3]))
+            noise = np.random.default_rng([scene, k]).integers(0, 2, (fakes.SIZE, fakes.SIZE, 3))
+            rig.board.step(np.minimum(still(background, scene) + noise, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("times", [2, 5, 20])
+def test_labels_are_asked_for_one_frame_of_each_scene(times: int) -> None:
+    rig = Rig()
+    film(rig, 0, range(39), times)
+    assert (str(rig.board.phase), rig.truth.asked) == ("collecting", [])
+    film(rig, 0, range(39, 40), 1)
+    (asked,) = rig.truth.asked
+    assert asked == [1 + times * k for k in range(40)]
+
+
+def test_video_of_one_domain_grows_one_domain_and_declares_no_shift() -> None:
+    rig = Rig()
+    film(rig, 0, range(160), 4)
+    assert rig.kinds == ["start", *CYCLE]
+    film(rig, 1, range(100), 4)
+    assert rig.kinds == ["start", *CYCLE, "shift", *CYCLE] and rig.board.system.names == ("d0", "d1")
+
+
+def test_a_camera_that_shows_one_scene_asks_for_no_labels_and_says_so_once() -> None:
+    rig = Rig()
+    film(rig, 0, [7], 2000)
+    assert rig.kinds == ["start", "too-few-scenes"] and rig.truth.asked == []
+    (short,) = (event for event in rig.events if isinstance(event, TooFewScenes))
+    assert (short.scenes, short.needed) == (1, POLICY.labels) and "send adapt" in short.text
+    with pytest.raises(UsageError, match="1 frames collected, at least 5 needed"):
+        rig.board.adapt_now()
+    film(rig, 0, range(8, 47), 3)
+    assert len(rig.truth.asked) == 1 and rig.board.system.names == ("d0",)
+
+
+def test_probation_counts_scenes() -> None:
+    rig = Rig()
+    film(rig, 0, range(40), 2)
+    assert rig.board.phase == "probation"
+    film(rig, 1, [1], 100)  # one foreign scene for long is no reason to go back
+    film(rig, 0, range(50, 80), 3)
+    assert rig.kinds[-1] == "confirmed"
+
+
+def test_probation_ends_although_a_camera_shows_one_scene() -> None:
+    rig = Rig()
+    film(rig, 0, range(40), 2)
+    film(rig, 1, [1], 1000)
+    assert rig.kinds == ["start", *CYCLE]
+
+
+# ------------------------------------------------------------------------- what a learner brings answers, or stays out
+
+
+def _head(domain: Domain, **changes: object) -> Domain:
+    return replace(domain, head=replace(domain.head, **changes))  # type: ignore[arg-type]
+
+
+def _sums(domain: Domain, factor: float) -> Domain:
+    memory = domain.memory
+    return replace(domain, memory=replace(memory, gram=memory.gram * factor, class_sums=memory.class_sums * factor))
+
+
+UNFIT: dict[str, Callable[[Domain], Domain]] = {
+    "a tap that the encoder does not have": lambda d: _head(
+        d, spec=replace(d.head.spec, taps=("c.mean",)), shapes={"c.mean": (16,)}
+    ),
+    "a graph that is none": lambda d: _head(d, onnx=b"not a graph"),
+    "an empty graph": lambda d: _head(d, onnx=b""),
+    "fewer classes than scores": lambda d: _head(d, classes=d.head.classes[:1]),
+    "more classes than scores": lambda d: _head(d, classes=(*d.head.classes, "more")),
+    "no classes": lambda d: _head(d, classes=()),
+    "another shape of a tap": lambda d: _head(d, shapes={t: (3,) for t in d.head.shapes}),
+    "a record that is no mapping": lambda d: replace(d, growth=[1]),  # type: ignore[arg-type]
+    "sums without bounds": lambda d: _sums(d, 1e300),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_nothing_that_a_learner_returns_ends_the_loop(what: str, tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        rig, later = learning(store=store)
+        before, number = rig.board.live, store.live
+        domain = UNFIT[what](replace(fakes.domain(1), name="d1"))
+        later.outcome = Candidate(rig.board.system, rig.board.system.grown(domain), {})
+        rig.board.poll()
+        assert rig.kinds[-1] in ("rejected", "learning-failed"), rig.events[-1].text
+        assert rig.board.live is before and store.live == number and rig.board.phase == "serving"
+        assert np.mean(rig.show(0, 30, seed=9)) > 0.9
+        with pytest.raises(EdgeearError):
+            rig.board.offer(Candidate(rig.board.system, rig.board.system.grown(domain), {}), "from elsewhere")
+        assert np.mean(rig.show(0, 30, seed=10)) > 0.9
+
+
+def test_a_candidate_that_changes_nothing_is_a_failure_and_no_exception() -> None:
+    rig, later = learning()
+    later.outcome = Candidate(rig.board.system, rig.board.system, {})
+    assert [event.kind for event in rig.board.poll()] == ["learning-failed"]
+    assert rig.board.phase == "serving"
+
+
+def test_a_stored_domain_that_cannot_answer_is_left_out_at_the_start_and_told() -> None:
+    broken = _head(replace(fakes.domain(1), name="d1"), onnx=b"not a graph")
+    rig = Rig(start=fakes.grown(0).grown(broken))
+    assert rig.board.system.names == ("d0",) and np.mean(rig.show(0, 30)) > 0.9
+    (told,) = rig.board.damage
+    assert told.kind == "learning-failed" and told.text.startswith("d1: cannot answer")
+
+
+def test_a_stored_domain_with_damaged_sums_serves_and_is_told() -> None:
+    memory = fakes.domain(1).memory
+    weak = replace(fakes.domain(1), memory=replace(memory, gram=memory.gram * 0.5))
+    rig = Rig(start=fakes.grown(0).grown(weak))
+    assert rig.board.system.names == ("d0", "d1") and len(rig.show(1, 30)) == 30
+    (told,) = rig.board.damage
+    assert "d1: its stored sums are damaged" in told.text
+
+
+# ------------------------------------------------------------------------------------- labels of a rejected domain
+
+
+def test_labels_of_a_rejected_domain_are_kept_and_learned_with_the_next() -> None:
+    rig, later = learning()
+    later.outcome = Rejected("d1", ("takes 36.5% of the inputs of 'd0'",), "d0")
+    (event,) = rig.board.poll()
+    assert isinstance(event, NotAdmitted) and (event.twin, event.kept) == ("d0", POLICY.labels)
+    assert "update 'd0'" in event.text and "40 labelled frames are kept" in event.text and "merge" not in event.text
+    first = later.jobs[0]
+    rig.show_until(1, "learning")
+    assert isinstance(later.jobs[1], LabelledJob) and len(later.jobs[1].frames) == 2 * POLICY.labels
+    for before, again in zip(first.frames, later.jobs[1].frames[: POLICY.labels], strict=True):
+        np.testing.assert_array_equal(before, again)
+    later.succeed()
+    rig.board.poll()
+    rig.show(1, 30, seed=8)
+    rig.show_until(2, "learning")
+    assert len(later.jobs[2].frames) == POLICY.labels
+
+
+def test_frames_kept_of_rejected_domains_are_bounded() -> None:
+    rig, later = learning()
+    for _ in range(4):
+        later.outcome = Rejected("d1", ("takes too much",), "d0")
+        rig.board.poll()
+        rig.show_until(1, "learning")
+    assert len(later.jobs[-1].frames) == 3 * POLICY.labels
