@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.shift import bounds
+from benchmarks.shift import bounds, video
 from benchmarks.shift.detectors import METHODS, Method, Run
 from benchmarks.shift.streams import (
     Stream,
@@ -36,6 +36,7 @@ from edgeear.system import System
 
 SHOTS = 20
 QUIET, BEFORE, AFTER, RAMP, EPISODES, IMAGES = 2000, 500, 600, 200, 3, 60
+VIDEO_SEEDS = 10
 TUNING_SEED, TOLERATED = 99, 1e-4
 """A calibrated detector is the least strict with at most this rate of false alarms on 10,000 frames of another seed."""
 
@@ -45,12 +46,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--order", default="photo,art_painting,cartoon,sketch")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--parts", default="false_ood,band,million,detectors", help="the others are kept as they are")
+    parser.add_argument(
+        "--parts", default="false_ood,band,million,detectors,video", help="the others are kept as they are"
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     read = DataOptions(options.data, tuple(options.order.split(",")))
     encoder, _ = open_encoder(read)
-    data = read_domains(read, encoder, lambda *_: None, views=("plain",))
     result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     result |= {
         "machine": machine(),
@@ -61,14 +63,18 @@ def main() -> None:
         "seeds": list(range(options.seeds)),
         "encoder": encoder.digest,
     }
+    wanted = options.parts.split(",")
+    if wanted != ["video"]:
+        data = read_domains(read, encoder, lambda *_: None, views=("plain",))
     parts: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("false_ood", lambda: [r for shots in (None, 20) for r in bounds.false_ood(data, shots, options.seeds)]),
         ("band", lambda: bounds.band()),
         ("million", lambda: bounds.million(data, options.seeds)),
         ("detectors", lambda: compared(data, burst_hypervectors(data, encoder, IMAGES, seed=0), options.seeds)),
+        ("video", lambda: video.measure(encoder, options.data, VIDEO_SEEDS)),
     )
     for name, run in parts:
-        if name in options.parts.split(","):
+        if name in wanted:
             print(name, file=sys.stderr, flush=True)
             result[name] = run()
             options.json.write_text(json.dumps(result, indent=1) + "\n")

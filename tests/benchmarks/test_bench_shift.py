@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.shift import video
 from benchmarks.shift.bounds import count_alarms
 from benchmarks.shift.streams import BURST, FRAMES, Stream, bursts, joined, measured, ramp
 from edgeear.shift import ShiftPolicy, ShiftState, observe
@@ -53,3 +54,26 @@ def test_false_alarms_stay_below_the_bound_in_the_worst_case(rate: float) -> Non
     p = 1 - np.random.default_rng(2).random((100, 5000))
     alarms = count_alarms(p, ShiftPolicy(false_alarm_rate=rate)).sum()
     assert 0.2 < alarms / (rate * p.size) <= 1
+
+
+def film(stills: int, seed: int, shift: float = 0.0) -> video.Film:
+    """Hypervectors of stills of two classes and of their frames, which differ little."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(stills) % 2
+    h = rng.normal(shift, 0.3, (stills, 1, 600)) + 2 * np.eye(600)[labels][:, None]
+    return video.Film((h + rng.normal(0, 0.01, (stills, video.FRAMES, 600))).astype(np.float32), {}, labels)
+
+
+@pytest.mark.parametrize(("scenes", "times"), video.LABELS)
+def test_video_is_calibrated_by_scenes(scenes: int, times: int) -> None:
+    row = video._calibrated(film(400, 0), {"moved": film(100, 1, shift=0.3)}, scenes, times, seeds=3)
+    assert row["counted"] == [scenes] * 3 and row["alarms"] == [0] * 3
+    assert row["false_ood_mean"] == np.mean(row["false_ood"]) < 0.1
+    assert all(delay is not None and delay <= 30 for delay in row["delay_moved"])
+
+
+def test_a_jittered_frame_is_a_near_copy_of_another_size_never() -> None:
+    frame = np.random.default_rng(0).integers(100, 120, (32, 24, 3), dtype=np.uint8)
+    seen = [video.jittered(frame, np.random.default_rng(k)) for k in range(8)]
+    assert all(one.shape == frame.shape and one.dtype == np.uint8 for one in seen)
+    assert 0 < max(abs(float(one.mean()) - float(frame.mean())) for one in seen) < 8
