@@ -175,14 +175,21 @@ class Confirmed(_Happened, kind="confirmed"):
 
 class RolledBack(_Happened, kind="rolled-back"):
     """`generation` serves again. `foreign`: share of out-of-distribution frames among the `frames` on probation, None
-    where the operator rolled back."""
+    where nobody counted. `restart`: the generation on probation when the daemon stopped, if that was the cause; the
+    operator is the cause where both are None."""
 
     generation: int
     foreign: float | None
     frames: int
+    restart: int | None = None
 
     @property
     def text(self) -> str:
+        if self.restart is not None:
+            return (
+                f"generation {self.restart} was on probation when the daemon stopped: generation {self.generation} "
+                "serves again, and what was learned since is lost; teach it again"
+            )
         if self.foreign is None:
             return "by the operator"
         return f"{self.foreign:.0%} of {self.frames} frames were foreign to the new generation"

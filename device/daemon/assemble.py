@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.board.board import Board, BoardPolicy
-from device.board.events import MessagesLost, SettingsIgnored, StoreDamaged
+from device.board.events import MessagesLost, RolledBack, SettingsIgnored, StoreDamaged
 from device.daemon.config.settings import Config
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
@@ -115,6 +115,7 @@ def opened(
         for note in notes_of(encoder):
             LOG.warning("%s: %s", file, note)
         store = stack.enter_context(Store.open(config.device.store))
+        dropped = None if store.live == store.confirmed else store.live
         system = serving(store, encoder, start)
         outbox = stack.enter_context(Outbox.open(config.device.outbox, outbox_policy(config), now()))
         wake, labels, seed = threading.Event(), LabelBook(), config.device.seed
@@ -141,7 +142,7 @@ def opened(
             source=source,
             metrics=Metrics(__version__) if config.metrics.port else None,
         )
-        _tell_what_is_wrong(config, daemon, store)
+        _tell_what_is_wrong(config, daemon, store, dropped)
         link = _link(config, daemon, now) if config.mqtt.enabled else None
         if link is not None:
             stack.callback(link.stop, FAREWELL_S)
@@ -181,8 +182,8 @@ def outbox_policy(config: Config) -> OutboxPolicy:
     return OutboxPolicy(size, config.outbox.max_count, config.outbox.max_age_s, frame_bytes=max(1, size // 2))
 
 
-def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
-    """Pause a board that cannot learn, and tell what was damaged or does not fit."""
+def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store, dropped: int | None) -> None:
+    """Pause a board that cannot learn, and tell what was damaged, does not fit, or was `dropped` by the restart."""
     moment = daemon.board.moment
     if not config.learning.enabled:
         daemon.pause("learning.enabled is false")
@@ -194,6 +195,8 @@ def _tell_what_is_wrong(config: Config, daemon: Daemon, store: Store) -> None:
         daemon.tell(StoreDamaged(*moment, str(store.recovered_from)))
     for damage in daemon.board.damage:
         daemon.tell(damage)
+    if dropped is not None:
+        daemon.tell(RolledBack(*moment, daemon.board.system.generation, None, 0, dropped))
     if faults := daemon.commands.stored.faults:
         daemon.tell(SettingsIgnored(*moment, faults))
 

@@ -98,6 +98,8 @@ class Daemon:
         self.counts, self.metrics, self._max_age_s, self._asks_labels = Counts(), metrics, max_age_s, label_requests
         self.source = source
         self._trouble_at: int | None = None
+        self._heard = 0, timer()
+        """The count of frames received, and when it last rose."""
         self._damaged = 0
         self._clock, self._timer, self._random = clock, timer, random.Random(seed)
         self._inbox: deque[Inbound] = deque()
@@ -303,13 +305,20 @@ class Daemon:
         source = self.source
         if source is None:
             return
-        received = self.frames.counts.received
+        received, now = self.frames.counts.received, self._timer()
+        if received > self._heard[0]:
+            self._heard = received, now
+        silence = now - self._heard[1]
         if self._trouble_at is not None and received > self._trouble_at:
             self._trouble_at = None
             self.tell(SourceChanged(*self.board.moment, None))
         elif self._trouble_at is None and not source.alive and (source.last_error or source.finished):
             self._trouble_at = received
             why = "the source came to its end" if source.finished else f"no frames come: {source.last_error}"
+            self.tell(SourceChanged(*self.board.moment, why))
+        elif self._trouble_at is None and source.silent_s is not None and silence > source.silent_s:
+            self._trouble_at = received
+            why = f"no frame came for {silence:.0f} s; check the source, its power and its network"
             self.tell(SourceChanged(*self.board.moment, why))
 
     def _look_at_outbox(self) -> None:
@@ -364,6 +373,7 @@ class Daemon:
         for counter, count in counts.items():
             counter.inc(max(0, count - before.get(counter, 0)))
         metrics.phase(self.board.phase)
+        metrics.source_up.set(self._trouble_at is None)
         self._measured = now, counts
 
     def describe(self) -> dict[str, Any]:

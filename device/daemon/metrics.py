@@ -69,6 +69,7 @@ class Metrics:
         self.gauges = {row: gauge(row.measure.gauge, row.help) for row in MEASURES if row.measure.gauge}
         self.outbox_dropped = counter("outbox_dropped", "Messages dropped at a bound of the outbox", "class")
         self.mqtt_connected = gauge("mqtt_connected", "1 while connected to the broker")
+        self.source_up = gauge("source_up", "0 while the source gives no frames, as an event told")
         self.commands = counter("commands", "Commands answered", "command", "outcome")
         self.learning_runs = counter("learning_runs", "Adaptations that ended", "outcome")
         self._step = gauge(_STEP.removeprefix("edgeear_"), "When the daemon's loop last took a turn")

@@ -52,6 +52,13 @@ class SourceSection(Section):
     kind: str
     queue: int = Field(4, ge=1, le=1024, description="Frames that may wait; one more drops the oldest.")
     max_age_s: float = Field(2.0, gt=0, le=3600, description="Seconds after which a waiting frame is never served.")
+    silent_s: float | None = Field(
+        None,
+        ge=1,
+        le=604_800,
+        description="Seconds without a frame after which this is told. Not set: 30 for a camera, never for others.",
+        examples=[300],
+    )
 
     @abstractmethod
     def capture(self, feed: Feed) -> Capture | None:
@@ -65,7 +72,12 @@ class SourceSection(Section):
     def open(self, feed: Feed) -> RunningSource | None:
         """The source, not started. Raises as `capture` does."""
         capture = self.capture(feed)
-        return None if capture is None else RunningSource(self.kind, capture, feed.sink)
+        return None if capture is None else RunningSource(self.kind, capture, feed.sink, silent_s=self.patience_s)
+
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds without a frame after which the source is in trouble; None if it may be silent for ever."""
+        return self.silent_s
 
 
 class NoSource(SourceSection):

@@ -29,6 +29,8 @@ from edgeear.errors import DeviceError, UsageError
 
 PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443, "rtmp": 1935}
 """Usual ports of the schemes of a camera's URL."""
+SILENT_S = 30.0
+"""Seconds without a picture after which a camera is in trouble. OpenCV may wait longer for one."""
 QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
 """Environment of OpenCV: its own messages go past the log and show the password of a URL."""
 
@@ -41,6 +43,10 @@ class CameraSource(SourceSection):
         min_length=1, coerce_numbers_to_str=True, description="number or device file; 0 is the first.", examples=["0"]
     )
     fps: float = Field(5.0, gt=0, le=240, description="at most so many frames a second.")
+
+    @property
+    def patience_s(self) -> float:
+        return self.silent_s or max(SILENT_S, 3 / self.fps)
 
     def capture(self, feed: Feed) -> Camera:
         if importlib.util.find_spec("cv2") is None:

@@ -137,6 +137,7 @@ class WatchedFolder:
             if stop.is_set():
                 return
             self._read(name, stop)
+            self._remove_answered()
 
     def _listed(self) -> tuple[dict[str, _File], set[str]]:
         """The files, and the names of entries that cannot be looked at, such as a link to itself."""

@@ -59,11 +59,20 @@ class Capture(Protocol):
 class RunningSource:
     """A capture in a thread of its own, which feeds the queue. You start and stop it once."""
 
-    def __init__(self, name: str, capture: Capture, sink: FrameQueue, pauses: tuple[float, float] = PAUSES_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        capture: Capture,
+        sink: FrameQueue,
+        pauses: tuple[float, float] = PAUSES_S,
+        silent_s: float | None = None,
+    ) -> None:
         self._capture, self._sink, self._pauses = capture, sink, pauses
         self._stop = Stop()
         self._thread = threading.Thread(target=self._run, name=f"source-{name}", daemon=True)
         self._failing = False
+        self.silent_s = silent_s
+        """Seconds without a frame after which it is in trouble, though it runs; None for never."""
         self.last_error: str | None = None
         """The last failure, with its remedy; it stays after a recovery."""
         self.finished = False

@@ -38,6 +38,7 @@ EXAMPLES: list[events.BoardEvent] = [
     events.Confirmed(*MOMENT, 2, None),
     events.RolledBack(*MOMENT, 1, 0.75, 20),
     events.RolledBack(*MOMENT, 1, None, 4),
+    events.RolledBack(*MOMENT, 1, None, 0, 2),
     events.StoreDamaged(*MOMENT, NASTY),
     events.Forgotten(*MOMENT, f"forgot {NAME} of {NAME}", 3),
     events.Paused(*MOMENT),
@@ -81,5 +82,5 @@ def test_data_holds_the_facts_within_bounds() -> None:
     assert told["LabelsWanted"] == {"first": 1, "last": 40, "wait_s": None}
     assert told["Grown"]["domain"] == NAME and len(told["Grown"]["explanation"]) == events.MAX_TEXT
     assert told["Grown"]["explanation"].startswith("\\udcff\n")
-    assert told["RolledBack"] == {"generation": 1, "foreign": None, "frames": 4}
+    assert told["RolledBack"] == {"generation": 1, "foreign": None, "frames": 0, "restart": 2}
     assert set(told["PolicyChanged"]) == set(messages.SetPolicy.model_fields)

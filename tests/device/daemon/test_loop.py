@@ -20,6 +20,7 @@ from device.board.board import Board, BoardPolicy
 from device.daemon.frames import FrameQueue
 from device.daemon.labels import LabelBook
 from device.daemon.loop import Daemon
+from device.daemon.metrics import Metrics
 from device.daemon.sources import RunningSource
 from device.mqtt import messages
 from device.mqtt.delivery import Token
@@ -576,6 +577,7 @@ class Camera:
     alive: bool = True
     finished: bool = False
     last_error: str | None = None
+    silent_s: float | None = None
 
     def start(self) -> None: ...
 
@@ -583,6 +585,29 @@ class Camera:
         return True
 
     def offer(self, payload: bytes) -> None: ...
+
+
+def test_a_source_that_runs_and_is_silent_is_told_once_and_again_when_it_is_back(rig: Rig) -> None:
+    camera = Camera(silent_s=30.0)
+    rig.daemon.source = cast(RunningSource, camera)
+    metrics = rig.daemon.metrics = Metrics("1")
+    rig.show(0, 1)
+    for silence, told, up in ((29.0, 0, 1.0), (2.0, 1, 0.0), (1000.0, 1, 0.0)):
+        rig.now += silence
+        rig.daemon.turn()
+        assert rig.kinds == ["start"] + ["source"] * told
+        assert metrics.registry.get_sample_value("edgeear_source_up") == up
+    assert "31 s" in rig.told()[-1]["text"]
+    rig.now += 1
+    rig.show(0, 1)
+    assert rig.kinds == ["start", "source", "source"] and "again" in rig.told()[-1]["text"]
+    rig.now += 1
+    rig.daemon.turn()
+    assert metrics.registry.get_sample_value("edgeear_source_up") == 1
+    camera.silent_s = None
+    rig.now += 1e4
+    rig.daemon.turn()
+    assert rig.kinds == ["start", "source", "source"]
 
 
 def test_a_source_that_goes_is_told_once_and_again_when_it_is_back(rig: Rig) -> None:

@@ -61,6 +61,7 @@ def test_everything_else_is_served_under_its_name(metrics: Metrics) -> None:
     metrics.commands.labels("adapt", "ok").inc()
     metrics.learning_runs.labels("rejected").inc()
     metrics.mqtt_connected.set(1)
+    metrics.source_up.set(True)
     metrics.follow(
         {
             "generation": lambda: 7,
@@ -74,6 +75,7 @@ def test_everything_else_is_served_under_its_name(metrics: Metrics) -> None:
         "edgeear_outbox_depth": 11,
         "edgeear_outbox_bytes": 2048,
         "edgeear_mqtt_connected": 1,
+        "edgeear_source_up": 1,
         "edgeear_rss_bytes": 143.5 * 2**20,
         "edgeear_temperature_celsius": 48.5,
         "edgeear_dropped_total{why=queue}": 0,

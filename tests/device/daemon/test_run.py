@@ -17,6 +17,7 @@ from PIL import Image
 from device.mqtt import messages
 from device.mqtt.outbox import Outbox, OutboxPolicy
 from device.operator.client import BrokerAddress, Operator
+from device.state.store import Store
 from edgeear.types import U8
 from tests.support import fakes, mqtt_peers, tiny_models
 from tests.support.boards import DEVICE, OWN, SITE, TAUGHT, DaemonProcess, config, state, teach
@@ -121,6 +122,25 @@ def test_a_power_cut_leaves_a_will_and_the_learned_state(tmp_path: Path, broker:
         for name in ("domains", "generation", "encoder", "settings"):
             assert after[name] == before[name]
         assert after["settings"] == {"labels": 77} and before["domains"]
+
+
+def test_a_restart_on_probation_is_an_event(tmp_path: Path, broker: Mosquitto) -> None:
+    encoder = teach(tmp_path)
+    with Store.open(state(tmp_path).store) as store:
+        confirmed = store.confirmed
+        assert confirmed is not None
+        tried = store.write(store.read(confirmed), created=0.0)
+        store.commit(tried)
+    board = DaemonProcess(tmp_path, config(tmp_path, broker.port, encoder))
+    with listening(broker) as ear, board:
+        (event,) = ear.wait("event", lambda facts: facts["kind"] == "rolled-back")
+        assert event["data"] == {"generation": confirmed, "foreign": None, "frames": 0, "restart": tried}
+        assert "was on probation when the daemon stopped" in event["text"] and event["generation"] == confirmed
+        assert board.terminate() == 0
+        board.start()
+        ear.wait("status", lambda facts: facts["state"] == "online", times=2)
+        ear.report()
+        assert len(ear.wait("event", lambda facts: facts["kind"] == "rolled-back")) == 1
 
 
 def test_no_event_that_was_put_is_lost_in_a_power_cut(tmp_path: Path) -> None:

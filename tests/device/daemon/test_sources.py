@@ -639,6 +639,17 @@ def test_opencv_prints_no_messages_of_its_own(cv2: Any, monkeypatch: pytest.Monk
     assert (os.environ["OPENCV_LOG_LEVEL"], os.environ["OPENCV_FFMPEG_LOGLEVEL"]) == ("SILENT", "-8")
 
 
+def test_a_camera_may_be_silent_for_half_a_minute_and_other_kinds_for_ever_unless_configured(
+    cv2: Any, tmp_path: Path
+) -> None:
+    feed = Feed(SIZE, FrameQueue(1), Clock())
+    assert opened(CameraSource(device="0"), feed).silent_s == 30
+    assert opened(CameraSource(device="0", fps=0.01), feed).silent_s == 300
+    assert opened(CameraSource(device="0", silent_s=5), feed).silent_s == 5
+    assert opened(FolderSource(path=tmp_path), feed).silent_s is None
+    assert opened(MqttSource(silent_s=60), feed).silent_s == 60
+
+
 def test_a_camera_that_is_not_there_is_told(cv2: Any) -> None:
     cv2.captures.append(FakeCapture(False, []))
     with pytest.raises(DeviceError, match="in use"):
