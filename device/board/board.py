@@ -243,7 +243,7 @@ class Board:
         return self._told()
 
     def confirm(self) -> tuple[BoardEvent, ...]:
-        """Make the generation on probation permanent now."""
+        """Make the generation on probation permanent now. Raises DeviceError where the store cannot keep that."""
         self._settle("good", None)
         return self._told()
 
@@ -481,23 +481,30 @@ class Board:
         if len(judged) >= self.policy.probation or len(self._probation) >= PATIENT * self.policy.probation:
             share = sum(judged) / max(1, len(judged))
             foreign = share > self.policy.foreign and len(judged) >= min(MINIMUM, self.policy.probation)
-            self._settle("foreign" if foreign else "good", share)
+            try:
+                self._settle("foreign" if foreign else "good", share)
+            except DeviceError as error:
+                self._probation = []
+                why = f"generation {self.system.generation} cannot be confirmed and stays on probation: {error}"
+                self._tell(events.LearningFailed(*self.moment, None, why))
 
     def _settle(self, signal: Literal["good", "foreign"], share: float | None) -> None:
         """End probation, for good or back to the confirmed generation. `share` of foreign frames: None where the
-        operator decided."""
-        self.phase = after(self.phase, signal)
-        self._state = self._state.restart()
-        if signal == "foreign":
-            self.live, keep = rollback(self.live), generations.roll_back
-            self._tell(events.RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
-        else:
-            self.live, keep = confirm(self.live), generations.confirm
+        operator decided. Raises DeviceError where the store cannot confirm; nothing has changed then."""
+        phase = after(self.phase, signal)
+        if signal == "good" and self._store is not None:
+            generations.confirm(self._store)
+        self.phase, self._state = phase, self._state.restart()
+        if signal == "good":
+            self.live = confirm(self.live)
             self._tell(events.Confirmed(*self.moment, self.system.generation, share))
+            return
+        self.live = rollback(self.live)
+        self._tell(events.RolledBack(*self.moment, self.system.generation, share, len(self._probation)))
         try:
             if self._store is not None:
-                keep(self._store)
-        except DeviceError as error:  # a restart falls back to what was confirmed before
+                generations.roll_back(self._store)
+        except DeviceError as error:  # a restart rolls back, too
             self._tell(events.LearningFailed(*self.moment, None, f"the store does not know of it: {error}"))
 
     def _told(self) -> tuple[BoardEvent, ...]:

@@ -6,7 +6,8 @@ Rules of this file:
    one frame, one command and one label request, so that none delays the others for long.
 2. A frame is answered first, whatever else is due. Learning runs in a process of its own (learning/worker.py).
 3. A command is acknowledged to the broker only when its effect and its response are on disk. A repeated command gets
-   the recorded response.
+   the recorded response. One that was refused or failed changed nothing: if the operator asks again, it is tried again.
+   An id that was used for another command is refused.
 4. A frame that cannot be encoded, or a full disk, is told as an event and the loop goes on. A damaged outbox ends it:
    the next start replaces the outbox.
 """
@@ -269,11 +270,18 @@ class Daemon:
     def _apply_once(self, inbound: Inbound, command: messages.Command) -> None:
         """Apply a command, or send the recorded response of a repeated one. Raises `DeviceError` from the ledger."""
         now = self._clock()
-        recorded = self.outbox.recall(command.id, now)
-        if recorded is not None and recorded.payload is not None:
-            self.out.respond_again(inbound, recorded.payload)
+        recorded, digest = self.outbox.recall(command.id, now), command.digest
+        if recorded is not None and recorded.digest not in (None, digest):
+            why = f"the id {command.id} was used for another command: give each command an id of its own"
+            self._turn_away(inbound, messages.Refusal(command.id, why))
             return
-        self.outbox.begin(command.id, now)
+        if recorded is not None and recorded.payload is not None:
+            if inbound.dup or _took_effect(recorded.payload):
+                self.out.respond_again(inbound, recorded.payload)
+                return
+            self.outbox.forget(command.id)
+            recorded = None
+        self.outbox.begin(command.id, now, digest)
         outcome = self.commands.apply(command, again=recorded is not None)
         self.out.respond(inbound, command.id, outcome)
         self._count(inbound.name, outcome.outcome)
@@ -389,3 +397,9 @@ class Daemon:
             "source": source and {name: getattr(source, name) for name in ("alive", "finished", "last_error")},
             "rss_mb": self.readings["rss_mb"](),
         }
+
+
+def _took_effect(payload: bytes) -> bool:
+    """Whether a recorded response says so; True where it cannot be read."""
+    response = messages.parse(messages.Response, payload)
+    return isinstance(response, messages.Refusal) or response.outcome == "ok"

@@ -4,8 +4,10 @@ Rules of this file:
 
 1. A command is recorded as begun before it changes anything. If the process dies before `finish`, `recall` returns an
    entry without an answer: the command may have been applied.
-2. `finish` records the response that is put into the outbox, in the same transaction (the caller's).
-3. The ledger is bounded by count, bytes and age; the oldest entries go first. A command older than that is
+2. An entry holds a digest of what the command asks for, so that an id used again for something else is noticed. Entries
+   of older files have none.
+3. `finish` records the response that is put into the outbox, in the same transaction (the caller's).
+4. The ledger is bounded by count, bytes and age; the oldest entries go first. A command older than that is
    unknown again, so commands must expire earlier.
 
 The functions work inside a transaction. Triggers keep the totals, so that no bound scans a table.
@@ -35,7 +37,8 @@ CREATE TABLE ledger (
     size INTEGER NOT NULL,
     topic TEXT,
     properties TEXT,
-    payload BLOB
+    payload BLOB,
+    digest BLOB
 ) STRICT
 
 CREATE INDEX ledger_begun ON ledger (begun)
@@ -73,38 +76,49 @@ class LedgerPolicy:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A command that was begun at `begun`. `payload`: the response, None if it did not finish."""
+    """A command that was begun at `begun`. `payload`: the response, None if it did not finish. `digest`: of what it
+    asks for, None where an older version recorded it."""
 
     command_id: str
     begun: float
     topic: str | None = None
     payload: bytes | None = None
     properties: dict[str, Any] = field(default_factory=dict)
+    digest: bytes | None = None
 
     @property
     def finished(self) -> bool:
         return self.payload is not None
 
 
+def upgrade(db: sqlite3.Connection) -> None:
+    """Adds the column that files of older versions lack; they can still open the file."""
+    if "digest" not in {row[1] for row in db.execute("PRAGMA table_info(ledger)").fetchall()}:
+        db.execute("ALTER TABLE ledger ADD COLUMN digest BLOB").close()
+
+
 def recall(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> Recorded | None:
     """The entry of a command; None if it has none, or the entry is older than the policy's age."""
-    query = "SELECT begun, topic, payload, properties FROM ledger WHERE command = ?"
-    for begun, topic, payload, properties in db.execute(query, (command_id,)).fetchall():
+    query = "SELECT begun, topic, payload, properties, digest FROM ledger WHERE command = ?"
+    for begun, topic, payload, properties, digest in db.execute(query, (command_id,)).fetchall():
         if not CLOCK_SET <= begun < now - policy.max_age_s:
             try:
-                return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"))
+                return Recorded(command_id, begun, topic, payload, json.loads(properties or "{}"), digest)
             except ValueError:  # the disk changed the entry: its answer is unknown
-                return Recorded(command_id, begun)
+                return Recorded(command_id, begun, digest=digest)
     return None
 
 
-def begin(db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float) -> None:
+def begin(
+    db: sqlite3.Connection, policy: LedgerPolicy, command_id: str, now: float, digest: bytes | None = None
+) -> None:
     """Records that the command starts. A command that did not finish may begin again."""
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: call recall before begin")
     if known is None:
-        _record(db, policy, (command_id, now, ENTRY_BYTES + len(command_id.encode()), None, None, None))
+        size = ENTRY_BYTES + len(command_id.encode()) + len(digest or b"")
+        _record(db, policy, (command_id, now, size, None, None, None, digest))
 
 
 def finish(
@@ -114,11 +128,17 @@ def finish(
     known = recall(db, policy, command_id, now)
     if known is not None and known.finished:
         raise UsageError(f"command {command_id!r} is finished already: a command is answered once")
-    size = ENTRY_BYTES + len(payload) + sum(len(part.encode()) for part in (command_id, topic, text))
+    begun, digest = (now, None) if known is None else (known.begun, known.digest)
+    size = ENTRY_BYTES + len(payload) + len(digest or b"")
+    size += sum(len(part.encode()) for part in (command_id, topic, text))
     if size > policy.max_bytes:
         raise ItemTooLarge(f"answer to {command_id!r} of {size} bytes, the limit is {policy.max_bytes}; shorten it")
-    begun = now if known is None else known.begun
-    _record(db, policy, (command_id, begun, size, topic, text, payload))
+    _record(db, policy, (command_id, begun, size, topic, text, payload, digest))
+
+
+def forget(db: sqlite3.Connection, command_id: str) -> None:
+    """Removes the entry of a command, so that it may begin again."""
+    db.execute("DELETE FROM ledger WHERE command = ?", (command_id,)).close()
 
 
 def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
@@ -127,11 +147,11 @@ def expire(db: sqlite3.Connection, policy: LedgerPolicy, now: float) -> None:
 
 
 def _record(db: sqlite3.Connection, policy: LedgerPolicy, row: tuple[object, ...]) -> None:
-    """Writes the entry `(command, begun, size, topic, properties, payload)` and keeps within the bounds."""
+    """Writes the entry `(command, begun, size, topic, properties, payload, digest)` and keeps within the bounds."""
     db.execute(
-        "INSERT INTO ledger (command, begun, size, topic, properties, payload) VALUES (?, ?, ?, ?, ?, ?) "
+        "INSERT INTO ledger (command, begun, size, topic, properties, payload, digest) VALUES (?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (command) DO UPDATE SET begun = excluded.begun, size = excluded.size, topic = excluded.topic, "
-        "properties = excluded.properties, payload = excluded.payload",
+        "properties = excluded.properties, payload = excluded.payload, digest = excluded.digest",
         row,
     )
     oldest = "DELETE FROM ledger WHERE number = (SELECT min(number) FROM ledger WHERE command != ?)"

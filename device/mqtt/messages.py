@@ -14,6 +14,7 @@ Rules of this file:
 from __future__ import annotations
 
 import binascii
+import hashlib
 import json
 import math
 import re
@@ -290,6 +291,13 @@ class Command(Message):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.name = re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of what the command asks for: its name and every field with a value of its own, apart from `id` and
+        `expires`. So a command that is sent again with a later `expires` has the same."""
+        asked = self.model_dump(mode="json", exclude={"id", "expires"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps([self.name, asked], sort_keys=True).encode()).digest()
 
     @classmethod
     def help(cls) -> str:

@@ -74,6 +74,7 @@ class Outbox:
         self._seq = 0
         self._tally = database.read(Tally.load)
         self._change(items.sweep)
+        database.write(ledger.upgrade)
         self.boot = 1 + max(database.remembered(), database.read(lambda db: read_tally(db, "boot")))
         database.write(lambda db: write_tally(db, "boot", self.boot))
         database.remember(self.boot)
@@ -190,10 +191,16 @@ class Outbox:
         with self._lock:
             return self._database.read(lambda db: ledger.recall(db, self._policy.ledger, command_id, now))
 
-    def begin(self, command_id: str, now: float) -> None:
-        """Records durably that a command starts. Raises `UsageError` if it has finished."""
+    def begin(self, command_id: str, now: float, digest: bytes | None = None) -> None:
+        """Records durably that a command starts, which asks for what `digest` stands for. Raises `UsageError` if it has
+        finished."""
         with self._lock:
-            self._with_room(_ANSWER, 0, lambda db, _: ledger.begin(db, self._policy.ledger, command_id, now))
+            self._with_room(_ANSWER, 0, lambda db, _: ledger.begin(db, self._policy.ledger, command_id, now, digest))
+
+    def forget(self, command_id: str) -> None:
+        """Removes what is recorded of a command, so that it may begin again."""
+        with self._lock:
+            self._database.write(partial(ledger.forget, command_id=command_id))
 
     def get(self, key: str) -> str | None:
         """A setting, None if it was never set."""

@@ -560,7 +560,26 @@ def test_what_cannot_be_stored_does_not_serve(tmp_path: Path, monkeypatch: pytes
         rig.board.poll()
         monkeypatch.setattr(store, "confirm", full)
         rig.show(1, 20, seed=14)
-        assert rig.kinds[-2:] == ["confirmed", "learning-failed"] and str(rig.board.phase) == "serving"
+        assert rig.kinds[-1] == "learning-failed" and rig.kinds.count("confirmed") == 0
+        assert str(rig.board.phase) == "probation" and rig.board.live.probation
+        with pytest.raises(DeviceError, match="disk full"):
+            rig.board.confirm()
+        assert str(rig.board.phase) == "probation" and rig.board.live.probation
+        monkeypatch.undo()
+        rig.show(1, 20, seed=15)
+        assert rig.kinds[-1] == "confirmed" and str(rig.board.phase) == "serving"
+        assert store.confirmed == rig.board.system.generation
+
+
+def test_a_rollback_takes_effect_although_the_store_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(tmp_path) as store:
+        rig, later = learning(store=store)
+        later.succeed()
+        rig.board.poll()
+        monkeypatch.setattr(store, "rollback", full)
+        rolled, failed = rig.board.rollback()
+        assert (rolled.kind, failed.kind) == ("rolled-back", "learning-failed") and rig.board.phase == "serving"
+        assert rig.board.system.generation == store.confirmed
 
 
 ACTIONS = ("frame 0", "frames 0", "frames 1", "poll", "wait", "label", "succeed", "fail", "reject")

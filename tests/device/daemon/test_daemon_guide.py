@@ -28,7 +28,8 @@ from tests.test_readme import Block, Reader, blocks, commands, problem_of_option
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "daemon.md"
 TEXT = GUIDE.read_text(encoding="utf-8") if GUIDE.is_file() else ""
 BLOCKS = [block for block in blocks(TEXT) if block.language == "sh"]
-SHELL = "$(base64 -w0 photo.jpg)"
+SHELL, FRESH = "$(base64 -w0 photo.jpg)", "$(uuidgen)"
+"""What the shell fills in: the picture, and an id that no command had before."""
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def examples(tool: str, photo: str = "") -> list[list[str]]:
     """Every command line of `tool`, as words."""
-    filled = [Block("sh", block.line, block.source.replace(SHELL, photo)) for block in BLOCKS]
+    filled = [Block("sh", block.line, block.source.replace(SHELL, photo).replace(FRESH, "new")) for block in BLOCKS]
     return [words for block in filled for words in commands(block) if words[0] == tool]
 
 
@@ -126,6 +127,11 @@ def test_every_command_has_an_example_that_a_board_takes_by_any_tool(photo: str)
     assert sent == typed and set(sent) == set(messages.COMMANDS)
 
 
+def test_no_example_gives_an_id_that_was_used_before() -> None:
+    given = re.findall(r'\\?"id\\?": (\S+)', "".join(block.source for block in BLOCKS))
+    assert len(given) == len(messages.COMMANDS) and all(FRESH in identity for identity in given)
+
+
 def test_what_is_no_command_is_a_topic_that_goes_down() -> None:
     (words,) = [words for words in examples("mosquitto_pub", "x") if "-f" in words]
     address = topics.match(words[words.index("-t") + 1])
@@ -145,7 +151,7 @@ def test_the_examples_with_mosquittos_tools_run(photo: str, tmp_path: Path) -> N
             done = subprocess.run([*words, *where], capture_output=True, text=True, timeout=30)
             assert done.returncode == 0, (words, done.stderr)
         # mosquitto_rr comes last and waits for its answer, so by then the board has seen what came before.
-        assert json.loads(done.stdout)["result"] == {"id": "r-1"}
+        assert json.loads(done.stdout)["result"] == {"id": "new"}
     assert set(asked) == set(messages.COMMANDS) and asked["infer"]["image"] == photo
 
 

@@ -255,6 +255,62 @@ def test_a_command_is_applied_once_across_a_restart(tmp_path: Path) -> None:
         assert after.board.paused is False and after.outbox.boot > before.outbox.boot
 
 
+@pytest.mark.parametrize(
+    ("name", "facts"), [("pause", {"paused": False}), ("report", {}), ("set-policy", {"labels": 60})]
+)
+def test_an_id_used_for_another_command_is_refused_and_keeps_its_answer(
+    rig: Rig, name: str, facts: dict[str, Any]
+) -> None:
+    payload = json.dumps({"id": "once", "paused": True}).encode()
+    first = rig.send("pause", payload)
+    for dup in (False, True):
+        other = rig.send(name, json.dumps({"id": "once", **facts}).encode(), dup=dup)
+        assert other is not None and other["outcome"] == "refused" and "id once was used" in other["reason"]
+    assert rig.board.paused and rig.kinds == ["paused"] and rig.daemon.commands.settings == SETTINGS
+    later = json.dumps({"paused": True, "expires": rig.now + 60, "id": "once"}).encode()
+    assert rig.send("pause", later) == first  # the same command, written in another way
+
+
+def test_an_id_of_a_command_that_was_cut_short_is_not_free_for_another(tmp_path: Path) -> None:
+    with rigged(tmp_path) as before:
+        command = messages.parse_command("pause", b'{"id": "cut", "paused": true}')
+        assert isinstance(command, messages.Pause)
+        before.outbox.begin("cut", before.now, command.digest)
+    with rigged(tmp_path) as after:
+        other = after.send("report", b'{"id": "cut"}')
+        assert other is not None and other["outcome"] == "refused"
+        same = after.send("pause", b'{"id": "cut", "paused": true}', dup=True)
+        assert same is not None and same["outcome"] == "ok" and after.board.paused
+
+
+def test_what_was_refused_can_be_asked_again_and_is_not_done_by_a_copy_of_the_first(rig: Rig) -> None:
+    payload = b'{"id": "again"}'
+    first = rig.send("confirm", payload)
+    assert first is not None and first["outcome"] == "refused"
+    rig.show(0, 40)
+    rig.label_all(0)
+    assert rig.board.phase == "probation"
+    assert rig.send("confirm", payload, dup=True) == first and str(rig.board.phase) == "probation"
+    asked = rig.send("confirm", payload)
+    assert asked is not None and asked["outcome"] == "ok" and str(rig.board.phase) == "serving"
+    assert rig.send("confirm", payload) == asked and rig.kinds.count("confirmed") == 1
+
+
+def test_confirm_on_a_full_disk_fails_and_works_later(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise StoreFull("disk full")
+
+    rig.show(0, 40)
+    rig.label_all(0)
+    monkeypatch.setattr(rig.store, "confirm", full)
+    failed = rig.send("confirm", b'{"id": "c"}')
+    assert failed is not None and failed["outcome"] == "failed" and "disk full" in failed["reason"]
+    assert rig.board.phase == "probation" and "confirmed" not in rig.kinds
+    monkeypatch.undo()
+    done = rig.send("confirm", b'{"id": "c"}')
+    assert done is not None and done["outcome"] == "ok" and rig.store.confirmed == rig.board.system.generation
+
+
 def test_a_forget_that_was_cut_short_is_finished_and_not_refused(tmp_path: Path) -> None:
     payload = json.dumps({"id": "erase", "domain": "day"}).encode()
     with rigged(tmp_path) as before:

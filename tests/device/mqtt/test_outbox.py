@@ -863,6 +863,26 @@ def test_a_size_that_the_disk_changed_does_not_spoil_the_counts(outbox: Outbox) 
     assert (outbox.counters().depth, outbox.counters().bytes) == (1, EMPTY + 1)
 
 
+def test_a_ledger_of_an_older_version_opens_and_learns_digests(path: Path) -> None:
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        finish(outbox, "old")
+        sql(outbox).execute("ALTER TABLE ledger DROP COLUMN digest").close()
+    for _ in range(2):
+        with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+            old = outbox.recall("old", NOW)
+            assert old is not None and (old.payload, old.digest) == (b"done", None)
+            if outbox.recall("new", NOW) is None:
+                outbox.begin("new", NOW, b"what it asks for")
+                finish(outbox, "new")
+    with Outbox.open(path, OutboxPolicy(), NOW) as outbox:
+        new = outbox.recall("new", NOW)
+        assert new is not None and (new.payload, new.digest) == (b"done", b"what it asks for")
+        outbox.forget("new")
+        assert outbox.recall("new", NOW) is None
+        outbox.begin("new", NOW, b"something else")
+        assert read_tally(sql(outbox), "ledger count") == 2
+
+
 @pytest.mark.parametrize("change", ["properties = '{'", "properties = CAST(x'f4' AS TEXT)"])
 def test_a_damaged_answer_of_a_command_is_an_unknown_answer(outbox: Outbox, change: str) -> None:
     outbox.begin("c1", NOW)
