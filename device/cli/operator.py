@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Broker = Annotated[
-    str | None, typer.Option("--broker", "-b", help="HOST or HOST:PORT; default: from the configuration.")
+    str | None,
+    typer.Option(
+        "--broker",
+        "-b",
+        help="HOST or HOST:PORT; default: from the configuration. Another host gets no user and password.",
+    ),
 ]
 Ca = Annotated[
     Path | None,
@@ -158,7 +163,7 @@ def _answer(response: Response) -> None:
 def _address(
     broker: str | None, config: Path | None, ca: Path | None, cert: Path | None, key: Path | None
 ) -> BrokerAddress:
-    """The broker's address: the options override the configuration."""
+    """The broker's address: the options override the configuration. Its password is for its own host alone."""
     from device.daemon.config.settings import load_config
     from device.mqtt.link import TlsFiles
     from device.operator.client import BrokerAddress
@@ -169,6 +174,8 @@ def _address(
     own = TlsFiles(mqtt.ca, mqtt.cert, mqtt.key) if mqtt.secure else None
     tls = TlsFiles(ca, cert, key) if ca else own
     host, port = (mqtt.host, mqtt.port) if broker is None else _host_and_port(broker, 8883 if tls else 1883)
+    if host.lower() != mqtt.host.lower():
+        return BrokerAddress(host, port, tls=tls)
     password = None if mqtt.password is None else mqtt.password.get_secret_value()
     return BrokerAddress(host, port, mqtt.username, password, tls)
 

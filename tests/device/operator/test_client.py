@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 
 from device.cli import app as cli
-from device.cli.operator import _host_and_port
+from device.cli.operator import _address, _host_and_port
 from device.mqtt import messages
 from device.mqtt.link import Link, LinkPolicy, TlsFiles
 from device.operator import labelling
@@ -350,6 +350,33 @@ def test_a_picture_goes_as_base64(tmp_path: Path) -> None:
 )
 def test_a_broker_address_is_parsed(text: str, found: tuple[str, int]) -> None:
     assert _host_and_port(text, 8883) == found
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize(
+    ("broker", "trusted"),
+    [
+        (None, True),
+        ("plant.example", True),
+        ("Plant.Example:1884", True),
+        ("plant.example.evil.test", False),
+        ("evil.test:1883", False),
+        ("127.0.0.1", False),
+        ("[::1]:1883", False),
+    ],
+)
+def test_the_configured_password_goes_to_the_configured_host_alone(
+    broker: str | None, trusted: bool, secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text('[mqtt]\nhost = "plant.example"\nusername = "me"\npassword = "in the file"\n')
+    ca = Path("ca.pem") if secure else None
+    found = [_address(broker, path, ca, None, None)]
+    monkeypatch.setenv("EDGEEAR_MQTT__PASSWORD", "in the environment")
+    found.append(_address(broker, path, ca, None, None))
+    wanted = ["in the file", "in the environment"] if trusted else [None, None]
+    assert [address.password for address in found] == wanted
+    assert all((address.username == "me") == trusted for address in found)
 
 
 @pytest.mark.parametrize("text", ["", ":1", "a:", "a:0", "a:65536", "a:b", "a b", "mqtt://a:1"])
