@@ -12,7 +12,9 @@ Rules of this file:
    [0, min(most, least * 2^tries)] (Brooker, "Exponential Backoff And Jitter", 2015). Only a connection that lasted
    `reconnect_max_s` resets the back-off, so that two boards with the same name do not disconnect each other at full
    speed.
-4. A broker that does not know MQTT 5 gets 3.1.1 at once; the next reconnect asks for MQTT 5 again.
+4. A broker that does not know MQTT 5 gets 3.1.1 at once, one that ends `HANG_UPS` connections in a row without an
+   answer to MQTT 5 gets 3.1.1 next. The next reconnect asks for MQTT 5 again; a broker that was found to hang up is
+   asked once.
 5. Subscriptions ask for no retained message: a retained command would come again at each connect.
 6. An idle connection does nothing: the thread sleeps in poll(2) until the socket, the waker, `Delivery.until` or a
    quarter of the keep-alive.
@@ -56,6 +58,8 @@ PROTOCOL_ERROR: Final = 0x82
 SILENT: Final = 0x8D
 NOT_OUR_FAULT: Final = {0x00, 0x89, 0x8B, 0x8E, 0x97, 0x98, 0x9C, 0x9D, 0x9F, 0xA0}
 """Reasons that do not depend on what we sent: shut down, busy, session taken over, quota, administrator, moved, ..."""
+HANG_UPS: Final = 3
+TRY_OLD: Final = 'MQTT 3.1.1 is tried next. If that works, set mqtt.protocol = "3.1.1"'
 REMEDIES: Final = {
     0x84: "; MQTT 3.1.1 is tried next",
     0x85: "; check that the broker accepts this client id",
@@ -112,6 +116,11 @@ class LinkPolicy:
                 f"reconnect_min_s {self.reconnect_min_s} must be above 0 and at most reconnect_max_s "
                 f"{self.reconnect_max_s}, rate {self.rate} not below 0"
             )
+
+    @property
+    def client_id(self) -> str:
+        """Another one for each board: names hold no slash."""
+        return f"edgeear-{self.site}/{self.device}"
 
     def backoff(self, tries: int, rng: random.Random) -> float:
         """Seconds to wait after `tries` failures in a row; rule 3."""
@@ -194,21 +203,30 @@ class Link:
 
     def _run(self) -> None:
         tries, five = 0, self.policy.protocol == "5"
+        hang_ups, most = 0, HANG_UPS
         while not self._stopping.is_set():
             began, connects = time.monotonic(), self.delivery.counters().connects
-            if self._live(five) and five:
+            connection = self._live(five)
+            if connection.unsupported and five:
                 five = False
                 continue
-            if self.delivery.counters().connects > connects:
-                five = self.policy.protocol == "5"
+            accepted = self.delivery.counters().connects > connects
+            if connection.unanswered and five:
+                hang_ups += 1
+                if hang_ups >= most:
+                    hang_ups, five = 0, False
+                    self.report(False, f"{self.policy.host}:{self.policy.port} does not answer MQTT 5: {TRY_OLD}")
+            elif accepted or not five:
+                most = 1 if accepted and not five else HANG_UPS
+                hang_ups, five = 0, self.policy.protocol == "5"
             if time.monotonic() - began >= self.policy.reconnect_max_s:
                 tries = 0
             self._stopping.wait(self.policy.backoff(tries, self._rng))
             tries += 1
         self._close()
 
-    def _live(self, five: bool) -> bool:
-        """One connection from its start to its end, which is reported. True: the broker does not know this version."""
+    def _live(self, five: bool) -> Connection:
+        """One connection from its start to its end, which is reported."""
         delivery, connection = self.delivery, Connection(self, five)
         try:
             why = self._steps(connection)
@@ -222,7 +240,7 @@ class Link:
             delivery.disconnected(why, blame=False)
             with contextlib.suppress(Exception):
                 self.report(False, why)
-        return connection.unsupported
+        return connection
 
     def _steps(self, connection: Connection) -> str:
         try:
@@ -270,18 +288,18 @@ class Link:
 class Connection:
     """`open`, then `step` until `ended` says why, then `close`; the broker publishes the offline status where it ends
     without DISCONNECT. `blame`: the broker may have ended it because of what it was sent; `unsupported`: it does not
-    know this version of MQTT."""
+    know this version of MQTT; `unanswered`: it took the TCP connection and ended without an answer to CONNECT."""
 
     def __init__(self, link: Link, five: bool) -> None:
         self.ended: str | None = None
-        self.blame = self.unsupported = self._leaving = False
+        self.blame = self.unsupported = self.unanswered = self._leaving = False
         self._link, self._five, self._delivery, self._policy = link, five, link.delivery, link.policy
         policy, will = link.policy, link.status("offline")
         self._give_up = time.monotonic() + paho.CONNECT_S
         self._errors = paho.LastError()
         client = Client(
             CallbackAPIVersion.VERSION2,
-            f"edgeear-{policy.site}-{policy.device}",
+            policy.client_id,
             clean_session=None if five else False,
             protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
@@ -319,6 +337,7 @@ class Connection:
                 client.connect(policy.host, policy.port, policy.keepalive_s)
         except (OSError, ValueError) as error:
             self._end(paho.explain(error, policy.host, policy.port))
+        self.unanswered = self.ended is None
         self._give_up = time.monotonic() + paho.CONNECT_S
 
     def step(self, waker: socket.socket) -> None:
@@ -416,6 +435,7 @@ class Connection:
     # Called by paho inside `loop_read`, `loop_write` and `loop_misc`
 
     def _on_connect(self, client: Client, data: Any, flags: ConnectFlags, reason: ReasonCode, extra: Any) -> None:
+        self.unanswered = False
         if reason.is_failure:
             self.unsupported = reason.value == UNSUPPORTED
             self._end(f"the broker refused the connection: {reason}{REMEDIES.get(reason.value, '')}")

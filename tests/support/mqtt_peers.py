@@ -227,12 +227,18 @@ class Wire:
 
 class ScriptedBroker:
     """Takes one client at a time; `seen` holds what it published. It refuses MQTT 5 as brokers of 3.1.1 do, unless it
-    has a `receive_maximum` to announce. It acknowledges each PUBLISH unless it `holds`, and closes the connection on
-    one that contains `poison`."""
+    has a `receive_maximum` to announce; `hangs_up` times it closes the connection on MQTT 5 instead. It acknowledges
+    each PUBLISH unless it `holds`, and closes the connection on one that contains `poison`."""
 
     def __init__(
-        self, receive_maximum: int | None = None, poison: bytes | None = None, holds: bool = False, reason: int = 0
+        self,
+        receive_maximum: int | None = None,
+        poison: bytes | None = None,
+        holds: bool = False,
+        reason: int = 0,
+        hangs_up: int = 0,
     ) -> None:
+        self._hangs_up = hangs_up
         self.signal, self.levels, self.seen = Signal(), [0][:0], [b""][:0]
         self._maximum, self._poison, self._holds, self._reason = receive_maximum, poison, holds, reason
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -270,6 +276,9 @@ class ScriptedBroker:
             match head[0] >> 4:
                 case 1:
                     self.levels.append(body[6])
+                    if body[6] == 5 and self._hangs_up:
+                        self._hangs_up -= 1
+                        return
                     sock.sendall(self._connack(body[6]))
                 case 3:
                     topic, qos = int.from_bytes(body[:2], "big"), head[0] >> 1 & 3

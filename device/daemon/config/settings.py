@@ -42,7 +42,7 @@ class DeviceSection(Section):
     """The name of this board, and where it keeps what it learned."""
 
     site: str = Field("site", pattern=_NAME, description="The site, in every topic: letters, digits, _ and -.")
-    name: str = Field("board", pattern=_NAME, description="This board. Unique in its site: it is the MQTT client id.")
+    name: str = Field("board", pattern=_NAME, description="This board. Unique in its site.")
     state: HomePath = Field(Path("edgeear-state"), description="Folder of all state: generations, outbox, ledger.")
     encoder: HomePath | None = Field(
         None,

@@ -230,6 +230,39 @@ def test_a_broker_that_refuses_mqtt_5_gets_311() -> None:
         )
 
 
+def test_a_broker_that_hangs_up_on_mqtt_5_gets_311_and_the_setting_is_named() -> None:
+    poison = b"poison"
+    with ScriptedBroker(poison=poison, hangs_up=99) as broker, Board(broker.port) as board:
+        board.wait_told("connected to 127.0.0.1")
+        assert broker.levels == [5, 5, 5, 4]
+        assert any("mqtt.protocol" in text for up, text in board.changes if not up)
+        board.put(poison)  # ends the connection: the broker is known now and asked for MQTT 5 once
+        board.wait_connected(2)
+        assert broker.levels == [5, 5, 5, 4, 5, 4]
+
+
+def test_a_broker_that_hangs_up_while_it_starts_gets_mqtt_5() -> None:
+    with ScriptedBroker(receive_maximum=8, hangs_up=2) as broker, Board(broker.port) as board:
+        board.wait_connected()
+        assert broker.levels == [5, 5, 5]
+
+
+def test_no_two_boards_have_the_same_client_id() -> None:
+    names = ("a", "a-b", "b", "b-a", "a_b", "a-b-a")
+    ids = {LinkPolicy("h", site, device).client_id for site in names for device in names}
+    assert len(ids) == len(names) ** 2
+
+
+def test_boards_whose_names_read_alike_share_a_broker(plain: Mosquitto) -> None:
+    with Board(plain.port, site="lab-1", device="cam") as one, Board(plain.port, site="lab", device="1-cam") as two:
+        one.wait_connected()
+        two.wait_connected()
+        for board in (one, two):
+            board.put(b"said")
+            board.outbox.wait_empty()
+        assert len(one.changes) == len(two.changes) == 1
+
+
 def test_an_item_that_makes_the_broker_disconnect_does_not_block_the_rest() -> None:
     with ScriptedBroker(poison=b"poison") as broker, Board(broker.port, protocol="3.1.1") as board:
         for payload in (b"before", b"poison", b"after", b"more"):
