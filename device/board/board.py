@@ -115,7 +115,7 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """Frames that wait for labels since `since` (seconds), and the operator's name for their domain."""
+    """Frames that wait for labels since `since` (seconds of the timer), and the operator's name for their domain."""
 
     seen: tuple[Seen, ...]
     since: float
@@ -130,7 +130,8 @@ class Board:
     """A board: a live system, a detector state and a buffer. Only `step`, `poll` and an operator's verbs change it.
     Call them from one thread. The verbs raise UsageError where the phase does not allow them.
 
-    `clock` gives seconds. `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's.
+    `clock` gives unix seconds, which stamp; `timer` seconds that never go back, which measure waits (None:
+    those of `clock`). `learner` None learns inside `step` with `policy.adapt`; `on_progress` is that learner's.
     `store` None keeps nothing on disk."""
 
     def __init__(
@@ -146,6 +147,7 @@ class Board:
         on_progress: Progress = lambda *_: None,
         on_event: Callable[[BoardEvent], None] = lambda _: None,
         learner: Learner | None = None,
+        timer: Callable[[], float] | None = None,
     ) -> None:
         self.live, self.engine = live, OrtEngine(encoder)
         self.policy = policy or BoardPolicy()
@@ -153,6 +155,7 @@ class Board:
         self.paused = False
         self.at = 0
         """The sample number of the latest frame, from 1."""
+        self._timer = timer or clock
         self._labeller, self._clock, self._store, self._seed = labeller, clock, store, seed
         self._learner = learner or InlineLearner(encoder, self.engine, self.policy.adapt, on_progress)
         self._on_event = on_event
@@ -197,7 +200,9 @@ class Board:
     @property
     def wanted_until(self) -> float | None:
         """When the board stops waiting for labels, in seconds; None where it waits for none."""
-        return None if self._waiting is None else self._waiting.since + self.policy.patience
+        if self._waiting is None:
+            return None
+        return self._clock() + self._waiting.since + self.policy.patience - self._timer()
 
     def step(self, frame: U8) -> tuple[Prediction, tuple[BoardEvent, ...]]:
         """Predict for one `frame (height, width, 3)`, then do what the stream asks for."""
@@ -366,7 +371,7 @@ class Board:
     def _await(self, signal: Signal, name: str | None) -> None:
         """Wait for labels of the collected frames."""
         self.phase = after(self.phase, signal)
-        self._waiting = _Waiting(tuple(self._recent), self._clock(), name)
+        self._waiting = _Waiting(tuple(self._recent), self._timer(), name)
         self._start_afresh()
         if self.policy.patience > 0:
             numbers = self._waiting.numbers
@@ -388,10 +393,8 @@ class Board:
             self._decide(outcome, self._job)
 
     def _take_labels(self, waiting: _Waiting) -> None:
-        labels, now = self._labeller.label(waiting.numbers), self._clock()
+        labels, now = self._labeller.label(waiting.numbers), self._timer()
         known = [(s.frame, label) for s, label in zip(waiting.seen, labels, strict=True) if label is not None]
-        if now < waiting.since:  # the clock was set back: the wait starts again
-            self._waiting = replace(waiting, since=now)
         if len(known) >= min(self.policy.labels, len(waiting.seen)) or now - waiting.since >= self.policy.patience:
             self._waiting = None
             self._learn(waiting, [*self._kept, *known] if known else known)

@@ -103,10 +103,12 @@ def opened(
     config: Config,
     *,
     now: Callable[[], float] = time.time,
+    timer: Callable[[], float] = time.perf_counter,
     encoder: Encoder | None = None,
     start: System | None = None,
 ) -> Iterator[Running]:
-    """Everything that `config` names, started; the caller runs the loop. `encoder` is one that is open already, `start`
+    """Everything that `config` names, started; the caller runs the loop. `now` gives unix seconds, which stamp, `timer`
+    seconds that never go back, which measure. `encoder` is one that is open already, `start`
     what a board serves whose store is new. Raises `EncoderError`, `FormatError`, `StoreBusy`, `OutboxBusy` and other
     `DeviceError`s, `UsageError`."""
     with ExitStack() as stack:
@@ -123,9 +125,19 @@ def opened(
         learning = WorkerPolicy(**config.learning.model_dump(include=WORKER))
         learner = ProcessLearner(file, learning, on_ready=wake.set)
         policy = BoardPolicy().with_live(config.live)
-        board = Board(Live(system, system), encoder, labels, now, policy, store=store, seed=seed, learner=learner)
+        board = Board(
+            Live(system, system),
+            encoder,
+            labels,
+            now,
+            policy,
+            store=store,
+            seed=seed,
+            learner=learner,
+            timer=timer,
+        )
         stack.callback(board.close)
-        source = config.source.open(Feed(encoder.input_size, frames, now))
+        source = config.source.open(Feed(encoder.input_size, frames, timer))
         daemon = Daemon(
             board,
             labels,
@@ -134,7 +146,7 @@ def opened(
             (config.device.site, config.device.name),
             config.live,
             clock=now,
-            timer=time.perf_counter,
+            timer=timer,
             wake=wake,
             seed=seed,
             max_age_s=config.source.max_age_s,

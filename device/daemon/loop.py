@@ -19,7 +19,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from device.board.board import Board, Seen
@@ -109,7 +109,7 @@ class Daemon:
         self._requests: deque[Seen] = deque()
         self._lost: dict[str, int] = {}
         self._measured: tuple[float, dict[Counter, int]] = (-1.0, {})
-        self._window = Window(clock(), self._random)
+        self._window = Window(timer(), self._random)
         self.readings: Mapping[str, Callable[[], Any]] = {
             "phase": lambda: board.phase,
             "paused": lambda: board.paused,
@@ -178,7 +178,7 @@ class Daemon:
     def turn(self) -> bool:
         """Handle at most one frame, one command and one label request, then the telemetry. False where there was none
         of the first three."""
-        frame = self.frames.get(self._clock(), self._max_age_s)
+        frame = self.frames.get(self._timer(), self._max_age_s)
         if frame is not None:
             self._serve(frame)
         elif self.board.waiting:
@@ -200,7 +200,7 @@ class Daemon:
         return self.commands.settings.period_s
 
     def _patience(self) -> float:
-        due = self._window.started + self.period_s - self._clock()
+        due = self._window.started + self.period_s - self._timer()
         return max(0.0, min(due, LEARNING_S if self.board.waiting else IDLE_S))
 
     def _serve(self, frame: Frame) -> None:
@@ -220,7 +220,12 @@ class Daemon:
         if self.metrics is not None:
             self.metrics.answered(prediction, seconds)
         if self.commands.settings.predictions:
-            self.out.prediction(prediction, frame, self.board.at, self.board.system.generation)
+            self.out.prediction(
+                prediction,
+                replace(frame, captured=self._clock() - (begun - frame.captured)),
+                self.board.at,
+                self.board.system.generation,
+            )
         if frame.answered is not None:
             frame.answered()
         self.tell(*events)
@@ -337,24 +342,21 @@ class Daemon:
             self.tell(MessagesLost(*self.board.moment, "check the disk", damaged - before))
 
     def _close_window(self) -> None:
-        now = self._clock()
-        if now < self._window.started:  # the clock was set back: the window would end that much later
-            self._window.started = now
-        if now >= self._window.started + self.period_s:
+        if self._timer() >= self._window.started + self.period_s:
             self.report_window()
 
     def report_window(self) -> None:
         """Drop messages that waited too long, publish telemetry of the window that ends now, and start the next one."""
-        now, losses = self._clock(), self._losses()
+        now, ends, losses = self._clock(), self._timer(), self._losses()
         self.out.expire()
         facts = {
-            "from_time": self._window.started,
+            "from_time": now - (ends - self._window.started),
             "to_time": now,
             **{name: read() for name, read in self.readings.items()},
             **{name: count - self._lost.get(name, 0) for name, count in losses.items()},
             **self._window.facts(),
         }
-        self._window, self._lost = Window(now, self._random), losses
+        self._window, self._lost = Window(ends, self._random), losses
         self.out.put(topics.TELEMETRY, messages.Telemetry, facts)
 
     def _losses(self) -> dict[str, int]:

@@ -160,7 +160,9 @@ class _Run:
                 name = f"d-{number:04}"
                 self.operator.expect(name)
                 config = configuration(options, self.operator.site, name, folder / name, host, port)
-                running = stack.enter_context(opened(config, now=self.clock, encoder=self.encoder, start=self.system))
+                running = stack.enter_context(
+                    opened(config, now=self.clock, timer=self.clock, encoder=self.encoder, start=self.system)
+                )
                 self.devices.append(self._device(number, name, running.daemon))
                 self.show("devices", number + 1, options.devices)
             self._await(lambda: all(heard.births for heard in self.operator.heard.values()))

@@ -58,18 +58,23 @@ class Rig:
     learner: Learner | None = None
     policy: BoardPolicy = POLICY
     now: float | None = None
+    jump: float = 0.0
 
     def __post_init__(self) -> None:
         self.board = Board(
             Live(self.start, self.start),
             fakes.FakeEncoder(),
             self.truth,
-            lambda: float(len(self.truth.seen)) if self.now is None else self.now,
+            lambda: self.time() + self.jump,
             self.policy,
             store=self.store,
             on_event=self.events.append,
             learner=self.learner,
+            timer=self.time,
         )
+
+    def time(self) -> float:
+        return float(len(self.truth.seen)) if self.now is None else self.now
 
     def show(self, background: int, count: int, seed: int = 1) -> list[bool]:
         """Stream frames of a domain; whether each was answered rightly."""
@@ -411,12 +416,16 @@ def test_without_labels_in_time_the_board_adapts_without_labels() -> None:
     assert "no labels came" in rig.events[-1].text
 
 
-def test_a_clock_that_is_set_back_does_not_stretch_the_wait() -> None:
+@pytest.mark.parametrize("jump", [-6e8, -100.0, 100.0, 6e8])
+def test_a_clock_that_jumps_changes_no_wait(jump: float) -> None:
     rig, later = waiting(known=20)
-    for rig.now in (-1e9, -1e9 + 99):
+    before = rig.board.wanted_until
+    assert rig.now is not None and before is not None
+    rig.jump, start = jump, rig.now
+    for rig.now in (start, start + 99):
         rig.board.poll()
-        assert str(rig.board.phase) == "labelling"
-    rig.now = -1e9 + 100
+        assert str(rig.board.phase) == "labelling" and rig.board.wanted_until == pytest.approx(before + jump)
+    rig.now = start + 100
     rig.board.poll()
     assert str(rig.board.phase) == "learning" and later.busy
 

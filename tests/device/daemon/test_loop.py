@@ -69,7 +69,7 @@ class Rig:
     """A daemon, its wire, and a clock that only moves when told to."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.now = START
+        self.now, self.jump = START, 0.0
         self.store = stack.enter_context(Store.open(folder / "store"))
         self.outbox = stack.enter_context(Outbox.open(folder / "outbox.sqlite", OutboxPolicy(), self.now))
         number = self.store.recover()
@@ -86,7 +86,7 @@ class Rig:
             self.frames,
             ("plant", "cam-1"),
             SETTINGS,
-            clock=lambda: self.now,
+            clock=lambda: self.now + self.jump,
             timer=lambda: self.now,
         )
         self.session = self.daemon.session
@@ -594,12 +594,17 @@ def test_a_result_that_does_not_fit_is_left_out_and_the_answer_given(rig: Rig, m
     assert response is not None and response["outcome"] == "ok" and "left_out" in response["result"]
 
 
-def test_a_clock_that_is_set_back_does_not_stop_telemetry(rig: Rig) -> None:
-    rig.now -= 1e6
+@pytest.mark.parametrize("jump", [-6e8, -61.0, 61.0, 6e8])
+def test_a_clock_that_jumps_ends_no_window_stretches_none_and_makes_no_frame_stale(rig: Rig, jump: float) -> None:
+    rig.frames.put(shown(0, 1, 1)[0], rig.now, "frame")
+    rig.jump = jump
     rig.daemon.turn()
+    assert rig.daemon.counts.frames == 1 and rig.told("telemetry") == []
     rig.now += 61
     rig.daemon.turn()
-    assert len(rig.told("telemetry")) == 1
+    (window,) = rig.told("telemetry")
+    assert window["to_time"] == pytest.approx(rig.now + jump) and window["frames"] == 1
+    assert window["to_time"] - window["from_time"] == pytest.approx(61)
 
 
 def test_label_requests_leave_one_a_turn_and_only_while_wanted(rig: Rig) -> None:
