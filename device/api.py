@@ -45,6 +45,7 @@ from edgeear.flow import Prediction, adapt, infer, infer_features
 from edgeear.forgetting import forget_class, forget_domain
 from edgeear.memory import I64
 from edgeear.merging import merge_domains
+from edgeear.names import check_name
 from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import Shift, ShiftState
@@ -63,10 +64,12 @@ BATCH, WORKERS = 8, 2
 """Images that are encoded together, and threads that do it."""
 LOOK_BACK = 30
 """Frames after a shift that are judged together: is the stream in a known domain again?"""
+SILENCE = 300
+"""Frames after a shift before it is announced again."""
 EncoderChoice = Literal["default"] | str | Path | Encoder
 Show = bool | Progress | None
 """Progress: True shows it, False does not, None only on a terminal, a function is called with (phase, done, total)."""
-Images = str | Path | Sequence[Input]
+Images = str | Path | Iterable[Input]
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -241,28 +244,32 @@ class Ear:
     def stream(self, frames: Iterable[Input]) -> Iterator[Prediction | Shift | Recognised]:
         """The answer for each frame of a stream, and between them what the stream does as a whole.
 
-        `Shift`: the stream has left all known domains. From then on the latest 30 frames are judged together, and
-        `Recognised` says that they are of a known domain: the stream is back, or it was learned in the meantime. There
-        are no labels here: to learn the new domain, label some frames and call `learn`, also while you iterate.
+        `Shift`: the stream has left all known domains; told again where it is in none after a change of what is known,
+        or after 300 frames. From then on the latest 30 frames are judged together, and `Recognised` says that they are
+        of a known domain: the stream is back, or it was learned in the meantime. There are no labels here: to learn the
+        new domain, label some frames and call `learn`, also while you iterate.
         """
-        state, away = ShiftState(), False
+        state, away, silent, known = ShiftState(), False, 0, self.system.domains
         codes: deque[F32] = deque(maxlen=LOOK_BACK)
         for image in frames:
-            frame = frame_of(image, self.encoder.input_size)
-            answer, state, shift = infer(self.system, self.engine, state, frame)
+            frame, system = frame_of(image, self.encoder.input_size), self.system
+            if silent == 1 or system.domains is not known:
+                state, silent, known = state.restart(), 0, system.domains
+            silent = max(silent - 1, 0)
+            answer, state, shift = infer(system, self.engine, state, frame)
             yield answer
-            if shift is not None and not away:
-                away = True
+            if shift is not None and not silent:
+                away, silent = True, SILENCE
                 codes.clear()
                 yield shift
             elif away and answer.code is not None:
                 codes.append(answer.code)
-                back = recognise(self.system, np.stack(codes)) if len(codes) == LOOK_BACK else None
+                back = recognise(system, np.stack(codes)) if len(codes) == LOOK_BACK else None
                 if back is not None:
-                    away, state = False, state.restart()
+                    away, silent, state = False, 0, state.restart()
                     yield back
 
-    def evaluate(self, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None) -> Evaluation:
+    def evaluate(self, images: Images, labels: Iterable[str] | None = None, *, progress: Show = None) -> Evaluation:
         """Accuracy on a folder CLASS/* or DOMAIN/CLASS/*, or on images and their labels; on all of them, so give images
         that were not learned. Raises `DataError` for images that cannot be read."""
         parts = _labelled(images, labels, None)
@@ -294,7 +301,7 @@ class Ear:
     def learn(
         self,
         images: Images,
-        labels: Sequence[str] | None = None,
+        labels: Iterable[str] | None = None,
         *,
         name: str | None = None,
         skip_bad: bool = False,
@@ -318,7 +325,10 @@ class Ear:
             samples, seen, warnings = self._samples(lesson, VIEWS, taps, show, skip_bad)
             if len(samples.classes) == 1:
                 warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
-            outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
+            try:
+                outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
+            except DataError as error:
+                raise DataError("; ".join([str(error), *warnings])) from error
         return self._learned(outcome, samples, {"seen": seen}, warnings)
 
     @_one_at_a_time
@@ -326,7 +336,7 @@ class Ear:
         self,
         name: str,
         images: Images,
-        labels: Sequence[str] | None = None,
+        labels: Iterable[str] | None = None,
         *,
         skip_bad: bool = False,
         progress: Show = None,
@@ -363,14 +373,19 @@ class Ear:
         """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
 
         A domain is forgotten exactly. A class is, if `images` are all that were learned of it, as a folder or a list;
-        without them its weight in the common covariance is left. Raises `UsageError` for an unknown domain or class.
+        without them its weight in the common covariance is left. Raises `UsageError` for an unknown domain or class, no
+        images, and images without a label.
         """
         if label is None:
+            if images is not None:
+                raise UsageError("images without the label of their class: give both, or neither to forget the domain")
             return self._changed(forget_domain(self.system, domain), f"forgot {domain}", forgot=True)
         _need_torch("forgetting a class")
         seen = None
         if images is not None:
             given = _files_in(Path(images)) if isinstance(images, str | Path) else tuple(images)
+            if not given:
+                raise UsageError(f"no images: give all that were learned of {label}, or leave images out")
             taps = [t.name for t in self.system.space.taps]
             different = {one.digest: one.views[0] for one in _all_good(self._encoded(given, VIEWS[:1], taps))}
             seen = self.system.space.encode(_joined(list(different.values())))
@@ -386,6 +401,8 @@ class Ear:
         name = first if name is None else name
         if name in self.domains and name not in (first, second):
             raise KnownDomain(f"domain {name!r} is known: give a name that is free, or that of one of the two")
+        if name not in self.domains:
+            check_name(name)
         _need_torch("merging")
         outcome = merge_domains(self.system, first, second)
         if isinstance(outcome, Candidate):
@@ -485,7 +502,7 @@ class Ear:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _lesson(self, images: Images, labels: Sequence[str] | None, name: str | None) -> _Labelled:
+    def _lesson(self, images: Images, labels: Iterable[str] | None, name: str | None) -> _Labelled:
         """The images of one domain, which has a name."""
         parts = _labelled(images, labels, name)
         if len(parts) > 1:
@@ -494,6 +511,9 @@ class Ear:
             )
         if not parts[0].name:
             raise UsageError("images without a name for their domain: give name=...")
+        for one in (parts[0].name, *dict.fromkeys(parts[0].labels)):
+            if one not in (*self.domains, *self.classes):
+                check_name(one)
         return parts[0]
 
     def _samples(
@@ -570,22 +590,28 @@ class Ear:
         if isinstance(outcome, Rejected):
             return outcome
         self._commit(outcome, forgot)
-        return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
+        lost = {name: share for name, share in outcome.replay.items() if name in self.domains}
+        return Changed(what, self.system.generation, self.domains, lost)
 
 
-def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) -> tuple[_Labelled, ...]:
+def _labelled(images: Images, labels: Iterable[str] | None, name: str | None) -> tuple[_Labelled, ...]:
     """Labelled images, domain by domain: one without a name where images and labels were given without one."""
     if isinstance(images, str | Path):
         if labels is not None:
             raise UsageError("a folder and labels: its class folders are the labels; call the domain name=...")
         return labelled_folder(Path(images), name)
-    given, said = tuple(images), () if labels is None else tuple(labels)
+    if isinstance(labels, str | bytes):
+        raise UsageError(f"labels {labels[:60]!r} are one text: give one label an image, as a list")
+    try:
+        given, said = tuple(images), () if labels is None else tuple(labels)
+    except TypeError as error:
+        raise UsageError(f"{error}: give images and labels as lists") from error
     if len(given) != len(said) or not given:
         raise UsageError(f"{_count(len(given), 'image')} and {_count(len(said), 'label')}: give one label an image")
     odd = sorted({type(label).__name__ for label in said if not isinstance(label, str)})
     if odd:
         raise UsageError(f"labels of type {', '.join(odd)}: give the names of the classes, as str")
-    return (_Labelled(name or "", given, said),)
+    return (_Labelled(name or "", given, tuple(map(str, said))),)
 
 
 def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, ...]:

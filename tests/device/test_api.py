@@ -4,7 +4,8 @@ named."""
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from edgeear import (
     Shift,
     UsageError,
 )
+from edgeear.system import Live
 from edgeear.types import U8
 from tests.device.simulation.test_simulate import write
 from tests.support import fakes
@@ -209,8 +211,6 @@ def test_before_anything_is_learned_there_is_no_answer() -> None:
 
 
 def test_a_head_of_an_older_store_has_probabilities_by_the_default_temperature(trained: Ear) -> None:
-    from dataclasses import replace
-
     from edgeear.system import TEMPERATURE
 
     domain = trained.system.domains[0]
@@ -245,6 +245,50 @@ def test_a_domain_that_is_learned_on_the_way_is_recognised(data: Path, trained: 
     events = [t for t in told if not isinstance(t, Prediction)]
     assert [type(e) for e in events] == [Shift, Recognised]
     assert isinstance(events[1], Recognised) and events[1].domain == "blue"
+
+
+def kinds_of_events(told: Iterable[object]) -> list[type]:
+    return [type(t) for t in told if not isinstance(t, Prediction)]
+
+
+def test_a_stream_that_goes_on_to_another_unknown_domain_after_a_lesson_is_announced(data: Path) -> None:
+    ear = new_ear()
+    ear.learn(data / "red")
+
+    def camera() -> Iterator[U8]:
+        yield from [*shown(0, 40)[0], *shown(1, 4, seed=7)[0]]
+        rest = iter(shown(1, 40, seed=8)[0])
+        while ear.domains == ("red",):
+            yield next(rest)
+        yield from shown(2, 60, seed=9)[0]  # before 30 frames of green could be recognised
+
+    shifts = 0
+    for item in ear.stream(camera()):
+        if isinstance(item, Shift):
+            shifts += 1
+            if shifts == 1:
+                assert isinstance(ear.learn(data / "green"), Learned)
+    assert shifts == 2
+
+
+def test_a_stream_that_stays_away_is_announced_again(trained: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [*shown(0, 30)[0], *shown(2, 200, seed=8)[0]]
+    assert kinds_of_events(trained.stream(frames)) == [Shift]
+    monkeypatch.setattr("device.api.SILENCE", 60)
+    events = kinds_of_events(trained.stream([*frames, *shown(1, 60, seed=9)[0]]))
+    assert events.count(Shift) >= 2 and events[-1] is Recognised
+
+
+def test_saving_a_known_stream_does_not_lose_the_evidence(trained: Ear, tmp_path: Path) -> None:
+    ear, frames = copy_of(trained), [*shown(0, 30)[0], *shown(2, 60, seed=8)[0]]
+    plain = [t.at for t in ear.stream(frames) if isinstance(t, Shift)]
+    saving = []
+    for item in ear.stream(frames):
+        if isinstance(item, Shift):
+            saving.append(item.at)
+        elif not saving:
+            ear._live = Live(*[replace(ear.system)] * 2)
+    assert saving == plain
 
 
 # ------------------------------------------------------------------------------------------------------ learning
@@ -283,14 +327,57 @@ def test_a_known_domain_is_never_replaced_in_silence(data: Path, trained: Ear) -
         ({"images": [np.zeros((8, 8), np.uint8)], "labels": ["a", "b"], "name": "x"}, "1 image and 2 labels"),
         ({"images": [], "labels": [], "name": "x"}, "0 images and 0 labels"),
         ({"images": [np.zeros((8, 8), np.uint8)], "labels": [1], "name": "x"}, "labels of type int"),
+        ({"images": [np.zeros((8, 8), np.uint8)] * 6, "labels": "abcdef", "name": "x"}, "'abcdef' are one text"),
+        ({"images": [np.zeros((8, 8), np.uint8)] * 6, "labels": b"abcdef", "name": "x"}, "are one text"),
+        ({"images": [np.zeros((8, 8), np.uint8)], "labels": 5, "name": "x"}, "as lists"),
+        ({"images": Image.new("L", (8, 8)), "labels": ["a"], "name": "x"}, "as lists"),
         ({"images": "folder", "labels": ["a"]}, "a folder and labels"),
         ({"images": "nowhere"}, "nowhere"),
     ],
-    ids=["no name", "unlike", "none", "numbers", "folder and labels", "missing folder"],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
 )
 def test_unfit_lessons_are_refused(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises((DataError, UsageError), match=complaint):
         new_ear().learn(**arguments)
+
+
+BAD_NAMES = (5, b"x", ["x"], "\ud800", "\0", "x\ny", " ", "x" * 129, "x" * 3000)
+
+
+@pytest.mark.parametrize("bad", BAD_NAMES, ids=lambda bad: ascii(bad)[:20])
+def test_names_are_checked_before_anything_is_encoded(bad: Any, trained: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    ear, (frames, labels) = copy_of(trained), shown(2, 30)
+    monkeypatch.setattr(ear.encoder, "encode", lambda *_: pytest.fail("was encoded"))
+    complaint = "name .*: give 1 to 128 printable characters|labels of type"
+    for change in (
+        lambda: ear.learn(frames, labels, name=bad),
+        lambda: ear.learn(frames, [bad] * 30, name="blue"),
+        lambda: ear.learn(frames, [*labels[1:], ""], name="blue"),
+        lambda: ear.update("red", frames, [*labels[1:], bad]),
+        lambda: ear.merge("red", "green", bad),
+    ):
+        with pytest.raises(UsageError, match=complaint) as caught:
+            change()
+        assert len(str(caught.value)) < 200
+    assert ear.system is trained.system
+
+
+def test_any_iterable_of_images_and_labels_is_learned_and_measured(trained: Ear) -> None:
+    frames, labels = shown(2, 30)
+    for images, said in (
+        (np.stack(frames), np.array(labels)),
+        ((frame for frame in frames), (label for label in labels)),
+        (tuple(frames), dict(enumerate(labels)).values()),
+    ):
+        learned = copy_of(trained).learn(images, said, name="blue")
+        assert isinstance(learned, Learned) and learned.images == 30
+        assert {type(label) for label in learned.classes} == {str}
+    assert trained.evaluate(np.stack(frames), np.array(labels)).total.images == 30
+
+
+def test_why_too_few_images_are_left_is_told() -> None:
+    with pytest.raises(DataError, match=r"1 labelled samples.*9 images left out: copies of others"):
+        new_ear().learn([shown(0, 1)[0][0]] * 10, ["a"] * 10, name="red")
 
 
 def test_a_folder_of_domains_is_learned_one_by_one(data: Path) -> None:
@@ -441,8 +528,6 @@ def test_known_images_stay_known_through_merging_saving_and_forgetting(data: Pat
 
 
 def test_a_domain_without_a_record_of_its_images_is_not_measured(trained: Ear, data: Path) -> None:
-    from dataclasses import replace
-
     ear, domain = copy_of(trained), trained.system.domain("red")
     old = replace(domain, growth={k: v for k, v in domain.growth.items() if k != "seen"})
     system = replace(trained.system, domains=(old, *trained.system.domains[1:]))
@@ -567,7 +652,7 @@ def test_merge_makes_one_domain_of_two(tmp_path: Path) -> None:
     with pytest.raises(KnownDomain, match="'night' is known"):
         ear.merge("morning", "evening", "night")
     changed = ear.merge("morning", "evening", "day")
-    assert isinstance(changed, Changed) and ear.domains == ("day", "night")
+    assert isinstance(changed, Changed) and ear.domains == ("day", "night") and set(changed.replay) == {"day", "night"}
     assert ear.system.domain("day").memory.n == 80
     frames, labels = shown(1, 12, seed=7)
     assert [(a.label, a.route) for a in ear.predict(frames)] == [(label, "day") for label in labels]
@@ -579,6 +664,19 @@ def test_a_rejection_changes_nothing_and_says_why(trained: Ear) -> None:
     outcome = ear.learn(frames, labels, name="twin")
     assert isinstance(outcome, Rejected) and ear.system is trained.system
     assert str(outcome).startswith("'twin' was rejected, nothing was changed: ")
+
+
+def test_images_to_forget_without_a_class_and_a_class_without_images_are_refused(trained: Ear) -> None:
+    ear, frames = copy_of(trained), shown(0, 3)[0]
+    for label, images, complaint in (
+        (None, frames, "without the label"),
+        (None, [], "without the label"),
+        (FIRST, [], "no images"),
+        (FIRST, (), "no images"),
+    ):
+        with pytest.raises(UsageError, match=complaint):
+            ear.forget("red", label, images)
+    assert ear.system is trained.system
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
