@@ -78,13 +78,15 @@ P = ParamSpec("P")
 class Learned:
     """A domain that was learned and serves now.
 
-    `images` counts different pictures that were new, 0 where nothing changed. `validation_accuracy` (fraction of one)
+    `images` counts different pictures that were new, 0 where nothing changed, `total` all that the domain has learned.
+    `validation_accuracy` (fraction of one)
     is that of its head on `validated` of them that it was not fitted to, None where there were none. `replay` maps each
     older domain to the share of its inputs that now goes to another one. `warnings` are sentences."""
 
     name: str
     classes: tuple[str, ...]
     images: int
+    total: int
     head: str
     bytes: int
     validation_accuracy: float | None
@@ -96,8 +98,9 @@ class Learned:
     def __str__(self) -> str:
         accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
         facts = f"validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}"
+        new = "" if self.images == self.total else f"{_count(self.images, 'new image')}, now "
         lines = [
-            f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
+            f"{self.name}: {new}{_count(self.total, 'image')} of {_count(len(self.classes), 'class')}"
             f" ({listed(self.classes)})",
             f"  {facts}" if self.images else "  nothing was changed: no image is new",
             *(
@@ -185,13 +188,17 @@ class Ear:
 
     `encoder` is "default", the path of any ONNX image network, or an object of `edgeear.Encoder`, which must allow
     calls from several threads. `policy` bounds what learning may cost. Raises `FormatError` for a file that cannot
-    serve. Learning needs the `learn` extra.
+    serve, `UsageError` for other types and seeds. Learning needs the `learn` extra.
     """
 
     def __init__(self, encoder: EncoderChoice = "default", *, seed: int = 0, policy: AdaptPolicy | None = None) -> None:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+            raise UsageError(f"seed {seed!r}: give a whole number from 0 to 2^63 - 1")
+        if not isinstance(policy, AdaptPolicy | None):
+            raise UsageError(f"policy of type {type(policy).__name__}: give an edgeear.AdaptPolicy")
         self.encoder = _opened(encoder)
         self.engine = OrtEngine(self.encoder)
-        self.seed, self.policy = seed, policy
+        self.seed, self.policy = int(seed), policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
         self._lock = RLock()
@@ -577,6 +584,7 @@ class Ear:
             name=domain.name,
             classes=domain.head.classes,
             images=images,
+            total=domain.memory.n,
             head=f"{domain.head.spec.operator}, {how}",
             bytes=domain.bytes,
             validation_accuracy=accuracy if n and isinstance(accuracy, float) else None,
@@ -711,6 +719,12 @@ def _count(n: int, what: str) -> str:
 
 def _opened(encoder: EncoderChoice) -> Encoder:
     if not isinstance(encoder, str | Path):
+        lacking = [part for part in ("digest", "taps", "input_size", "encode") if not hasattr(encoder, part)]
+        if lacking:
+            raise UsageError(
+                f"an encoder of type {type(encoder).__name__} without {', '.join(lacking)}: "
+                'give "default", the path of an ONNX file, or an edgeear.Encoder'
+            )
         return encoder
     if encoder != "default":
         return OnnxEncoder(encoder)

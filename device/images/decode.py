@@ -50,7 +50,7 @@ class UndecodableInput(DataError):
         """One error for all of `errors`, which must not be empty."""
         if len(errors) == 1:
             return errors[0]
-        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them:"]
+        lines = [f"{len(errors)} files cannot be decoded; repair or remove them, or leave them out:"]
         lines += [f"  {error}" for error in errors[:NAMED]]
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
@@ -73,8 +73,11 @@ def read_input(path: Path) -> bytes:
         if found.st_size > MAX_FILE_BYTES:
             raise _undecodable(path, f"{found.st_size} bytes exceed the {MAX_FILE_BYTES} allowed", "make it smaller")
         return path.read_bytes()
-    except OSError as error:
-        raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
+    except UndecodableInput:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = f"cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        raise _undecodable(path, reason, "check its path and permissions") from error
 
 
 def decode_bytes(data: bytes, path: Path, size: tuple[int, int], suffix: str | None = None) -> U8:
@@ -83,7 +86,8 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int], suffix: str | N
     Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, the shorter side is
     resized to fit (bilinear) and the centre is cropped. wav (PCM) and one-dimensional npy become a grey
     log-spectrogram: time to the right, 0 Hz at the bottom, half the sampling rate at the top, black at 80 dB below the
-    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16, bool, or float in 0..1.
+    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16 (brighter than 255 somewhere), bool, or
+    float in 0..1.
     Raises `UndecodableInput` for content that cannot be decoded, `UsageError` for an empty `size`.
     """
     if min(size) < 1:
@@ -98,11 +102,17 @@ def decode_bytes(data: bytes, path: Path, size: tuple[int, int], suffix: str | N
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
     """The frame of a Pillow image of any mode: bit for bit what `decode_bytes` gives for a PNG of it. EXIF orientation
-    is obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
+    is obeyed. Mode F must lie in 0..1. Raises `UndecodableInput` for another range, for I that could be 8 bits, for an
+    image whose file is broken or closed, and for too many pixels.
     """
     with _named(Path(getattr(image, "filename", "") or "Pillow image")):
         _bound_pixels(*image.size)
-        return _fit(_rgb(_upright(image)), size)
+        upright = _upright(image)
+        if image.mode == "F":
+            upright = Image.fromarray(_levels(np.asarray(upright)))
+        elif image.mode.startswith("I") and image.format != "PNG":  # there 16 bits are 16 bits
+            _require_16_bits(np.asarray(upright))
+        return _fit(_rgb(upright), size)
 
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
@@ -216,6 +226,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray(_levels(np.asarray(image).clip(0, 65535).astype(np.uint16))).convert("RGB")
+    if image.mode == "La":  # Pillow takes it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         drawn = image.convert("RGBA")
         paper = Image.new("RGBA", drawn.size, (255, 255, 255, 255))
@@ -264,6 +276,8 @@ def _npy_frame(data: bytes, size: tuple[int, int]) -> U8:
 
 def _array_frame(array: NDArray[Any], size: tuple[int, int]) -> U8:
     _bound_pixels(array.shape[1], array.shape[0])
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        _require_16_bits(array)
     return _fit(_rgb(Image.fromarray(_levels(array))), size)
 
 
@@ -282,6 +296,13 @@ def _npy(data: bytes) -> NDArray[Any]:
     if held != claimed or min(shape, default=0) < 1:
         _refuse(f"shape {shape} of {dtype} needs {claimed} bytes, the file holds {held}", "save it again")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _require_16_bits(array: NDArray[Any]) -> None:
+    """Refuses values beyond 16 bits, and those that could be 8 bits, whose frame would be nearly black."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535 or 0 < high <= 255:
+        _refuse(f"values {low} to {high} of {array.dtype}", "give uint8 (mode L) in 0..255 or 16 bits in 0..65535")
 
 
 def _levels(array: NDArray[Any]) -> U8:

@@ -3,6 +3,7 @@ named."""
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 import edgeear
-from device.images.decode import decode
+from device.images.decode import decode, fit_image
 from edgeear import (
     Changed,
     DataError,
@@ -164,6 +165,16 @@ def trained_size(array: U8, ear: Ear) -> U8:
         ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
         (io.StringIO("text"), r"open it in binary mode"),
         (7, r"picture of type int: give a path"),
+        ("a\0b.jpg", r"cannot be read \(embedded null"),
+        ("\ud800.jpg", r"cannot be read .*check its path"),
+        ("a" * 5000 + ".jpg", r"cannot be read .*check its path"),
+        ("", r"a folder; give its files"),
+        (Image.new("L", (8, 8), 255).convert("I"), r"Pillow image: values 255 to 255 of int32; give uint8"),
+        (Image.new("I", (8, 8), -1), r"values -1 to -1"),
+        (Image.new("I", (8, 8), 65536), r"values 65536 to 65536"),
+        (Image.new("I;16", (8, 8), 200), r"values 200 to 200"),
+        (Image.new("F", (8, 8), 200), r"float image with values 200 to 200.*0..1"),
+        (np.full((8, 8), 255, np.uint16), r"values 255 to 255 of uint16; give uint8"),
         (None, r"picture of type NoneType"),
     ],
     ids=str,
@@ -171,6 +182,71 @@ def trained_size(array: U8, ear: Ear) -> U8:
 def test_what_is_no_picture_is_refused_by_name(given: Any, complaint: str, trained: Ear) -> None:
     with pytest.raises((DataError, UsageError), match=complaint):
         trained.predict(given)
+
+
+def test_an_open_file_that_gives_no_picture_is_refused_by_its_own_name(trained: Ear, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"\xff\xd8\xff broken")
+    closed, writing, binary = path.open("rb"), (tmp_path / "new.jpg").open("wb"), path.open("rb")
+    closed.close()
+    cases: list[tuple[Any, str]] = [
+        (closed, r"broken.jpg: cannot be read .*closed file"),
+        (writing, r"new.jpg: cannot be read .*'rb'"),
+        (path.open(), r"binary mode, 'rb'"),
+        (codecs.getreader("utf-8")(path.open("rb")), r"binary mode, 'rb'"),
+        (binary, r"/broken.jpg: broken content"),
+        (b"RIFF1234WEBPVP8 ", r"^bytes: broken content \(UnidentifiedImageError"),
+        (b"", r"^bytes: broken content"),
+    ]
+    for given, complaint in cases:
+        with pytest.raises((DataError, UsageError), match=complaint):
+            trained.predict(given)
+        if not isinstance(given, bytes):
+            given.close()
+    for name in ("", "/", "a\0b", 3, None):
+        odd, good = io.BytesIO(b"no picture"), io.BytesIO()
+        Image.fromarray(shown(0, 1)[0][0]).save(good, "PNG")
+        good.seek(0)
+        for file in (odd, good):
+            file.name = name
+        with pytest.raises(DataError, match=r"broken content"):
+            trained.predict(odd)
+        assert trained.predict(good).label is not None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "F"])
+def test_every_pillow_mode_gives_its_picture(mode: str, trained: Ear) -> None:
+    image = Image.new("RGB", (40, 40), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 20, 40))
+    if mode == "F":
+        given = Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 255)
+    elif mode in ("La", "RGBa"):
+        given = image.convert(mode.upper()).convert(mode)
+    else:
+        given = image.convert("LA" if mode == "PA" else mode).convert(mode)
+    assert given.mode == mode
+    frame = fit_image(given, (40, 40)).astype(int)
+    assert np.abs(frame - np.asarray(image)).max() <= 3
+
+
+def test_a_dark_16_bit_png_is_dark_as_a_file_and_opened(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "dark.png")
+    assert decode(tmp_path / "dark.png", (8, 8)).max() == 1
+    assert fit_image(Image.open(tmp_path / "dark.png"), (8, 8)).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        *(({"seed": seed}, "seed .*: give a whole number") for seed in ("a", None, 1.5, -1, True, 1 << 63)),
+        *(({"encoder": encoder}, "without digest.*an ONNX file") for encoder in (None, 5, b"x", object)),
+        ({"policy": "x"}, "policy of type str"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_ear_is_refused(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        Ear(**{"encoder": fakes.FakeEncoder(), **arguments})
 
 
 def test_a_list_gives_a_list_whose_answers_are_those_of_single_images(trained: Ear) -> None:
@@ -455,7 +531,8 @@ def test_update_adds_exact_sums_and_keeps_old_answers(trained: Ear) -> None:
     old = ear.system.domain("red").memory
     frames, labels = shown(0, 24, seed=11)
     updated = ear.update("red", frames, labels)
-    assert isinstance(updated, Learned) and updated.images == 24
+    assert isinstance(updated, Learned) and (updated.images, updated.total) == (24, 84)
+    assert str(updated).startswith("red: 24 new images, now 84 images of 3 classes")
     memory = ear.system.domain("red").memory
     assert memory.n == old.n + 24
     everything = np.stack(
