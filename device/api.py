@@ -45,6 +45,7 @@ from edgeear.flow import Prediction, adapt, infer, infer_features
 from edgeear.forgetting import forget_class, forget_domain
 from edgeear.memory import I64
 from edgeear.merging import merge_domains
+from edgeear.names import check_name
 from edgeear.recognition import recognise
 from edgeear.samples import AdaptPolicy, Samples
 from edgeear.shift import Shift, ShiftState
@@ -63,10 +64,12 @@ BATCH, WORKERS = 8, 2
 """Images that are encoded together, and threads that do it."""
 LOOK_BACK = 30
 """Frames after a shift that are judged together: is the stream in a known domain again?"""
+SILENCE = 300
+"""Frames after a shift before it is announced again."""
 EncoderChoice = Literal["default"] | str | Path | Encoder
 Show = bool | Progress | None
 """Progress: True shows it, False does not, None only on a terminal, a function is called with (phase, done, total)."""
-Images = str | Path | Sequence[Input]
+Images = str | Path | Iterable[Input]
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -75,13 +78,15 @@ P = ParamSpec("P")
 class Learned:
     """A domain that was learned and serves now.
 
-    `images` counts different pictures that were new, 0 where nothing changed. `validation_accuracy` (fraction of one)
+    `images` counts different pictures that were new, 0 where nothing changed, `total` all that the domain has learned.
+    `validation_accuracy` (fraction of one)
     is that of its head on `validated` of them that it was not fitted to, None where there were none. `replay` maps each
     older domain to the share of its inputs that now goes to another one. `warnings` are sentences."""
 
     name: str
     classes: tuple[str, ...]
     images: int
+    total: int
     head: str
     bytes: int
     validation_accuracy: float | None
@@ -93,8 +98,9 @@ class Learned:
     def __str__(self) -> str:
         accuracy = "not measured" if self.validation_accuracy is None else f"{self.validation_accuracy:.1%}"
         facts = f"validation accuracy {accuracy} (n = {self.validated}); {self.bytes / 1024:.0f} KiB; head: {self.head}"
+        new = "" if self.images == self.total else f"{_count(self.images, 'new image')}, now "
         lines = [
-            f"{self.name}: {_count(self.images, 'image')} of {_count(len(self.classes), 'class')}"
+            f"{self.name}: {new}{_count(self.total, 'image')} of {_count(len(self.classes), 'class')}"
             f" ({listed(self.classes)})",
             f"  {facts}" if self.images else "  nothing was changed: no image is new",
             *(
@@ -182,13 +188,17 @@ class Ear:
 
     `encoder` is "default", the path of any ONNX image network, or an object of `edgeear.Encoder`, which must allow
     calls from several threads. `policy` bounds what learning may cost. Raises `FormatError` for a file that cannot
-    serve. Learning needs the `learn` extra.
+    serve, `UsageError` for other types and seeds. Learning needs the `learn` extra.
     """
 
     def __init__(self, encoder: EncoderChoice = "default", *, seed: int = 0, policy: AdaptPolicy | None = None) -> None:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+            raise UsageError(f"seed {seed!r}: give a whole number from 0 to 2^63 - 1")
+        if not isinstance(policy, AdaptPolicy | None):
+            raise UsageError(f"policy of type {type(policy).__name__}: give an edgeear.AdaptPolicy")
         self.encoder = _opened(encoder)
         self.engine = OrtEngine(self.encoder)
-        self.seed, self.policy = seed, policy
+        self.seed, self.policy = int(seed), policy
         empty = System(self.encoder.digest, HypervectorSpace(pooled_taps(self.encoder)))
         self._live = Live(empty, empty)
         self._lock = RLock()
@@ -241,28 +251,32 @@ class Ear:
     def stream(self, frames: Iterable[Input]) -> Iterator[Prediction | Shift | Recognised]:
         """The answer for each frame of a stream, and between them what the stream does as a whole.
 
-        `Shift`: the stream has left all known domains. From then on the latest 30 frames are judged together, and
-        `Recognised` says that they are of a known domain: the stream is back, or it was learned in the meantime. There
-        are no labels here: to learn the new domain, label some frames and call `learn`, also while you iterate.
+        `Shift`: the stream has left all known domains; told again where it is in none after a change of what is known,
+        or after 300 frames. From then on the latest 30 frames are judged together, and `Recognised` says that they are
+        of a known domain: the stream is back, or it was learned in the meantime. There are no labels here: to learn the
+        new domain, label some frames and call `learn`, also while you iterate.
         """
-        state, away = ShiftState(), False
+        state, away, silent, known = ShiftState(), False, 0, self.system.domains
         codes: deque[F32] = deque(maxlen=LOOK_BACK)
         for image in frames:
-            frame = frame_of(image, self.encoder.input_size)
-            answer, state, shift = infer(self.system, self.engine, state, frame)
+            frame, system = frame_of(image, self.encoder.input_size), self.system
+            if silent == 1 or system.domains is not known:
+                state, silent, known = state.restart(), 0, system.domains
+            silent = max(silent - 1, 0)
+            answer, state, shift = infer(system, self.engine, state, frame)
             yield answer
-            if shift is not None and not away:
-                away = True
+            if shift is not None and not silent:
+                away, silent = True, SILENCE
                 codes.clear()
                 yield shift
             elif away and answer.code is not None:
                 codes.append(answer.code)
-                back = recognise(self.system, np.stack(codes)) if len(codes) == LOOK_BACK else None
+                back = recognise(system, np.stack(codes)) if len(codes) == LOOK_BACK else None
                 if back is not None:
-                    away, state = False, state.restart()
+                    away, silent, state = False, 0, state.restart()
                     yield back
 
-    def evaluate(self, images: Images, labels: Sequence[str] | None = None, *, progress: Show = None) -> Evaluation:
+    def evaluate(self, images: Images, labels: Iterable[str] | None = None, *, progress: Show = None) -> Evaluation:
         """Accuracy on a folder CLASS/* or DOMAIN/CLASS/*, or on images and their labels; on all of them, so give images
         that were not learned. Raises `DataError` for images that cannot be read."""
         parts = _labelled(images, labels, None)
@@ -294,7 +308,7 @@ class Ear:
     def learn(
         self,
         images: Images,
-        labels: Sequence[str] | None = None,
+        labels: Iterable[str] | None = None,
         *,
         name: str | None = None,
         skip_bad: bool = False,
@@ -318,7 +332,10 @@ class Ear:
             samples, seen, warnings = self._samples(lesson, VIEWS, taps, show, skip_bad)
             if len(samples.classes) == 1:
                 warnings += (f"one class only: every image of this domain is called {samples.classes[0]}",)
-            outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
+            try:
+                outcome = adapt(self.system, samples, self.policy or default_policy(self.seed), self.seed, show)
+            except DataError as error:
+                raise DataError("; ".join([str(error), *warnings])) from error
         return self._learned(outcome, samples, {"seen": seen}, warnings)
 
     @_one_at_a_time
@@ -326,7 +343,7 @@ class Ear:
         self,
         name: str,
         images: Images,
-        labels: Sequence[str] | None = None,
+        labels: Iterable[str] | None = None,
         *,
         skip_bad: bool = False,
         progress: Show = None,
@@ -363,14 +380,19 @@ class Ear:
         """Forget a domain, or one class of it. The next `save` removes older generations that know it, too.
 
         A domain is forgotten exactly. A class is, if `images` are all that were learned of it, as a folder or a list;
-        without them its weight in the common covariance is left. Raises `UsageError` for an unknown domain or class.
+        without them its weight in the common covariance is left. Raises `UsageError` for an unknown domain or class, no
+        images, and images without a label.
         """
         if label is None:
+            if images is not None:
+                raise UsageError("images without the label of their class: give both, or neither to forget the domain")
             return self._changed(forget_domain(self.system, domain), f"forgot {domain}", forgot=True)
         _need_torch("forgetting a class")
         seen = None
         if images is not None:
             given = _files_in(Path(images)) if isinstance(images, str | Path) else tuple(images)
+            if not given:
+                raise UsageError(f"no images: give all that were learned of {label}, or leave images out")
             taps = [t.name for t in self.system.space.taps]
             different = {one.digest: one.views[0] for one in _all_good(self._encoded(given, VIEWS[:1], taps))}
             seen = self.system.space.encode(_joined(list(different.values())))
@@ -386,6 +408,8 @@ class Ear:
         name = first if name is None else name
         if name in self.domains and name not in (first, second):
             raise KnownDomain(f"domain {name!r} is known: give a name that is free, or that of one of the two")
+        if name not in self.domains:
+            check_name(name)
         _need_torch("merging")
         outcome = merge_domains(self.system, first, second)
         if isinstance(outcome, Candidate):
@@ -485,7 +509,7 @@ class Ear:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _lesson(self, images: Images, labels: Sequence[str] | None, name: str | None) -> _Labelled:
+    def _lesson(self, images: Images, labels: Iterable[str] | None, name: str | None) -> _Labelled:
         """The images of one domain, which has a name."""
         parts = _labelled(images, labels, name)
         if len(parts) > 1:
@@ -494,6 +518,9 @@ class Ear:
             )
         if not parts[0].name:
             raise UsageError("images without a name for their domain: give name=...")
+        for one in (parts[0].name, *dict.fromkeys(parts[0].labels)):
+            if one not in (*self.domains, *self.classes):
+                check_name(one)
         return parts[0]
 
     def _samples(
@@ -557,6 +584,7 @@ class Ear:
             name=domain.name,
             classes=domain.head.classes,
             images=images,
+            total=domain.memory.n,
             head=f"{domain.head.spec.operator}, {how}",
             bytes=domain.bytes,
             validation_accuracy=accuracy if n and isinstance(accuracy, float) else None,
@@ -570,22 +598,28 @@ class Ear:
         if isinstance(outcome, Rejected):
             return outcome
         self._commit(outcome, forgot)
-        return Changed(what, self.system.generation, self.domains, dict(outcome.replay))
+        lost = {name: share for name, share in outcome.replay.items() if name in self.domains}
+        return Changed(what, self.system.generation, self.domains, lost)
 
 
-def _labelled(images: Images, labels: Sequence[str] | None, name: str | None) -> tuple[_Labelled, ...]:
+def _labelled(images: Images, labels: Iterable[str] | None, name: str | None) -> tuple[_Labelled, ...]:
     """Labelled images, domain by domain: one without a name where images and labels were given without one."""
     if isinstance(images, str | Path):
         if labels is not None:
             raise UsageError("a folder and labels: its class folders are the labels; call the domain name=...")
         return labelled_folder(Path(images), name)
-    given, said = tuple(images), () if labels is None else tuple(labels)
+    if isinstance(labels, str | bytes):
+        raise UsageError(f"labels {labels[:60]!r} are one text: give one label an image, as a list")
+    try:
+        given, said = tuple(images), () if labels is None else tuple(labels)
+    except TypeError as error:
+        raise UsageError(f"{error}: give images and labels as lists") from error
     if len(given) != len(said) or not given:
         raise UsageError(f"{_count(len(given), 'image')} and {_count(len(said), 'label')}: give one label an image")
     odd = sorted({type(label).__name__ for label in said if not isinstance(label, str)})
     if odd:
         raise UsageError(f"labels of type {', '.join(odd)}: give the names of the classes, as str")
-    return (_Labelled(name or "", given, said),)
+    return (_Labelled(name or "", given, tuple(map(str, said))),)
 
 
 def labelled_folder(folder: Path, name: str | None = None) -> tuple[_Labelled, ...]:
@@ -685,6 +719,12 @@ def _count(n: int, what: str) -> str:
 
 def _opened(encoder: EncoderChoice) -> Encoder:
     if not isinstance(encoder, str | Path):
+        lacking = [part for part in ("digest", "taps", "input_size", "encode") if not hasattr(encoder, part)]
+        if lacking:
+            raise UsageError(
+                f"an encoder of type {type(encoder).__name__} without {', '.join(lacking)}: "
+                'give "default", the path of an ONNX file, or an edgeear.Encoder'
+            )
         return encoder
     if encoder != "default":
         return OnnxEncoder(encoder)

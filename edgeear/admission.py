@@ -29,7 +29,7 @@ def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candid
     policy = system.policy
     for name, share in lost.items():
         if share > policy.max_stolen_share:
-            one = "merge the two domains" if domain.name in system.names else f"update {name!r} with them"
+            one = "merge the two domains" if domain.name in system.names else f"update {name!r} with these"
             reasons.append(
                 f"takes {share:.1%} of the inputs of {name!r}, at most {policy.max_stolen_share:.1%} allowed: "
                 f"collect more samples, or {one} if they are one domain"
@@ -42,7 +42,7 @@ def admit(system: System, domain: Domain, absorbed: str | None = None) -> Candid
         )
         reasons.append(
             f"wins only {won[mine]:.1%} of its own inputs, at least {policy.min_own_share:.1%} needed; {most!r} wins "
-            f"{share:.1%}: it is not a new domain; update {most!r} with them"
+            f"{share:.1%}: it is not a new domain; update {most!r} with these samples"
         )
     if not reasons:
         return Candidate(system, grown, lost)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from edgeear import Ear, Learned
 
-ear = Ear()  # the default encoder; it is made once, which takes about half a minute
+ear = Ear()  # the default encoder; it is made once, which takes up to half a minute
 for folder in ("photos/day", "photos/night"):
     outcome = ear.learn(folder)
     print(outcome)

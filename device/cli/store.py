@@ -98,7 +98,8 @@ def _listed(found: Mapping[str, Any]) -> str:
     lines = [f"generation {found['live']} serves, {found['confirmed']} is confirmed"]
     for domain in found["domains"]:
         samples = ", ".join(f"{name} {count}" for name, count in domain["samples"].items())
-        lines.append(f"{domain['name']}: {samples}; {domain['bytes'] / 1024:.0f} KiB; {domain['head']}")
+        head = domain["head"].partition(": best ")[0]  # --json has the scores, too
+        lines.append(f"{domain['name']}: {samples}; {domain['bytes'] / 1024:.0f} KiB; {head}")
     lines += [f"generation {g['generation']}: {g['note']}" for g in found["generations"]]
     return "\n".join(lines)
 

@@ -76,7 +76,7 @@ class UndecodableInput(DataError):
         """One error for all of `errors`, which must not be empty."""
         if len(errors) == 1:
             return errors[0]
-        lines = [f"{len(errors)} files cannot be decoded; repair, remove or skip them:"]
+        lines = [f"{len(errors)} files cannot be decoded; repair or remove them, or leave them out:"]
         lines += [f"  {error}" for error in errors[:NAMED]]
         if len(errors) > NAMED:
             lines.append(f"  and {len(errors) - NAMED} more")
@@ -99,8 +99,11 @@ def read_input(path: Path) -> bytes:
         if found.st_size > MAX_FILE_BYTES:
             raise _undecodable(path, f"{found.st_size} bytes exceed the {MAX_FILE_BYTES} allowed", "make it smaller")
         return path.read_bytes()
-    except OSError as error:
-        raise _undecodable(path, f"cannot be read ({error.strerror})", "check its path and permissions") from error
+    except UndecodableInput:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = f"cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        raise _undecodable(path, reason, "check its path and permissions") from error
 
 
 def decode_bytes(
@@ -112,8 +115,8 @@ def decode_bytes(
     Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8 (`_levels`), the shorter
     side is resized to fit (bilinear) and the centre is cropped. wav (PCM, float) and one-dimensional npy become a grey
     log-spectrogram: time to the right, 0 Hz at the bottom, half the sampling rate at the top, black at 80 dB below the
-    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16, bool, or float in 0..1.
-    Raises `UndecodableInput` for content that cannot be decoded or exceeds `limits`, `UsageError` for an empty `size`.
+    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16 (brighter than 255 somewhere), bool,
+    or float in 0..1. Raises `UndecodableInput` for content that cannot be decoded or exceeds `limits`, `UsageError` for an empty `size`.
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
@@ -181,11 +184,18 @@ def _begins(data: bytes, magic: bytes) -> bool:
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> U8:
     """The frame of a Pillow image of any mode: bit for bit what `decode_bytes` gives for a PNG of it. EXIF orientation
-    is obeyed. Raises `UndecodableInput` for an image whose file is broken or closed, and for too many pixels.
+    is obeyed. Mode F must lie in 0..1. Raises `UndecodableInput` for another range, for I that could be 8 bits, for an
+    image whose file is broken or closed, and for too many pixels.
     """
     with _named(Path(getattr(image, "filename", "") or "Pillow image")):
         _bound_pixels(*image.size, FILES)
-        return _fit_image(_upright(image), size)
+        upright = _upright(image)
+        if image.mode == "F":
+            array = np.asarray(upright)
+            upright = Image.fromarray(_levels(array, _span(array)))
+        elif image.mode.startswith("I") and image.format != "PNG":  # there 16 bits are 16 bits
+            _require_16_bits(np.asarray(upright))
+        return _fit_image(upright, size)
 
 
 def fit_pixels(pixels: U8, size: tuple[int, int]) -> U8:
@@ -330,6 +340,8 @@ def _rgb(image: Image.Image, span: tuple[float, float] = (0, 65535)) -> Image.Im
     if image.mode.startswith("I"):
         levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
         return Image.fromarray(_levels(levels, span)).convert("RGB")
+    if image.mode == "La":  # Pillow takes it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         drawn = image.convert("RGBA")
         paper = Image.new("RGBA", drawn.size, (255, 255, 255, 255))
@@ -397,6 +409,8 @@ def _npy_frame(data: bytes, size: tuple[int, int], limits: Limits) -> U8:
 def _array_frame(array: NDArray[Any], size: tuple[int, int], limits: Limits = FILES) -> U8:
     height, width = array.shape[:2]
     _bound_pixels(width, height, limits)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        _require_16_bits(array)
     span = _span(array)
     return _fit(lambda top, end: _rgb(Image.fromarray(_levels(array[top:end], span))), (width, height), size)
 
@@ -416,6 +430,13 @@ def _npy(data: bytes) -> NDArray[Any]:
     if held != claimed or min(shape, default=0) < 1:
         _refuse(f"shape {shape} of {dtype} needs {claimed} bytes, the file holds {held}", "save it again")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _require_16_bits(array: NDArray[Any]) -> None:
+    """Refuses values beyond 16 bits, and those that could be 8 bits."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535 or 0 < high <= 255:
+        _refuse(f"values {low} to {high} of {array.dtype}", "give uint8 (mode L) in 0..255 or 16 bits in 0..65535")
 
 
 _NARROW = 4096

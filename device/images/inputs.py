@@ -3,7 +3,7 @@
 Rules of this file:
 1. One picture gives one frame, be it a path, bytes, an open file, a Pillow image or an array. Large JPEG files are the
    exception: they are decoded at a reduced size, which changes a pixel by a level or two.
-2. Nothing is guessed: an array whose type, shape or range could mean two things is refused by name.
+2. Nothing is guessed: an array or a Pillow image whose type, shape or range could mean two things is refused by name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from edgeear.types import U8
 
 Input = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
 """A path; the content of a file, or an open file; a Pillow image; an array `(H, W)`, `(H, W, 3)` RGB or `(H, W, 4)`
-RGBA of uint8, uint16, bool, or float in 0..1."""
+RGBA of uint8, bool, float in 0..1, or uint16 in 0..65535: with no value above 255 it could be 8 bits and is refused."""
 
 KINDS = "a path, bytes, an open file, a Pillow image or an array"
-_MAGIC = ((b"RIFF", ".wav"), (b"\x93NUMPY", ".npy"))
 
 
 def frame_of(given: Input, size: tuple[int, int]) -> U8:
@@ -41,10 +40,17 @@ def frame_of(given: Input, size: tuple[int, int]) -> U8:
     if isinstance(given, np.ndarray):
         return fit_array(given, size)
     if hasattr(given, "read"):
-        content = given.read(MAX_FILE_BYTES + 1)
+        name = str(getattr(given, "name", "") or "open file")
+        content: object
+        try:
+            content = given.read(MAX_FILE_BYTES + 1)
+        except UnicodeDecodeError:
+            content = ""
+        except (OSError, TypeError, ValueError) as error:
+            raise UndecodableInput(f"{name}: cannot be read ({error}); open it in mode 'rb'", (Path(name),)) from error
         if not isinstance(content, bytes):
             raise UsageError(f"an open file that gives {type(content).__name__}: open it in binary mode, 'rb'")
-        return _frame_of_bytes(content, str(getattr(given, "name", "open file")), size)
+        return _frame_of_bytes(content, name, size)
     raise UsageError(f"a picture of type {type(given).__name__}: give {KINDS}, or a list of them")
 
 
@@ -52,5 +58,4 @@ def _frame_of_bytes(content: bytes, name: str, size: tuple[int, int]) -> U8:
     if len(content) > MAX_FILE_BYTES:
         what = f"{name}: more than {MAX_FILE_BYTES} bytes; make the picture smaller"
         raise UndecodableInput(escaped(what), (Path(name),))
-    suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), ".png")  # or a JPEG
-    return decode_bytes(content, Path(name), size, suffix=suffix)
+    return decode_bytes(content, Path(name), size, suffix=".png")  # the content says what it is

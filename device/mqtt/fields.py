@@ -18,6 +18,8 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
+from edgeear.names import MAX_NAME, is_name
+
 MAX_WHOLE: Final = (1 << 53) - 1
 MAX_IMAGE: Final = 4 << 20
 """Bytes of an image to infer, before base64."""
@@ -81,7 +83,7 @@ def _sample(key: object) -> int:
 
 
 def _class_name(key: object, name: object) -> str:
-    if isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable():
+    if isinstance(name, str) and is_name(name):
         return name
     message = "sample {key}: {name} must be a class name of 1 to 128 printable characters"
     raise PydanticCustomError("labels", message, {"key": shown(key), "name": shown(name)})
@@ -105,7 +107,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Moment = Annotated[float, Field(ge=0, le=253_402_300_799, allow_inf_nan=False)]
 """Unix seconds, up to the year 9999."""
-Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_printable)]
 """Of a class or a domain, as an operator may give it."""
 Known = Annotated[str, Field(min_length=1, max_length=255)]
 """Of a class, a domain or an encoder that the board has, possibly from the name of a folder."""

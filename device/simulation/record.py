@@ -22,12 +22,13 @@ from typing import Annotated, Final, Literal, Self, SupportsFloat
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from edgeear.errors import FormatError, UsageError
+from edgeear.system import SystemPolicy
 
 RECORD_VERSION: Final = 1
 ABSTAIN = "abstain"
 """The route of an input that no head serves; no domain may have this name."""
-ALPHA = 0.05
-"""A frame with a p-value up to this one is called out of distribution (`SystemPolicy.alpha`)."""
+ALPHA = SystemPolicy.alpha
+"""A frame with a p-value up to this one is called out of distribution."""
 FEW_TESTS = 30
 """Test sets of fewer images are named as such: one image more or less moves the accuracy by over 3 points."""
 MAX_DOMAINS = 256

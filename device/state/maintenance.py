@@ -60,7 +60,8 @@ def merge(folder: Path, first: str, second: str, head: HeadChoice, now: float) -
             return outcome
         what = f"merged {second} into {first}"
         system = generations.publish_confirmed(store, outcome.system, now, what)
-        return Changed(what, system.generation, outcome.system.names, dict(outcome.replay))
+        lost = {name: share for name, share in outcome.replay.items() if name in system.names}
+        return Changed(what, system.generation, system.names, lost)
 
 
 def forget(

@@ -3,8 +3,10 @@ named."""
 
 from __future__ import annotations
 
+import codecs
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 import edgeear
-from device.images.decode import decode
+from device.images.decode import decode, fit_image
 from edgeear import (
     Changed,
     DataError,
@@ -27,6 +29,7 @@ from edgeear import (
     Shift,
     UsageError,
 )
+from edgeear.system import Live
 from edgeear.types import U8
 from tests.device.simulation.test_simulate import write
 from tests.support import fakes
@@ -162,6 +165,16 @@ def trained_size(array: U8, ear: Ear) -> U8:
         ("nowhere.jpg", r"nowhere.jpg: cannot be read \(No such file or directory\); check its path"),
         (io.StringIO("text"), r"open it in binary mode"),
         (7, r"picture of type int: give a path"),
+        ("a\0b.jpg", r"cannot be read \(embedded null"),
+        ("\ud800.jpg", r"cannot be read .*check its path"),
+        ("a" * 5000 + ".jpg", r"cannot be read .*check its path"),
+        ("", r"a folder; give its files"),
+        (Image.new("L", (8, 8), 255).convert("I"), r"Pillow image: values 255 to 255 of int32; give uint8"),
+        (Image.new("I", (8, 8), -1), r"values -1 to -1"),
+        (Image.new("I", (8, 8), 65536), r"values 65536 to 65536"),
+        (Image.new("I;16", (8, 8), 200), r"values 200 to 200"),
+        (Image.new("F", (8, 8), 200), r"float image with values 200 to 200.*0..1"),
+        (np.full((8, 8), 255, np.uint16), r"values 255 to 255 of uint16; give uint8"),
         (None, r"picture of type NoneType"),
     ],
     ids=str,
@@ -169,6 +182,71 @@ def trained_size(array: U8, ear: Ear) -> U8:
 def test_what_is_no_picture_is_refused_by_name(given: Any, complaint: str, trained: Ear) -> None:
     with pytest.raises((DataError, UsageError), match=complaint):
         trained.predict(given)
+
+
+def test_an_open_file_that_gives_no_picture_is_refused_by_its_own_name(trained: Ear, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"\xff\xd8\xff broken")
+    closed, writing, binary = path.open("rb"), (tmp_path / "new.jpg").open("wb"), path.open("rb")
+    closed.close()
+    cases: list[tuple[Any, str]] = [
+        (closed, r"broken.jpg: cannot be read .*closed file"),
+        (writing, r"new.jpg: cannot be read .*'rb'"),
+        (path.open(), r"binary mode, 'rb'"),
+        (codecs.getreader("utf-8")(path.open("rb")), r"binary mode, 'rb'"),
+        (binary, r"/broken.jpg: broken content"),
+        (b"RIFF1234WEBPVP8 ", r"^bytes: the content is a WebP picture"),
+        (b"", r"^bytes: the file is empty"),
+    ]
+    for given, complaint in cases:
+        with pytest.raises((DataError, UsageError), match=complaint):
+            trained.predict(given)
+        if not isinstance(given, bytes):
+            given.close()
+    for name in ("", "/", "a\0b", 3, None):
+        odd, good = io.BytesIO(b"no picture"), io.BytesIO()
+        Image.fromarray(shown(0, 1)[0][0]).save(good, "PNG")
+        good.seek(0)
+        for file in (odd, good):
+            file.name = name
+        with pytest.raises(DataError, match=r"broken content"):
+            trained.predict(odd)
+        assert trained.predict(good).label is not None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "F"])
+def test_every_pillow_mode_gives_its_picture(mode: str, trained: Ear) -> None:
+    image = Image.new("RGB", (40, 40), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 20, 40))
+    if mode == "F":
+        given = Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 255)
+    elif mode in ("La", "RGBa"):
+        given = image.convert(mode.upper()).convert(mode)
+    else:
+        given = image.convert("LA" if mode == "PA" else mode).convert(mode)
+    assert given.mode == mode
+    frame = fit_image(given, (40, 40)).astype(int)
+    assert np.abs(frame - np.asarray(image)).max() <= 3
+
+
+def test_a_dark_16_bit_png_is_dark_as_a_file_and_opened(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "dark.png")
+    assert decode(tmp_path / "dark.png", (8, 8)).max() == 1
+    assert fit_image(Image.open(tmp_path / "dark.png"), (8, 8)).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        *(({"seed": seed}, "seed .*: give a whole number") for seed in ("a", None, 1.5, -1, True, 1 << 63)),
+        *(({"encoder": encoder}, "without digest.*an ONNX file") for encoder in (None, 5, b"x", object)),
+        ({"policy": "x"}, "policy of type str"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_ear_is_refused(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        Ear(**{"encoder": fakes.FakeEncoder(), **arguments})
 
 
 def test_a_list_gives_a_list_whose_answers_are_those_of_single_images(trained: Ear) -> None:
@@ -209,8 +287,6 @@ def test_before_anything_is_learned_there_is_no_answer() -> None:
 
 
 def test_a_head_of_an_older_store_has_probabilities_by_the_default_temperature(trained: Ear) -> None:
-    from dataclasses import replace
-
     from edgeear.system import TEMPERATURE
 
     domain = trained.system.domains[0]
@@ -245,6 +321,50 @@ def test_a_domain_that_is_learned_on_the_way_is_recognised(data: Path, trained: 
     events = [t for t in told if not isinstance(t, Prediction)]
     assert [type(e) for e in events] == [Shift, Recognised]
     assert isinstance(events[1], Recognised) and events[1].domain == "blue"
+
+
+def kinds_of_events(told: Iterable[object]) -> list[type]:
+    return [type(t) for t in told if not isinstance(t, Prediction)]
+
+
+def test_a_stream_that_goes_on_to_another_unknown_domain_after_a_lesson_is_announced(data: Path) -> None:
+    ear = new_ear()
+    ear.learn(data / "red")
+
+    def camera() -> Iterator[U8]:
+        yield from [*shown(0, 40)[0], *shown(1, 4, seed=7)[0]]
+        rest = iter(shown(1, 40, seed=8)[0])
+        while ear.domains == ("red",):
+            yield next(rest)
+        yield from shown(2, 60, seed=9)[0]  # before 30 frames of green could be recognised
+
+    shifts = 0
+    for item in ear.stream(camera()):
+        if isinstance(item, Shift):
+            shifts += 1
+            if shifts == 1:
+                assert isinstance(ear.learn(data / "green"), Learned)
+    assert shifts == 2
+
+
+def test_a_stream_that_stays_away_is_announced_again(trained: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [*shown(0, 30)[0], *shown(2, 200, seed=8)[0]]
+    assert kinds_of_events(trained.stream(frames)) == [Shift]
+    monkeypatch.setattr("device.api.SILENCE", 60)
+    events = kinds_of_events(trained.stream([*frames, *shown(1, 60, seed=9)[0]]))
+    assert events.count(Shift) >= 2 and events[-1] is Recognised
+
+
+def test_saving_a_known_stream_does_not_lose_the_evidence(trained: Ear, tmp_path: Path) -> None:
+    ear, frames = copy_of(trained), [*shown(0, 30)[0], *shown(2, 60, seed=8)[0]]
+    plain = [t.at for t in ear.stream(frames) if isinstance(t, Shift)]
+    saving = []
+    for item in ear.stream(frames):
+        if isinstance(item, Shift):
+            saving.append(item.at)
+        elif not saving:
+            ear._live = Live(*[replace(ear.system)] * 2)
+    assert saving == plain
 
 
 # ------------------------------------------------------------------------------------------------------ learning
@@ -283,14 +403,57 @@ def test_a_known_domain_is_never_replaced_in_silence(data: Path, trained: Ear) -
         ({"images": [np.zeros((8, 8), np.uint8)], "labels": ["a", "b"], "name": "x"}, "1 image and 2 labels"),
         ({"images": [], "labels": [], "name": "x"}, "0 images and 0 labels"),
         ({"images": [np.zeros((8, 8), np.uint8)], "labels": [1], "name": "x"}, "labels of type int"),
+        ({"images": [np.zeros((8, 8), np.uint8)] * 6, "labels": "abcdef", "name": "x"}, "'abcdef' are one text"),
+        ({"images": [np.zeros((8, 8), np.uint8)] * 6, "labels": b"abcdef", "name": "x"}, "are one text"),
+        ({"images": [np.zeros((8, 8), np.uint8)], "labels": 5, "name": "x"}, "as lists"),
+        ({"images": Image.new("L", (8, 8)), "labels": ["a"], "name": "x"}, "as lists"),
         ({"images": "folder", "labels": ["a"]}, "a folder and labels"),
         ({"images": "nowhere"}, "nowhere"),
     ],
-    ids=["no name", "unlike", "none", "numbers", "folder and labels", "missing folder"],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
 )
 def test_unfit_lessons_are_refused(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises((DataError, UsageError), match=complaint):
         new_ear().learn(**arguments)
+
+
+BAD_NAMES = (5, b"x", ["x"], "\ud800", "\0", "x\ny", " ", "x" * 129, "x" * 3000)
+
+
+@pytest.mark.parametrize("bad", BAD_NAMES, ids=lambda bad: ascii(bad)[:20])
+def test_names_are_checked_before_anything_is_encoded(bad: Any, trained: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    ear, (frames, labels) = copy_of(trained), shown(2, 30)
+    monkeypatch.setattr(ear.encoder, "encode", lambda *_: pytest.fail("was encoded"))
+    complaint = "name .*: give 1 to 128 printable characters|labels of type"
+    for change in (
+        lambda: ear.learn(frames, labels, name=bad),
+        lambda: ear.learn(frames, [bad] * 30, name="blue"),
+        lambda: ear.learn(frames, [*labels[1:], ""], name="blue"),
+        lambda: ear.update("red", frames, [*labels[1:], bad]),
+        lambda: ear.merge("red", "green", bad),
+    ):
+        with pytest.raises(UsageError, match=complaint) as caught:
+            change()
+        assert len(str(caught.value)) < 200
+    assert ear.system is trained.system
+
+
+def test_any_iterable_of_images_and_labels_is_learned_and_measured(trained: Ear) -> None:
+    frames, labels = shown(2, 30)
+    for images, said in (
+        (np.stack(frames), np.array(labels)),
+        ((frame for frame in frames), (label for label in labels)),
+        (tuple(frames), dict(enumerate(labels)).values()),
+    ):
+        learned = copy_of(trained).learn(images, said, name="blue")
+        assert isinstance(learned, Learned) and learned.images == 30
+        assert {type(label) for label in learned.classes} == {str}
+    assert trained.evaluate(np.stack(frames), np.array(labels)).total.images == 30
+
+
+def test_why_too_few_images_are_left_is_told() -> None:
+    with pytest.raises(DataError, match=r"1 labelled samples.*9 images left out: copies of others"):
+        new_ear().learn([shown(0, 1)[0][0]] * 10, ["a"] * 10, name="red")
 
 
 def test_a_folder_of_domains_is_learned_one_by_one(data: Path) -> None:
@@ -368,7 +531,8 @@ def test_update_adds_exact_sums_and_keeps_old_answers(trained: Ear) -> None:
     old = ear.system.domain("red").memory
     frames, labels = shown(0, 24, seed=11)
     updated = ear.update("red", frames, labels)
-    assert isinstance(updated, Learned) and updated.images == 24
+    assert isinstance(updated, Learned) and (updated.images, updated.total) == (24, 84)
+    assert str(updated).startswith("red: 24 new images, now 84 images of 3 classes")
     memory = ear.system.domain("red").memory
     assert memory.n == old.n + 24
     everything = np.stack(
@@ -441,8 +605,6 @@ def test_known_images_stay_known_through_merging_saving_and_forgetting(data: Pat
 
 
 def test_a_domain_without_a_record_of_its_images_is_not_measured(trained: Ear, data: Path) -> None:
-    from dataclasses import replace
-
     ear, domain = copy_of(trained), trained.system.domain("red")
     old = replace(domain, growth={k: v for k, v in domain.growth.items() if k != "seen"})
     system = replace(trained.system, domains=(old, *trained.system.domains[1:]))
@@ -567,7 +729,7 @@ def test_merge_makes_one_domain_of_two(tmp_path: Path) -> None:
     with pytest.raises(KnownDomain, match="'night' is known"):
         ear.merge("morning", "evening", "night")
     changed = ear.merge("morning", "evening", "day")
-    assert isinstance(changed, Changed) and ear.domains == ("day", "night")
+    assert isinstance(changed, Changed) and ear.domains == ("day", "night") and set(changed.replay) == {"day", "night"}
     assert ear.system.domain("day").memory.n == 80
     frames, labels = shown(1, 12, seed=7)
     assert [(a.label, a.route) for a in ear.predict(frames)] == [(label, "day") for label in labels]
@@ -579,6 +741,19 @@ def test_a_rejection_changes_nothing_and_says_why(trained: Ear) -> None:
     outcome = ear.learn(frames, labels, name="twin")
     assert isinstance(outcome, Rejected) and ear.system is trained.system
     assert str(outcome).startswith("'twin' was rejected, nothing was changed: ")
+
+
+def test_images_to_forget_without_a_class_and_a_class_without_images_are_refused(trained: Ear) -> None:
+    ear, frames = copy_of(trained), shown(0, 3)[0]
+    for label, images, complaint in (
+        (None, frames, "without the label"),
+        (None, [], "without the label"),
+        (FIRST, [], "no images"),
+        (FIRST, (), "no images"),
+    ):
+        with pytest.raises(UsageError, match=complaint):
+            ear.forget("red", label, images)
+    assert ear.system is trained.system
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

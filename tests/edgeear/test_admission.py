@@ -92,7 +92,7 @@ def test_the_same_domain_under_another_name_is_no_new_domain() -> None:
     outcome = rejected(admit(fakes.grown(0, 1), replace(fakes.domain(0), name="again")))
     assert outcome.domain == "again"
     assert any("wins only 0.0% of its own inputs" in r and "not a new domain" in r for r in outcome.reasons)
-    assert any("'d0' wins 100.0%" in r and "update 'd0' with them" in r for r in outcome.reasons)
+    assert any("'d0' wins 100.0%" in r and "update 'd0' with these samples" in r for r in outcome.reasons)
 
 
 def test_fresh_samples_of_an_old_domain_are_no_new_domain() -> None:

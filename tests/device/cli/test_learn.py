@@ -272,6 +272,7 @@ def test_the_spare_copy_of_a_change_is_called_so(store: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert code("store", "list", store) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
+    assert "tap(s), " in lines[0] and "score" not in lines[0]
     notes = [line.partition(": ")[2] for line in lines if line.startswith("generation ")]
     assert notes == ["forgot green (spare copy)", "forgot green"]
 
