@@ -115,8 +115,9 @@ def decode_bytes(
     Images: EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8 (`_levels`), the shorter
     side is resized to fit (bilinear) and the centre is cropped. wav (PCM, float) and one-dimensional npy become a grey
     log-spectrogram: time to the right, 0 Hz at the bottom, half the sampling rate at the top, black at 80 dB below the
-    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16 (brighter than 255 somewhere), bool,
-    or float in 0..1. Raises `UndecodableInput` for content that cannot be decoded or exceeds `limits`, `UsageError` for an empty `size`.
+    loudest point. npy images are `(H, W)` or `(H, W, 3)`: uint8, uint16 (brighter than 255 somewhere), bool, or
+    float in 0..1. Raises `UndecodableInput` for content that cannot be decoded or exceeds `limits`, `UsageError` for an
+    empty `size`.
     """
     if min(size) < 1:
         raise UsageError(f"frame size {size} is empty: height and width must be at least 1")
