@@ -14,7 +14,8 @@ Rules of this file:
    speed.
 4. A broker that does not know MQTT 5 gets 3.1.1 at once, one that ends `HANG_UPS` connections in a row without an
    answer to MQTT 5 gets 3.1.1 next. The next reconnect asks for MQTT 5 again; a broker that was found to hang up is
-   asked once.
+   asked once. Where `SHORT_LIVED` accepted connections in a row last less than `reconnect_max_s`, that is reported with
+   its usual cause: two clients with one client id disconnect each other.
 5. Subscriptions ask for no retained message: a retained command would come again at each connect.
 6. An idle connection does nothing: the thread sleeps in poll(2) until the socket, the waker, `Delivery.until` or a
    quarter of the keep-alive.
@@ -59,6 +60,7 @@ SILENT: Final = 0x8D
 NOT_OUR_FAULT: Final = {0x00, 0x89, 0x8B, 0x8E, 0x97, 0x98, 0x9C, 0x9D, 0x9F, 0xA0}
 """Reasons that do not depend on what we sent: shut down, busy, session taken over, quota, administrator, moved, ..."""
 HANG_UPS: Final = 3
+SHORT_LIVED: Final = 4
 TRY_OLD: Final = 'MQTT 3.1.1 is tried next. If that works, set mqtt.protocol = "3.1.1"'
 REMEDIES: Final = {
     0x84: "; MQTT 3.1.1 is tried next",
@@ -121,6 +123,14 @@ class LinkPolicy:
     def client_id(self) -> str:
         """Another one for each board: names hold no slash."""
         return f"edgeear-{self.site}/{self.device}"
+
+    @property
+    def same_id(self) -> str:
+        """The remedy where another client disconnects this one."""
+        return (
+            f"another client may use the client id {self.client_id}, as a copy of this board's disk does; "
+            "give each board a device.name of its own, or check the network"
+        )
 
     def backoff(self, tries: int, rng: random.Random) -> float:
         """Seconds to wait after `tries` failures in a row; rule 3."""
@@ -203,7 +213,7 @@ class Link:
 
     def _run(self) -> None:
         tries, five = 0, self.policy.protocol == "5"
-        hang_ups, most = 0, HANG_UPS
+        hang_ups, most, short = 0, HANG_UPS, 0
         while not self._stopping.is_set():
             began, connects = time.monotonic(), self.delivery.counters().connects
             connection = self._live(five)
@@ -220,7 +230,11 @@ class Link:
                 most = 1 if accepted and not five else HANG_UPS
                 hang_ups, five = 0, self.policy.protocol == "5"
             if time.monotonic() - began >= self.policy.reconnect_max_s:
-                tries = 0
+                tries = short = 0
+            elif accepted and not self._stopping.is_set():
+                short += 1
+                if short >= SHORT_LIVED:
+                    self.report(False, f"{SHORT_LIVED} connections in a row were short: {self.policy.same_id}")
             self._stopping.wait(self.policy.backoff(tries, self._rng))
             tries += 1
         self._close()

@@ -253,6 +253,22 @@ def test_no_two_boards_have_the_same_client_id() -> None:
     assert len(ids) == len(names) ** 2
 
 
+def test_clones_of_a_board_are_told_what_disconnects_them(plain: Mosquitto) -> None:
+    patient: dict[str, Any] = {"device": "clone", "reconnect_max_s": 5.0}
+    with Board(plain.port, **patient) as one, Board(plain.port, **patient) as two:
+        for board in (one, two):
+            board.wait_told("another client may use the client id edgeear-lab/clone")
+
+
+def test_a_board_that_connects_again_now_and_then_is_not_called_a_clone(plain: Mosquitto) -> None:
+    with Wire(plain.port) as wire, Board(wire.port, device="alone", reconnect_max_s=60.0) as board:
+        for times in range(1, 4):
+            board.wait_connected(times)
+            wire.cut()
+        board.wait_connected(4)
+        assert not any("another client" in text for _, text in board.changes)
+
+
 def test_boards_whose_names_read_alike_share_a_broker(plain: Mosquitto) -> None:
     with Board(plain.port, site="lab-1", device="cam") as one, Board(plain.port, site="lab", device="1-cam") as two:
         one.wait_connected()
