@@ -21,7 +21,7 @@ def redacted(text: str) -> str:
     """`text` without user and password of its URLs, and without the values of parameters such as `token=`.
 
     >>> redacted("camera rtsp://admin:S3cret@cam:554/live?token=abc cannot be opened")
-    'camera rtsp://***@cam:554/live?token=***: cannot be opened'
+    'camera rtsp://***@cam:554/live?token=*** cannot be opened'
     """
     text = _CREDENTIALS.sub(rf"\1{HIDDEN}@", text)
     return _PARAMETER.sub(rf"\1{HIDDEN}", text)
