@@ -28,6 +28,7 @@ from device.images.dataset import read_folder
 from device.images.decode import UndecodableInput, decode, decode_bytes
 from edgeear.errors import UsageError
 from edgeear.types import U8
+from tests.support.needs import need
 
 SIZE = (16, 24)
 
@@ -205,24 +206,25 @@ def test_resizing_by_strips_is_bit_for_bit_resizing_at_once(
     assert np.array_equal(decoding.fit_image(image, size), expected)
 
 
-def cost(data: bytes, limits: decoding.Limits, size: tuple[int, int]) -> tuple[int, float, str]:
-    """Peak memory in bytes and seconds of decoding in a process of its own, and its answer."""
+def cost(data: bytes, limits: decoding.Limits, size: tuple[int, int]) -> tuple[int, str]:
+    """Peak memory in bytes of decoding in a process of its own, and its answer."""
+    need("a process")
     script = (
-        "import resource, sys, time; from pathlib import Path\n"
+        "import resource, sys; from pathlib import Path\n"
         "from device.images import decode as d\n"
         "limits = d.Limits(*map(int, sys.argv[1:4])); size = (int(sys.argv[4]), int(sys.argv[5]))\n"
         "data = sys.stdin.buffer.read(); now = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
-        "before, start = now(), time.process_time()\n"
+        "before = now()\n"
         "try: d.decode_bytes(data, Path('a.png'), size, limits); answer = 'ok'\n"
         "except d.UndecodableInput as error: answer = str(error)\n"
-        "print(now() - before, time.process_time() - start, answer)"
+        "print(now() - before, answer)"
     )
     given = [limits.pixels, limits.memory, limits.samples, *size]
     found = subprocess.run(
         [sys.executable, "-c", script, *map(str, given)], input=data, capture_output=True, check=True, timeout=60
     ).stdout.decode()
-    peak, seconds, answer = found.split(maxsplit=2)
-    return int(peak), float(seconds), answer.strip()
+    peak, answer = found.split(maxsplit=1)
+    return int(peak), answer.strip()
 
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -248,25 +250,25 @@ def plain(kind: str, width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_within_the_limits_takes_bounded_memory_and_time(kind: str) -> None:
+def test_a_picture_within_the_limits_takes_bounded_memory(kind: str) -> None:
     """As many pixels as a file may have; a few KB of bytes. 4 bytes a pixel is what Pillow keeps of RGB."""
     side = math.isqrt(decoding.MAX_PIXELS)
-    peak, seconds, answer = cost(plain(kind, side, side), decoding.FILES, (224, 224))
+    peak, answer = cost(plain(kind, side, side), decoding.FILES, (224, 224))
     assert answer == "ok"
-    assert peak < 4 * decoding.MAX_PIXELS + (64 << 20) and seconds < 3
+    assert peak < 4 * decoding.MAX_PIXELS + (64 << 20)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_that_somebody_sends_is_small_or_refused(kind: str) -> None:
     size = (224, 224)
-    peak, seconds, answer = cost(plain(kind, 5000, 5000), decoding.sent(size), size)
+    peak, answer = cost(plain(kind, 5000, 5000), decoding.sent(size), size)
     if kind in ("jpeg", "cmyk"):  # decoded at an eighth of their size
         assert answer == "ok"
     else:
         assert "limit" in answer and "; " in answer
-    assert peak < 20 << 20 and seconds < 0.5
-    peak, seconds, answer = cost(plain(kind, 1920, 1080), decoding.sent((64, 64)), (64, 64))
-    assert answer == "ok" and peak < 40 << 20 and seconds < 0.5
+    assert peak < 20 << 20
+    peak, answer = cost(plain(kind, 1920, 1080), decoding.sent((64, 64)), (64, 64))
+    assert answer == "ok" and peak < 40 << 20
 
 
 def test_a_jpeg_of_many_passes_is_refused_and_a_preview_is_no_pass() -> None:

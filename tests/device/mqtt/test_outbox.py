@@ -31,6 +31,7 @@ from device.mqtt.ledger import CLOCK_SET, ItemTooLarge, LedgerPolicy, read_tally
 from device.mqtt.messages import OutboxClass
 from device.mqtt.outbox import Outbox, OutboxDamaged, OutboxFull, OutboxPolicy
 from edgeear.errors import DeviceError, UsageError
+from tests.support.needs import need
 
 ROOT = Path(__file__).resolve().parents[3]
 RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -524,6 +525,7 @@ def killed(folder: Path, seed: int, after: int) -> list[list[Any]]:
 
 
 def test_a_kill_at_any_moment_loses_nothing_that_was_promised(path: Path) -> None:
+    need("many processes")
     rng = random.Random(5)
     expected: set[int] = set()
     stamps: dict[tuple[int, int], int] = {}

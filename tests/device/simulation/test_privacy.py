@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.needs import need
 from tests.support.tiny_models import saved, seeing
 
 WATCH = """
@@ -45,7 +46,12 @@ def environment(tmp_path: Path) -> tuple[dict[str, str], Path, Path]:
         folder.mkdir()
     (site / "sitecustomize.py").write_text(WATCH)
     log.touch()
-    ours = ("ORT_DISABLE_TELEMETRY", "XDG_", "COVERAGE_")  # a process that is measured writes its figures
+    ours = (
+        "ORT_DISABLE_TELEMETRY",
+        "XDG_",
+        "COVERAGE_",
+        "MPLCONFIGDIR",
+    )  # a process that is measured writes its figures
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     own = {
         "HOME": str(home),
@@ -60,6 +66,7 @@ def environment(tmp_path: Path) -> tuple[dict[str, str], Path, Path]:
 
 @pytest.mark.parametrize("command", ["check", "simulate"])
 def test_nothing_phones_home_or_writes_elsewhere(command: str, tmp_path: Path) -> None:
+    need("edgeear as a process")
     variables, home, log = environment(tmp_path)
     encoder = str(saved(tmp_path, seeing()))
     given = ["encoder", "check", encoder]

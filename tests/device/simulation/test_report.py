@@ -43,6 +43,7 @@ from device.simulation.report import render, write_report
 from edgeear.errors import DeviceError, UsageError
 from tests.support.needs import need
 
+need("matplotlib")
 DOMAINS = ("photo", "art", "cartoon", "sketch")
 ENCODER = EncoderInfo(name="efficientnet-lite0-v1", digest="ab" * 32, input=(224, 224))
 VOID = {"meta", "link", "br", "img", "hr", "input", "base"}

@@ -31,6 +31,7 @@ from device.state.store import (
     StoreFull,
 )
 from edgeear.errors import DeviceError, UsageError
+from tests.support.needs import need
 from tests.support.store_faults import (
     SCRIPT,
     CountDisk,
@@ -251,6 +252,7 @@ def test_the_script_runs_as_written(tmp_path: Path) -> None:
 
 
 def test_kill_before_any_operation_leaves_the_confirmed_generation(ram: Path) -> None:
+    need("many processes")
     status, at = -signal.SIGKILL, 0
     while status == -signal.SIGKILL:
         root, diary = ram / f"store{at}", ram / f"diary{at}"
